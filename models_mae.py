@@ -1,0 +1,267 @@
+"""Masked autoencoder for video (Masked Autoencoders As Spatiotemporal Learners, arXiv 2205.09113).
+
+Shapes: N clips, C channels, T frames, H W pixels, L tokens, K visible tokens, D width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util.video_vit import Block, PatchEmbed, get_pos_embed, make_pos_embed
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """Encode the visible space-time patches, decode all of them, predict the pixels of the removed.
+
+    Args:
+        img_size: height and width of a clip, pixels.
+        patch_size, t_patch_size: patch extent in space (pixels) and time (frames).
+        in_chans: colour channels.
+        embed_dim, depth, num_heads: the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
+        mlp_ratio: hidden width of the MLPs over the token width.
+        norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
+        norm_pix_loss: normalise each target patch by its own mean and deviation (section 4.2).
+        num_frames: frames of a clip.
+        no_qkv_bias: leave out the biases of q, k and v.
+        sep_pos_embed: separable positions (space + time) in place of joint ones.
+        trunc_init: truncated normal 0.02 for every weight matrix in place of Xavier uniform.
+        cls_embed: prepend a class token, in the encoder and in the decoder.
+        pred_t_dim: frames to predict per clip, evenly spaced over it.
+
+    Raises:
+        ValueError: sizes that do not divide; the message names the arguments.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 4,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+        num_frames: int = 16,
+        t_patch_size: int = 2,
+        no_qkv_bias: bool = False,
+        sep_pos_embed: bool = True,
+        trunc_init: bool = False,
+        cls_embed: bool = True,
+        pred_t_dim: int = 8,
+    ):
+        super().__init__()
+        self.in_chans = in_chans
+        self.norm_pix_loss = norm_pix_loss
+        self.trunc_init = trunc_init
+        self.cls_embed = cls_embed
+        self.pred_t_dim = pred_t_dim
+        if not 1 <= pred_t_dim <= num_frames or t_patch_size * pred_t_dim % num_frames:
+            raise ValueError(
+                f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
+                f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
+            )
+        self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
+
+        def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                Block(dim, heads, mlp_ratio, qkv_bias=not no_qkv_bias, norm_layer=norm_layer)
+                for _ in range(count)
+            )
+
+        # Parameters and modules are registered in the order of the published state dicts.
+        patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
+        )
+        input_size = patch_embed.input_size
+        if cls_embed:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        make_pos_embed(self, "", input_size, embed_dim, sep_pos_embed, cls_embed)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        make_pos_embed(self, "decoder_", input_size, decoder_embed_dim, sep_pos_embed, cls_embed)
+
+        self.patch_embed = patch_embed
+        self.blocks = blocks(depth, embed_dim, num_heads)
+        self.norm = norm_layer(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads)
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(
+            decoder_embed_dim, self.t_pred_patch_size * patch_size**2 * in_chans
+        )
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw fresh weights; decoder_cls_token stays zero, the patch bias has the Conv3d default."""
+        draw = nn.init.xavier_uniform_
+        if self.trunc_init:
+            draw = partial(nn.init.trunc_normal_, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                draw(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        draw(self.patch_embed.proj.weight.view(len(self.patch_embed.proj.weight), -1))
+        for name, parameter in self.named_parameters(recurse=False):
+            if "pos_embed" in name or name == "cls_token":
+                nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Cut frames into target vectors: [N, C, pred_t_dim, H, W] -> [N, L, u*p*p*C].
+
+        u is the number of predicted frames per patch; vectors run over (frame, row, column, channel).
+        """
+        N, C, T, H, W = imgs.shape
+        p, u = self.patch_embed.patch_size, self.t_pred_patch_size
+        x = imgs.reshape(N, C, T // u, u, H // p, p, W // p, p)
+        x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (N, t, h, w, u, p, p, C)
+        return x.reshape(N, -1, u * p * p * C)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Undo patchify: [N, L, u*p*p*C] -> [N, C, pred_t_dim, H, W]."""
+        N, p, u, C = len(x), self.patch_embed.patch_size, self.t_pred_patch_size, self.in_chans
+        t, h, w = self.patch_embed.input_size
+        x = x.reshape(N, t, h, w, u, p, p, C).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(N, C, t * u, h * p, w * p)
+
+    def target_frames(self, imgs: Tensor) -> Tensor:
+        """Pick the frames that are predicted: [N, C, T, H, W] -> [N, C, pred_t_dim, H, W]."""
+        T = imgs.shape[2]
+        # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15
+        index = torch.linspace(0, T - 1, self.pred_t_dim, dtype=torch.float32).long()
+        return imgs.index_select(2, index.to(imgs.device))
+
+    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keep a random subset of the tokens of every clip (section 3.1, agnostic sampling).
+
+        Args:
+            x: tokens [N, L, D].
+            mask_ratio: share removed; int(L * (1 - mask_ratio)) tokens are kept.
+
+        Returns:
+            the kept tokens [N, K, D] in noise order, mask [N, L] (1 = removed),
+            ids_restore [N, L] and ids_keep [N, K].
+        """
+        mask, ids_restore, ids_keep = random_mask(len(x), x.shape[1], mask_ratio, x.device)
+        kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return kept, mask, ids_restore, ids_keep
+
+    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode visible patches: [N, C, T, H, W] -> latent [N, K, D], mask, ids_restore [N, L]."""
+        N, L = len(imgs), self.patch_embed.num_patches
+        mask, ids_restore, ids_keep = random_mask(N, L, mask_ratio, imgs.device)
+        cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
+        # F.embedding is a row gather whose backward sums over the clips instead of expanding them
+        x = self.patch_embed(imgs, ids_keep) + F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
+        if cls_pos is not None:
+            x = torch.cat([(self.cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, int(self.cls_embed) :], mask, ids_restore
+
+    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict every patch from the visible ones: latent [N, K, D] -> pred [N, L, u*p*p*C]."""
+        x = self.decoder_embed(x)
+        N, K, D = x.shape
+        mask_tokens = self.mask_token.to(x.dtype).expand(N, ids_restore.shape[1] - K, -1)
+        x = torch.cat([x, mask_tokens], dim=1)
+        x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # back to (t, h, w) order
+        cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
+        x = x + pos
+        if cls_pos is not None:
+            x = torch.cat([(self.decoder_cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = self.decoder_pred(self.decoder_norm(x))
+        return x[:, int(self.cls_embed) :]
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error on the removed patches (1 in mask), a scalar in float32."""
+        target = self.patchify(self.target_frames(imgs)).float()
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+            target = (target - mean) / (var + 1e-6).sqrt()
+        loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
+        return (loss * mask).sum() / mask.sum()
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.9) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct clips [N, C, T, H, W] from a random part of their patches.
+
+        Returns:
+            loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed).
+
+        Raises:
+            ValueError: a mask_ratio that keeps or removes nothing.
+        """
+        L = self.patch_embed.num_patches
+        if not 0 < num_visible(L, mask_ratio) < L:
+            raise ValueError(
+                f"mask_ratio = {mask_ratio} keeps {num_visible(L, mask_ratio)} of {L} tokens; "
+                "it must keep at least one and remove at least one"
+            )
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def num_visible(num_tokens: int, mask_ratio: float) -> int:
+    """Count the tokens that masking keeps; truncated by definition (1568 and 0.9 give 156)."""
+    return int(num_tokens * (1 - mask_ratio))
+
+
+def random_mask(
+    num_clips: int, num_tokens: int, mask_ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one noise value per token; the smallest are kept and stay in noise order.
+
+    Returns:
+        mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
+    """
+    noise = torch.rand(num_clips, num_tokens, device=device)
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    K = num_visible(num_tokens, mask_ratio)
+    mask = (ids_restore >= K).to(noise.dtype)
+    return mask, ids_restore, ids_shuffle[:, :K]
+
+
+_vit = partial(MaskedAutoencoderViT, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+_large = partial(_vit, embed_dim=1024, depth=24, num_heads=16)
+_huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
+
+mae_vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+mae_vit_large_patch16 = partial(_large, patch_size=16)
+mae_vit_huge_patch14 = partial(_huge, patch_size=14)
+mae_vit_huge_patch16 = partial(_huge, patch_size=16)  # the released ViT-H
+# small enough for a laptop CPU and the embedded synthetic videos
+mae_vit_tiny_patch8 = partial(
+    _vit,
+    patch_size=8,
+    embed_dim=128,
+    depth=4,
+    num_heads=4,
+    decoder_embed_dim=64,
+    decoder_depth=2,
+    decoder_num_heads=4,
+)
+
+MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
+    "mae_vit_tiny_patch8": mae_vit_tiny_patch8,
+    "mae_vit_base_patch16": mae_vit_base_patch16,
+    "mae_vit_large_patch16": mae_vit_large_patch16,
+    "mae_vit_huge_patch14": mae_vit_huge_patch14,
+    "mae_vit_huge_patch16": mae_vit_huge_patch16,
+}

@@ -1,0 +1,106 @@
+"""Video classifier: the encoder of the masked autoencoder with pooling and a linear head.
+
+Shapes: N clips, C channels, T frames, H W pixels, L tokens, D width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from util.video_vit import Block, PatchEmbed, get_pos_embed, make_pos_embed
+
+
+class VisionTransformer(nn.Module):
+    """Classify clips by the mean of their patch tokens.
+
+    Args:
+        num_frames, t_patch_size: frames of a clip, and of a patch.
+        img_size, patch_size: height and width of a clip, and of a patch, pixels.
+        in_chans: colour channels.
+        num_classes: width of the head.
+        embed_dim, depth, num_heads, mlp_ratio: the transformer.
+        no_qkv_bias: leave out the biases of q, k and v.
+        norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
+        dropout: probability before the head.
+        sep_pos_embed: separable positions (space + time) in place of joint ones.
+        cls_embed: prepend a class token; it takes part in attention and not in the mean.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 in the first.
+
+    Raises:
+        ValueError: sizes that do not divide; the message names the arguments.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 16,
+        t_patch_size: int = 2,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 400,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        no_qkv_bias: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        dropout: float = 0.0,
+        sep_pos_embed: bool = True,
+        cls_embed: bool = True,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.cls_embed = cls_embed
+        # Parameters and modules are registered in the order of the published state dicts.
+        patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
+        )
+        if cls_embed:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        make_pos_embed(self, "", patch_embed.input_size, embed_dim, sep_pos_embed, cls_embed)
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, rate, norm_layer)
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        )
+        self.norm = norm_layer(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] after the last block."""
+        x = self.patch_embed(x)
+        cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
+        x = x + pos
+        if cls_pos is not None:
+            x = torch.cat([(self.cls_token + cls_pos).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, int(self.cls_embed) :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify clips: [N, C, T, H, W] -> logits [N, num_classes]."""
+        x = self.norm(self.forward_features(x).mean(dim=1))
+        return self.head(self.dropout(x))
+
+
+_vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+_huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
+
+vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+vit_large_patch16 = partial(_vit, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
+vit_huge_patch14 = partial(_huge, patch_size=14)
+vit_huge_patch16 = partial(_huge, patch_size=16)  # the released ViT-H
+# small enough for a laptop CPU and the embedded synthetic videos
+vit_tiny_patch8 = partial(_vit, patch_size=8, embed_dim=128, depth=4, num_heads=4)
+
+MODELS: dict[str, Callable[..., VisionTransformer]] = {
+    "vit_tiny_patch8": vit_tiny_patch8,
+    "vit_base_patch16": vit_base_patch16,
+    "vit_large_patch16": vit_large_patch16,
+    "vit_huge_patch14": vit_huge_patch14,
+    "vit_huge_patch16": vit_huge_patch16,
+}

@@ -1,0 +1,161 @@
+"""Building blocks of the video transformers: patches, attention, blocks and positions.
+
+Shapes: N clips, C channels, T frames, H W pixels, L tokens, D width, nh heads, hd head width.
+Tokens run over (t, h, w): time slowest, then rows, then columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+
+def require_multiple(value: int, divisor: int, value_name: str, divisor_name: str) -> int:
+    """Return value // divisor, or raise ValueError naming both when it is not a whole number."""
+    if divisor < 1 or value < 1 or value % divisor:
+        raise ValueError(
+            f"{value_name} = {value} must be a positive multiple of {divisor_name} = {divisor}"
+        )
+    return value // divisor
+
+
+class PatchEmbed(nn.Module):
+    """Cut clips into space-time patches and project each to one token.
+
+    The weight has the shape of a strided Conv3d, [D, C, t, p, p], which is how every published
+    checkpoint stores it. It is applied as a matrix product over cut-out patches, so that the
+    masked autoencoder pays for the visible patches alone.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        num_frames: int,
+        t_patch_size: int,
+    ):
+        super().__init__()
+        grid = require_multiple(img_size, patch_size, "img_size", "patch_size")
+        t_grid = require_multiple(num_frames, t_patch_size, "num_frames", "t_patch_size")
+        self.img_size, self.num_frames = img_size, num_frames
+        self.patch_size, self.t_patch_size = patch_size, t_patch_size
+        self.input_size = (t_grid, grid, grid)  # tokens along t, h, w
+        self.num_patches = t_grid * grid * grid
+        kernel = (t_patch_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """View clips [N, C, T, H, W] as patches [N, T/t, H/p, W/p, C, t, p, p] without copying."""
+        N, C, T, H, W = x.shape
+        expected = (self.num_frames, self.img_size, self.img_size)
+        if expected != (T, H, W):
+            raise ValueError(
+                f"the model was built for clips of {self.num_frames} x {self.img_size} x "
+                f"{self.img_size} (frames x height x width) and got {T} x {H} x {W}; "
+                "build it with num_frames and img_size to match the data"
+            )
+        (t, h, w), p = self.input_size, self.patch_size
+        x = x.reshape(N, C, t, self.t_patch_size, h, p, w, p)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Embed all patches, or those numbered ids [N, K]: [N, C, T, H, W] -> [N, L or K, D]."""
+        patches = self.cut(x)  # (N, t, h, w, C, t_patch, p, p)
+        if ids is not None:
+            _, h, w = self.input_size
+            clip = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+            patches = patches[clip, ids // (h * w), ids // w % h, ids % w]
+        patches = patches.reshape(len(x), -1, self.proj.weight[0].numel())  # (N, K, C*t*p*p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v are separate parameters as in the checkpoints."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+        super().__init__()
+        require_multiple(dim, num_heads, "embed_dim", "num_heads")
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, L, D = x.shape
+        q, k, v = (
+            f(x).view(N, L, self.num_heads, -1).transpose(1, 2)  # (N, nh, L, hd)
+            for f in (self.q, self.k, self.v)
+        )
+        x = F.scaled_dot_product_attention(q, k, v)  # scale hd^-0.5
+        return self.proj(x.transpose(1, 2).reshape(N, L, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MLP with exact GELU, both residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(in_features=dim, hidden_features=int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+def make_pos_embed(
+    module: nn.Module,
+    prefix: str,
+    input_size: tuple[int, int, int],
+    dim: int,
+    sep_pos_embed: bool,
+    cls_embed: bool,
+) -> None:
+    """Register zero position parameters on module under the names the checkpoints use.
+
+    Separable: {prefix}pos_embed_spatial [1, h*w, D], _temporal [1, t, D] and, with a class token,
+    _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class.
+    """
+    t, h, w = input_size
+
+    def add(name: str, rows: int) -> None:
+        module.register_parameter(prefix + name, nn.Parameter(torch.zeros(1, rows, dim)))
+
+    if sep_pos_embed:
+        add("pos_embed_spatial", h * w)
+        add("pos_embed_temporal", t)
+        if cls_embed:
+            add("pos_embed_class", 1)
+    else:
+        add("pos_embed", t * h * w + int(cls_embed))
+
+
+def get_pos_embed(module: nn.Module, prefix: str, cls_embed: bool) -> tuple[Tensor | None, Tensor]:
+    """Assemble the positions of the class token [1, 1, D] (or None) and of the patches [1, L, D].
+
+    Separable positions are the spatial ones repeated over time plus the temporal ones repeated
+    over space (paper, section 3.3: "separable positional embeddings").
+    """
+    joint = getattr(module, prefix + "pos_embed", None)
+    if joint is not None:
+        return (joint[:, :1], joint[:, 1:]) if cls_embed else (None, joint)
+    spatial = getattr(module, prefix + "pos_embed_spatial")
+    temporal = getattr(module, prefix + "pos_embed_temporal")
+    # (1, t, 1, D) + (1, 1, h*w, D) -> (1, t*h*w, D)
+    tokens = (temporal.unsqueeze(2) + spatial.unsqueeze(1)).flatten(1, 2)
+    return getattr(module, prefix + "pos_embed_class", None), tokens
