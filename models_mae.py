@@ -103,7 +103,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw fresh weights; decoder_cls_token stays zero, the patch bias has the Conv3d default."""
+        """Draw fresh weights; decoder_cls_token stays zero, the patch bias the Conv3d default."""
         draw = nn.init.xavier_uniform_
         if self.trunc_init:
             draw = partial(nn.init.trunc_normal_, std=0.02)
@@ -121,7 +121,7 @@ class MaskedAutoencoderViT(nn.Module):
     def patchify(self, imgs: Tensor) -> Tensor:
         """Cut frames into target vectors: [N, C, pred_t_dim, H, W] -> [N, L, u*p*p*C].
 
-        u is the number of predicted frames per patch; vectors run over (frame, row, column, channel).
+        u is the number of predicted frames per patch; a vector runs over (frame, row, column, C).
         """
         N, C, T, H, W = imgs.shape
         p, u = self.patch_embed.patch_size, self.t_pred_patch_size

@@ -4,6 +4,8 @@ Shapes: N clips, C channels, T frames, H W pixels, L tokens, D width, nh heads, 
 Tokens run over (t, h, w): time slowest, then rows, then columns.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp  # pyright: ignore[reportPrivateImportUsage]
@@ -103,7 +105,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)
