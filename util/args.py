@@ -1,0 +1,218 @@
+"""Flags shared by the scripts, in groups; each script adds its own and states its recipe."""
+
+import argparse
+import shlex
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Sequence
+
+
+class Parser(ArgumentParser):
+    """ArgumentParser with defaults in --help and @FILE holding more flags (recipes/*.args)."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of an @FILE as a shell does; # starts a comment."""
+        return shlex.split(arg_line, comments=True)
+
+
+def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float]) -> None:
+    """Add the flags of videos and clips."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--path_to_data_dir",
+        default="",
+        help="folder with train.csv, val.csv, test.csv; empty: the embedded synthetic videos",
+    )
+    group.add_argument(
+        "--path_prefix", default="", help="folder of relative paths in the csvs; empty: the csv's"
+    )
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        default=None,
+        help="loader processes per rank; None: from the CPUs this process may use",
+    )
+    group.add_argument(
+        "--max_bad_share",
+        type=float,
+        default=0.1,
+        help="stop when more than this share of a csv's videos cannot be read",
+    )
+    if jitter_scales:
+        group.add_argument(
+            "--repeat_aug", type=int, default=1, help="clips taken from each loaded video"
+        )
+        group.add_argument(
+            "--jitter_scales_relative",
+            type=float,
+            nargs=2,
+            default=jitter_scales,
+            metavar=("MIN", "MAX"),
+            help="area of the random crop, share of the frame",
+        )
+        group.add_argument(
+            "--jitter_aspect_relative",
+            type=float,
+            nargs=2,
+            default=(3 / 4, 4 / 3),
+            metavar=("MIN", "MAX"),
+            help="width / height of the random crop",
+        )
+        group.add_argument(
+            "--hflip",
+            action=BooleanOptionalAction,
+            default=True,
+            help="mirror half of the clips; wrong where left and right are classes",
+        )
+
+
+def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) -> None:
+    """Add the flags of the model; clip sizes reach model and data alike."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=default, choices=models, metavar="NAME", help=str(models))
+    group.add_argument("--input_size", type=int, default=224, help="clip height and width, pixels")
+    group.add_argument("--num_frames", type=int, default=16, help="frames of a clip")
+    group.add_argument(
+        "--sampling_rate", type=int, default=4, help="take every n-th frame, counted at 30 fps"
+    )
+    group.add_argument("--t_patch_size", type=int, default=2, help="frames of a patch")
+    group.add_argument(
+        "--sep_pos_embed",
+        action=BooleanOptionalAction,
+        default=True,
+        help="separable positions (space + time) in place of joint ones",
+    )
+    group.add_argument(
+        "--cls_embed", action=BooleanOptionalAction, default=True, help="prepend a class token"
+    )
+    group.add_argument(
+        "--no_qkv_bias", action="store_true", help="leave out the biases of q, k and v"
+    )
+
+
+def add_optim_args(parser: ArgumentParser) -> None:
+    """Add the flags of batch, schedule and optimiser."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=int, default=2, help="videos per rank and micro-step")
+    group.add_argument(
+        "--accum_iter", type=int, default=1, help="micro-steps per update, to save memory"
+    )
+    group.add_argument("--epochs", type=int, default=100, help="passes over train.csv")
+    group.add_argument(
+        "--warmup_epochs", type=float, default=5, help="epochs of linear warm-up from 0"
+    )
+    group.add_argument(
+        "--lr", type=float, default=None, help="peak learning rate; None: from --blr and the batch"
+    )
+    group.add_argument(
+        "--blr", type=float, default=1e-3, help="base learning rate, for a batch of 256"
+    )
+    group.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--beta", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's betas")
+    group.add_argument(
+        "--clip_grad", type=float, default=None, help="largest global gradient norm; None: no limit"
+    )
+
+
+def add_run_args(parser: ArgumentParser, output_dir: str) -> None:
+    """Add the flags of device, folders and logging."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default=output_dir, help="folder of checkpoints and log.txt")
+    group.add_argument("--log_dir", default="", help="TensorBoard folder; empty: the output folder")
+    group.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto")
+    group.add_argument(
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        default=None,
+        help="of the forward pass; None: bf16 where the accelerator has it, else fp32",
+    )
+    group.add_argument(
+        "--fp32",
+        dest="precision",
+        action="store_const",
+        const="fp32",
+        default=argparse.SUPPRESS,
+        help="short for --precision fp32",
+    )
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--print_freq", type=int, default=20, help="steps between printed lines")
+    group.add_argument(
+        "--dist_timeout", type=float, default=30, help="minutes a rank waits for the others"
+    )
+
+
+def add_checkpoint_args(parser: ArgumentParser) -> None:
+    """Add the flags of saving and resuming."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--checkpoint_period", type=int, default=1, help="epochs between checkpoints"
+    )
+    group.add_argument(
+        "--resume",
+        default="",
+        help="checkpoint to continue; empty: the newest of --output_dir, if any",
+    )
+
+
+# Flags of the reference's command lines that mean nothing here; each takes 0 or 1 values.
+OBSOLETE_FLAGS = {
+    "distributed": 0,
+    "no_env": 0,
+    "dist_on_itp": 0,
+    "dist_eval": 0,
+    "pin_mem": 0,
+    "no_pin_mem": 0,
+    "global_pool": 0,
+    "cpu_mix": 0,
+    "resplit": 0,
+    "dist_url": 1,
+    "local_rank": 1,
+    "world_size": 1,
+    "start_epoch": 1,
+    "num_checkpoint_del": 1,
+    "decoder_backend": 1,
+    "decoder_device": 1,
+    "encoder_attn": 1,
+    "color_jitter": 1,
+    "recount": 1,
+    "mixup_mode": 1,
+}
+
+
+def parse(
+    parser: ArgumentParser,
+    argv: Sequence[str] | None,
+    default_flags: Callable[[Namespace], Sequence[str]] | None = None,
+) -> Namespace:
+    """Parse flags, accepting obsolete ones with one line of notice.
+
+    Args:
+        default_flags: maps the parsed flags to more flags, which those of argv then override
+            (a recipe for the embedded data, or the flags a checkpoint was trained with).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for name, values in OBSOLETE_FLAGS.items():
+        if f"--{name}" in parser._option_string_actions:
+            continue
+        action = {"nargs": "?"} if values else {"action": "store_true"}
+        parser.add_argument(
+            f"--{name}", dest=f"obsolete_{name}", help=argparse.SUPPRESS, default=None, **action
+        )
+    args = parser.parse_args(argv)
+    if default_flags is not None:
+        args = parser.parse_args([*default_flags(args), *argv])
+    ignored = []
+    for name in OBSOLETE_FLAGS:
+        if vars(args).pop(f"obsolete_{name}", None) is not None:
+            ignored.append(f"--{name}")
+    args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""
+    return args

@@ -1,0 +1,138 @@
+"""Process groups: started by torchrun, by srun or by nobody, with the same code."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Return the number of this process among all, 0 when there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Tell whether this process prints, logs and saves."""
+    return rank() == 0
+
+
+def print0(*values: Any, **options: Any) -> None:
+    """Print in the main process alone."""
+    if is_main():
+        print(*values, flush=True, **options)
+
+
+def init_distributed(device_type: str, timeout_minutes: float) -> None:
+    """Join the process group described by the environment, or none for a single process.
+
+    torchrun describes it by RANK, WORLD_SIZE, MASTER_ADDR ...; under srun (and submitit) it is
+    read from Slurm's variables. NCCL carries CUDA tensors, Gloo all others. A collective that
+    waits longer than the timeout ends the process with an error instead of hanging for ever.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def get_device(name: str) -> torch.device:
+    """Return the device of this process: cuda (one per local rank), mps, cpu, or the best for auto.
+
+    Raises:
+        ValueError: the machine has no such device, or fewer GPUs than processes.
+    """
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device; use cuda, mps, cpu or auto") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError(f"--device {name} asks for a GPU and PyTorch sees none; use cpu")
+        index = device.index
+        if index is None:
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            index = local_rank if count > 1 else 0  # srun may show each task its own GPU alone
+        if index >= count:
+            raise ValueError(f"GPU {index} was asked for and this machine has {count}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps is not available on this machine; use cpu")
+    return device
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Average a tensor over all processes (in place, where there are several)."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Add a tensor over all processes (in place, where there are several)."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Collect a picklable value of every process, in rank order, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Hand the main process's picklable value to every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def seed_step(*key: int) -> None:
+    """Seed PyTorch's and NumPy's generators from integers such as (seed, epoch, step, rank).
+
+    Called before every training step, it makes masks, drop path, dropout and mixup functions of
+    the step alone, so that a resumed run continues with the very ones it would have drawn.
+    """
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+    np.random.seed(state[0])

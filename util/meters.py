@@ -1,0 +1,184 @@
+"""Meters, progress lines and the log of a run (TensorBoard, log.txt)."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import simplejson
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from util.dist import all_reduce_mean, is_main, print0
+from util.errors import UserError
+from util.file_io import make_dirs, open_file
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not a number; every rank raises it for the same step."""
+
+    def __init__(self, step: int, local: bool):
+        super().__init__(f"the loss or gradient of step {step} is not finite", status=1)
+        self.step = step
+        self.local = local  # whether this rank's own loss is at fault
+
+
+class Meters:
+    """Collect the metrics of every step without waiting for the device.
+
+    Values may be device scalars: they are stacked, averaged over ranks and read once per
+    `flush`, which is where a non-finite value is noticed.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pending: list[tuple[int, dict[str, Tensor | float]]] = []
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.latest: dict[str, float] = {}
+
+    def update(self, step: int, **metrics: Tensor | float) -> None:
+        """Note the metrics of a step; every rank must note the same names."""
+        self.pending.append((step, metrics))
+
+    def flush(self) -> list[tuple[int, dict[str, float]]]:
+        """Read the steps noted since the last flush, averaged over ranks.
+
+        Raises:
+            NonFiniteError: on every rank, for the first step with a value that is not finite.
+        """
+        if not self.pending:
+            return []
+        flat = [value for _, metrics in self.pending for value in metrics.values()]
+        local = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in flat]
+        )
+        values = iter(zip(all_reduce_mean(local.clone()).tolist(), local.tolist(), strict=True))
+        steps = []
+        for step, metrics in self.pending:
+            row = {}
+            for name in metrics:
+                row[name], own = next(values)
+                if not _is_finite(row[name]):
+                    raise NonFiniteError(step, local=not _is_finite(own))
+                self.sums[name] = self.sums.get(name, 0.0) + row[name]
+                self.counts[name] = self.counts.get(name, 0) + 1
+            steps.append((step, row))
+        self.latest = steps[-1][1]
+        self.pending.clear()
+        return steps
+
+    def means(self) -> dict[str, float]:
+        """Return each metric's mean over the steps flushed so far."""
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+class RunLog:
+    """The log of a run: progress on the screen, scalars for TensorBoard, epochs in log.txt."""
+
+    def __init__(self, output_dir: str, log_dir: str, print_freq: int, device: torch.device):
+        self.output_dir = output_dir
+        self.print_freq = print_freq
+        self.device = device
+        self.meters = Meters(device)
+        self.writer = None
+        if is_main() and log_dir:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; one rank needs it
+
+            make_dirs(log_dir)
+            self.writer = SummaryWriter(log_dir)
+
+    def every(
+        self, loader: Any, header: str, num_steps: int, clips_per_step: int
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (step, batch), printing a line every print_freq steps, or a live bar on a terminal.
+
+        Args:
+            num_steps: length of the loop.
+            clips_per_step: clips that all ranks together take in per step, for clips/s.
+
+        Raises:
+            NonFiniteError: see Meters.flush.
+        """
+        self.meters = Meters(self.device)
+        live = is_main() and sys.stderr.isatty()
+        bar = tqdm(total=num_steps, desc=header, disable=not live, dynamic_ncols=True)
+        start = last = time.perf_counter()
+        data_time, data_start, last_step = 0.0, start, -1
+        for step, batch in enumerate(loader):
+            data_time += time.perf_counter() - data_start
+            yield step, batch
+            bar.update()
+            if (step + 1) % self.print_freq == 0 or step + 1 == num_steps:
+                for number, row in self.meters.flush():
+                    for name, value in row.items():
+                        self.scalar(f"train/{name}", value, number)
+                now = time.perf_counter()
+                seconds = (now - last) / (step - last_step)
+                line = {
+                    **{name: f"{value:.4g}" for name, value in self.meters.latest.items()},
+                    "clips/s": f"{clips_per_step / seconds:.1f}",
+                    "data": f"{data_time / (now - last):.0%}",
+                    "mem": f"{memory_mib(self.device):.0f}M",
+                }
+                self.scalar("speed/clips_per_s", clips_per_step / seconds, step)
+                self.scalar("speed/data_share", data_time / (now - last), step)
+                eta = timedelta(seconds=int(seconds * (num_steps - step - 1)))
+                if live:
+                    bar.set_postfix(line)
+                else:
+                    text = "  ".join(f"{name} {value}" for name, value in line.items())
+                    print0(f"{header}  [{step + 1}/{num_steps}]  eta {eta}  {text}")
+                last, last_step, data_time = now, step, 0.0
+            data_start = time.perf_counter()
+        bar.close()
+        elapsed = timedelta(seconds=int(time.perf_counter() - start))
+        print0(f"{header}  done in {elapsed}")
+
+    def x_axis(self, step: float) -> int:
+        """Map a step of the current loop to TensorBoard's x axis; set by start_epoch."""
+        return int((step / self.steps_per_epoch + self.epoch) * 1000 * self.repeat_aug)
+
+    def start_epoch(self, epoch: int, steps_per_epoch: int, repeat_aug: int) -> None:
+        """Set the x axis to 1000 x effective epochs, where runs of all batch sizes line up."""
+        self.epoch, self.steps_per_epoch, self.repeat_aug = epoch, steps_per_epoch, repeat_aug
+
+    def scalar(self, name: str, value: float, step: float) -> None:
+        """Write one TensorBoard scalar at a step of the current epoch."""
+        if self.writer is not None:
+            self.writer.add_scalar(name, value, self.x_axis(step))
+
+    def epoch_line(self, record: dict[str, Any]) -> None:
+        """Append one JSON line to log.txt."""
+        if is_main() and self.output_dir:
+            with open_file(os.path.join(self.output_dir, "log.txt"), "a") as file:
+                file.write(simplejson.dumps(record) + "\n")
+            if self.writer is not None:
+                self.writer.flush()
+
+    def close(self) -> None:
+        """Flush and close TensorBoard's file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def memory_mib(device: torch.device) -> float:
+    """Return the peak memory of the device, or of this process on a CPU, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Count rows of [N, classes] whose label is among the k largest; k is cut to the classes."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels.unsqueeze(1)).any(dim=1).sum()

@@ -1,0 +1,89 @@
+"""Optimiser groups, precision, and one optimiser step: scale, synchronise, clip, step."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def param_groups_weight_decay(
+    model: nn.Module, weight_decay: float, bias_wd: bool = False
+) -> list[dict[str, Any]]:
+    """Split parameters in two groups: without weight decay (1-D tensors and biases), and with.
+
+    bias_wd keeps the reference's meaning: norm weights are decayed too, biases still are not.
+    """
+    no_decay, decay = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bias = name.endswith(".bias")
+        exempt = is_bias if bias_wd else is_bias or parameter.ndim <= 1
+        (no_decay if exempt else decay).append(parameter)
+    return [
+        {"params": no_decay, "weight_decay": 0.0},
+        {"params": decay, "weight_decay": weight_decay},
+    ]
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], betas: tuple[float, float], device: torch.device
+) -> AdamW:
+    """Build AdamW; its rate is set before every step (util/lr_sched.py)."""
+    return AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
+
+
+def choose_precision(name: str | None, device: torch.device) -> str:
+    """Return the precision asked for, or bf16 on an accelerator that has it and fp32 elsewhere."""
+    if name:
+        return name
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Run the forward pass in bf16, fp16 or (doing nothing) fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Build the loss scaler that fp16 needs; it does nothing for bf16 and fp32."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def grad_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Leave out the averaging of gradients over ranks except where enabled.
+
+    Wrap forward and backward of every micro-step; only the last one of an update synchronises.
+    """
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def optim_step(
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: list[nn.Parameter],
+    clip_grad: float | None,
+) -> Tensor:
+    """Unscale, clip by global norm, step and clear the gradients.
+
+    Returns:
+        the gradient norm before clipping, a scalar on the device (reading it waits for the GPU).
+    """
+    scaler.unscale_(optimizer)
+    if clip_grad:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
