@@ -1,0 +1,171 @@
+"""Spatial transforms of whole clips: crops, resize, flip, normalisation, random erasing.
+
+Workers handle uint8 clips [T, H, W, C] and draw boxes; float arithmetic waits for the accelerator,
+where `augment_on_device` flips, normalises and erases a batch. A box is (top, left, height, width)
+in pixels and holds for every frame of its clip.
+
+N clips, T frames, H W pixels, C channels.
+"""
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = 0.45  # of every RGB channel in [0, 1], as is customary for Kinetics
+STD = 0.225
+
+NO_BOX = (0, 0, 0, 0)
+
+Box = tuple[int, int, int, int]
+Range = tuple[float, float] | Sequence[float]
+
+# Loader workers are the parallelism; threads in each would only fight over the same cores, and
+# OpenCV's pool does not survive the fork of a worker.
+cv2.setNumThreads(0)
+
+
+def random_resized_crop_box(
+    height: int, width: int, scale: Range, ratio: Range, rng: np.random.Generator
+) -> Box:
+    """Draw the box of a random resized crop by the rule of torchvision's RandomResizedCrop.
+
+    `scale` bounds the area as a share of the frame, `ratio` the aspect (width / height), drawn
+    log-uniformly. Ten draws that do not fit are followed by the largest centred box whose aspect
+    lies within `ratio`.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h = round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return top, left, h, w
+    h, w = height, width
+    if width / height < min(ratio):
+        h = round(width / min(ratio))
+    elif width / height > max(ratio):
+        w = round(height * max(ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def uniform_crop_box(
+    height: int, width: int, size: int, position: int, num_positions: int = 3
+) -> Box:
+    """Place square test crop number `position` of `num_positions` along the longer side.
+
+    Positions run left to right, or top to bottom when the frame is taller than wide; a square
+    frame counts as wide. They are spaced evenly from edge to edge with offsets rounded up, and a
+    single one sits in the centre. Raise ValueError when the crop does not fit.
+    """
+    if not 0 <= position < num_positions:
+        raise ValueError(f"crop position {position} is not in 0..{num_positions - 1}")
+    if size > min(height, width):
+        raise ValueError(f"a crop of {size} does not fit into a frame of {height} x {width}")
+    top = -(-(height - size) // 2)  # rounded up
+    left = -(-(width - size) // 2)
+    if num_positions > 1:
+        free = max(height, width) - size
+        offset = -(-free * position // (num_positions - 1))
+        if height > width:
+            top = offset
+        else:
+            left = offset
+    return top, left, size, size
+
+
+def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return the (height, width) that makes the short side `size` and keeps the aspect."""
+    if min(height, width) == size:
+        return height, width
+    if height < width:
+        return size, math.floor(width / height * size)
+    return math.floor(height / width * size), size
+
+
+def resize(clip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a uint8 clip [T, H, W, C], or a crop view of one, bilinearly to [T, *size, C].
+
+    Half-pixel centres, no antialiasing up to a reduction by 2 (the result is within one level of
+    float bilinear interpolation); beyond that plain bilinear would skip pixels and shimmer from
+    frame to frame, so the filter widens with the reduction. A clip that has the size is returned.
+    """
+    _, H, W, _ = clip.shape
+    h, w = size
+    if (h, w) == (H, W):
+        return clip
+    if max(H / h, W / w) > 2:
+        channels_last = clip.permute(0, 3, 1, 2)
+        out = F.interpolate(channels_last, (h, w), mode="bilinear", antialias=True)
+        return out.permute(0, 2, 3, 1).contiguous()
+    # OpenCV rounds once where F.interpolate rounds after each axis, and reads crops in place.
+    out = clip.new_empty(len(clip), h, w, clip.shape[3])
+    for source, target in zip(clip.numpy(), out.numpy(), strict=True):
+        cv2.resize(source, (w, h), dst=target, interpolation=cv2.INTER_LINEAR)
+    return out
+
+
+def random_erasing_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    probability: float = 0.25,
+    area: Range = (0.02, 1 / 3),
+    aspect: Range = (0.3, 1 / 0.3),
+) -> Box:
+    """Draw the box that random erasing (arXiv 1708.04896) removes from a clip.
+
+    `area` bounds its share of the frame and `aspect` its height / width, drawn log-uniformly. The
+    box is always smaller than the frame. Return the empty box, all zeros, with probability
+    1 - `probability` and in the rare case that 100 draws do not fit.
+    """
+    if rng.random() > probability:
+        return NO_BOX
+    for _ in range(100):
+        target = height * width * rng.uniform(area[0], area[1])
+        h_over_w = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        h = round(math.sqrt(target * h_over_w))
+        w = round(math.sqrt(target / h_over_w))
+        if h < height and w < width:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return top, left, h, w
+    return NO_BOX
+
+
+def normalize(clips: Tensor) -> Tensor:
+    """Turn uint8 clips [N, T, H, W, C] into standardised float32 [N, C, T, H, W], contiguous."""
+    x = clips.permute(0, 4, 1, 2, 3)
+    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    return x.div_(255).sub_(MEAN).div_(STD)
+
+
+def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) -> Tensor:
+    """Flip, normalise and erase uint8 clips [N, T, H, W, C] into float32 [N, C, T, H, W].
+
+    flip: bool [N], mirror the clip left to right, or None. erase: int64 [N, 4], the box of the
+    flipped clip whose pixels become standard normal noise, drawn anew for every frame, or None.
+    Both lie on the device of `clips`; no value of theirs is read by the host, which need not wait.
+    """
+    if flip is not None:
+        clips = torch.where(flip[:, None, None, None, None], clips.flip(3), clips)
+    x = normalize(clips)
+    if erase is not None:
+        x = torch.where(_box_mask(erase, *x.shape[-2:]), torch.randn_like(x), x)
+    return x
+
+
+def _box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Mark the pixels inside int64 boxes [N, 4]: bool [N, 1, 1, H, W]."""
+    top, left, h, w = boxes[:, :, None].unbind(1)  # each (N, 1)
+    rows = torch.arange(height, device=boxes.device)
+    cols = torch.arange(width, device=boxes.device)
+    in_rows = (rows >= top) & (rows < top + h)  # (N, H)
+    in_cols = (cols >= left) & (cols < left + w)  # (N, W)
+    return in_rows[:, None, None, :, None] & in_cols[:, None, None, None, :]
