@@ -163,7 +163,7 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     )
 
 
-# Flags of the reference's command lines that mean nothing here; each takes 0 or 1 values.
+# Flags of the reference's command lines that mean nothing here; with the number of values they take.
 OBSOLETE_FLAGS = {
     "distributed": 0,
     "no_env": 0,
@@ -203,10 +203,9 @@ def parse(
     for name, values in OBSOLETE_FLAGS.items():
         if f"--{name}" in parser._option_string_actions:
             continue
-        action = {"nargs": "?"} if values else {"action": "store_true"}
-        parser.add_argument(
-            f"--{name}", dest=f"obsolete_{name}", help=argparse.SUPPRESS, default=None, **action
-        )
+        options = {"dest": f"obsolete_{name}", "help": argparse.SUPPRESS, "default": None}
+        options |= {"nargs": 1} if values else {"action": "store_true"}
+        parser.add_argument(f"--{name}", **options)
     args = parser.parse_args(argv)
     if default_flags is not None:
         args = parser.parse_args([*default_flags(args), *argv])

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Number a parameter's layer: 0 = patches and positions, i + 1 = block i, then norm and head."""
+    """Number a parameter's layer: 0 patches and positions, i + 1 block i, then norm and head."""
     if name.startswith(("patch_embed", "pos_embed", "cls_token")):
         return 0
     if name.startswith("blocks."):

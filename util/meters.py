@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +21,15 @@ from util.file_io import make_dirs, open_file
 class NonFiniteError(UserError):
     """A loss or gradient that is not a number; every rank raises it for the same step."""
 
-    def __init__(self, step: int, local: bool):
+    def __init__(self, step: int, samples: Tensor | None):
         super().__init__(f"the loss or gradient of step {step} is not finite", status=1)
         self.step = step
-        self.local = local  # whether this rank's own loss is at fault
+        self.samples = samples  # this rank's batch, if its own loss is at fault
+
+
+def epoch_1000x(epoch: float, repeat_aug: int) -> int:
+    """Map fractional epochs to TensorBoard's x axis, where runs of all batch sizes line up."""
+    return int(epoch * 1000 * repeat_aug)
 
 
 class Meters:
@@ -36,14 +41,17 @@ class Meters:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pending: list[tuple[int, dict[str, Tensor | float]]] = []
+        self.pending: list[tuple[int, Tensor, dict[str, Tensor | float]]] = []
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.latest: dict[str, float] = {}
 
-    def update(self, step: int, **metrics: Tensor | float) -> None:
-        """Note the metrics of a step; every rank must note the same names."""
-        self.pending.append((step, metrics))
+    def update(self, step: int, samples: Tensor, **metrics: Tensor | float) -> None:
+        """Note the metrics of a step and the sample numbers of its batch.
+
+        Every rank must note the same steps and names.
+        """
+        self.pending.append((step, samples, metrics))
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
         """Read the steps noted since the last flush, averaged over ranks.
@@ -53,18 +61,18 @@ class Meters:
         """
         if not self.pending:
             return []
-        flat = [value for _, metrics in self.pending for value in metrics.values()]
+        flat = [value for _, _, metrics in self.pending for value in metrics.values()]
         local = torch.stack(
             [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in flat]
         )
         values = iter(zip(all_reduce_mean(local.clone()).tolist(), local.tolist(), strict=True))
         steps = []
-        for step, metrics in self.pending:
+        for step, samples, metrics in self.pending:
             row = {}
             for name in metrics:
                 row[name], own = next(values)
                 if not _is_finite(row[name]):
-                    raise NonFiniteError(step, local=not _is_finite(own))
+                    raise NonFiniteError(step, samples if not _is_finite(own) else None)
                 self.sums[name] = self.sums.get(name, 0.0) + row[name]
                 self.counts[name] = self.counts.get(name, 0) + 1
             steps.append((step, row))
@@ -97,18 +105,29 @@ class RunLog:
             self.writer = SummaryWriter(log_dir)
 
     def every(
-        self, loader: Any, header: str, num_steps: int, clips_per_step: int
+        self,
+        loader: Any,
+        header: str,
+        num_steps: int,
+        clips_per_step: int,
+        x_axis: Callable[[float], int] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch), printing a line every print_freq steps, or a live bar on a terminal.
 
         Args:
             num_steps: length of the loop.
             clips_per_step: clips that all ranks together take in per step, for clips/s.
+            x_axis: maps a step to TensorBoard's x axis; None logs no scalars.
 
         Raises:
             NonFiniteError: see Meters.flush.
         """
         self.meters = Meters(self.device)
+
+        def scalar(name: str, value: float, step: int) -> None:
+            if x_axis is not None:
+                self.scalar(name, value, x_axis(step))
+
         live = is_main() and sys.stderr.isatty()
         bar = tqdm(total=num_steps, desc=header, disable=not live, dynamic_ncols=True)
         start = last = time.perf_counter()
@@ -120,7 +139,7 @@ class RunLog:
             if (step + 1) % self.print_freq == 0 or step + 1 == num_steps:
                 for number, row in self.meters.flush():
                     for name, value in row.items():
-                        self.scalar(f"train/{name}", value, number)
+                        scalar(f"train/{name}", value, number)
                 now = time.perf_counter()
                 seconds = (now - last) / (step - last_step)
                 line = {
@@ -129,8 +148,8 @@ class RunLog:
                     "data": f"{data_time / (now - last):.0%}",
                     "mem": f"{memory_mib(self.device):.0f}M",
                 }
-                self.scalar("speed/clips_per_s", clips_per_step / seconds, step)
-                self.scalar("speed/data_share", data_time / (now - last), step)
+                scalar("speed/clips_per_s", clips_per_step / seconds, step)
+                scalar("speed/data_share", data_time / (now - last), step)
                 eta = timedelta(seconds=int(seconds * (num_steps - step - 1)))
                 if live:
                     bar.set_postfix(line)
@@ -143,18 +162,10 @@ class RunLog:
         elapsed = timedelta(seconds=int(time.perf_counter() - start))
         print0(f"{header}  done in {elapsed}")
 
-    def x_axis(self, step: float) -> int:
-        """Map a step of the current loop to TensorBoard's x axis; set by start_epoch."""
-        return int((step / self.steps_per_epoch + self.epoch) * 1000 * self.repeat_aug)
-
-    def start_epoch(self, epoch: int, steps_per_epoch: int, repeat_aug: int) -> None:
-        """Set the x axis to 1000 x effective epochs, where runs of all batch sizes line up."""
-        self.epoch, self.steps_per_epoch, self.repeat_aug = epoch, steps_per_epoch, repeat_aug
-
-    def scalar(self, name: str, value: float, step: float) -> None:
-        """Write one TensorBoard scalar at a step of the current epoch."""
+    def scalar(self, name: str, value: float, x: int) -> None:
+        """Write one TensorBoard scalar."""
         if self.writer is not None:
-            self.writer.add_scalar(name, value, self.x_axis(step))
+            self.writer.add_scalar(name, value, x)
 
     def epoch_line(self, record: dict[str, Any]) -> None:
         """Append one JSON line to log.txt."""
