@@ -1,0 +1,327 @@
+"""Decode the wanted frames of a video exactly and cheaply, and place clips in it.
+
+A frame's number is its place in presentation order among the frames shown (an edit list may hide some).
+Opening a file reads all its packets and decodes none, so that number, key frames and time stamps are what
+the file holds, whatever its header says. `Video.frames` then decodes as little as the wanted frames need.
+"""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import av
+import numpy as np
+import torch
+from av.container import Flags
+from av.stream import Discard
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+MAX_PIXELS = 8192 * 8192  # width * height: above 8K footage (7680 x 4320), below a decompression bomb
+MAX_HOLD = 8  # frames: the longest hole that the frame before it may fill
+
+# Decoders that may be told to drop frames no other frame refers to: in these formats such frames are marked
+# in the stream itself. (HEVC's mark speaks of one temporal layer only; other decoders ignore the request.)
+DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
+
+
+class VideoError(Exception):
+    """A video that cannot be used; its text is 'PATH: reason'."""
+
+
+class Video:
+    """Open a local video file for decoding; a context manager.
+
+    Attributes:
+        path: the file, as given.
+        num_frames: frames shown, counted (the header is not asked).
+        fps: mean frames per second, a float.
+        height, width: pixels of an upright frame (rotation metadata applied, pixels taken as square).
+
+    Everything runs on the calling thread: loader workers are the parallelism.
+
+    Args:
+        path: local path.
+        max_pixels: refuse pictures of more than this many pixels (width * height), before allocating any.
+
+    Raises:
+        VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
+    """
+
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS):
+        self.path = path
+        if not os.path.isfile(path):
+            raise VideoError(f"{path}: {'a folder' if os.path.isdir(path) else 'no such file'}")
+        try:
+            # The absolute path keeps a name such as "a:b.mp4" from being read as a protocol; the whitelist
+            # keeps playlists from reaching the network; decoders obey max_pixels wherever sizes change.
+            self._container = av.open(
+                os.path.abspath(path),
+                options={"max_pixels": str(max_pixels)},
+                container_options={"protocol_whitelist": "file"},
+                metadata_errors="replace",
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"{path}: cannot be opened as a video ({_reason(error)})") from error
+        try:
+            self._read_packets(max_pixels)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and free its packets."""
+        self._packets = []
+        self._container.close()
+
+    def _read_packets(self, max_pixels: int) -> None:
+        """Read all packets, number the frames they hold, and prepare the decoder."""
+        streams = [s for s in self._container.streams.video if s.codec_context is not None]
+        if not streams:
+            raise VideoError(f"{self.path}: no video stream that can be decoded")
+        stream = streams[0]
+        for other in self._container.streams:
+            other.discard = Discard.default if other is stream else Discard.all
+        self._decoder = stream.codec_context
+        self._size = self._decoder.height, self._decoder.width  # as stored, before rotation
+        if self._size[0] * self._size[1] > max_pixels:
+            raise VideoError(
+                f"{self.path}: {self._size[1]} x {self._size[0]} pixels are more than max_pixels {max_pixels}"
+            )
+        if not all(self._size):
+            raise VideoError(f"{self.path}: the size of its pictures is unknown")
+        self._decoder.options = {"max_pixels": str(max_pixels)}
+        self._decoder.thread_type = "NONE"
+        self._decoder.thread_count = 1  # dav1d looks at this one only
+        self._reformatter = VideoReformatter()
+        self._rotation: int | None = None
+
+        # Time stamps that the file does not hold must stay unknown: those made up for AVI are in the wrong order.
+        self._container.flags &= ~Flags.gen_pts.value
+        self._packets: list[av.Packet] = []
+        try:
+            # Empty packets hold no frame, and a decoder takes one for the end of the stream.
+            self._packets.extend(p for p in self._container.demux(stream) if p.size)
+        except av.FFmpegError:
+            pass  # a file that breaks off has the packets before the break
+        shown = [k for k, packet in enumerate(self._packets) if not packet.is_discard]
+        if not shown:
+            raise VideoError(f"{self.path}: no frames")
+        self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
+        self._stamps = [packet.pts for packet in self._packets]
+        self._number = {self._stamps[k]: k for k in shown}  # time stamp -> packet, then -> frame number
+        # Time stamps number the frames if each has its own, and they are out of decoding order where the
+        # codec's are. Else (AVI, raw streams, careless writers) the order of a full decode is all there is.
+        self._timed = None not in self._number and len(self._number) == len(shown)
+        if self._timed and self._decoder.has_b_frames:
+            self._timed = any(self._stamps[a] > self._stamps[b] for a, b in pairwise(shown))
+        if self._timed:
+            shown = [self._number[stamp] for stamp in sorted(self._number)]
+            self._number = {self._stamps[k]: number for number, k in enumerate(shown)}
+        self._shown = shown  # frame number -> packet
+        self.num_frames = len(shown)
+        self.fps = self._mean_rate(stream)
+
+    def _mean_rate(self, stream: av.VideoStream) -> float:
+        """Return the header's mean rate, unless the time stamps contradict it by more than a twentieth."""
+        header = float(stream.average_rate or stream.guessed_rate or 0)
+        if self._timed and self.num_frames > 1 and stream.time_base:
+            ticks = self._stamps[self._shown[-1]] - self._stamps[self._shown[0]]
+            rate = (self.num_frames - 1) / float(ticks * stream.time_base)
+            if abs(rate - header) > 0.05 * rate:  # stamps rounded to 1 ms (Matroska) are the less exact
+                return rate
+        return header or 30.0
+
+    @property
+    def rotation(self) -> int:
+        """Degrees counterclockwise, 0, 90, 180 or 270, that turn a stored frame upright.
+
+        FFmpeg tells it with a frame only: unless one was decoded already, this decodes the first.
+        """
+        if self._rotation is None:
+            for _ in self.frames([0]):
+                break
+        return self._rotation or 0
+
+    @property
+    def height(self) -> int:
+        return self._size[self.rotation in (90, 270)]
+
+    @property
+    def width(self) -> int:
+        return self._size[self.rotation not in (90, 270)]
+
+    def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode the wanted frames once, in ascending order.
+
+        Only groups of pictures that hold a wanted frame are decoded, each up to the last wanted frame and
+        without the unwanted frames that no other refers to; only wanted frames are converted. What comes is
+        bit-exactly what decoding everything gives. Should the short way not deliver what the packets
+        promise, the rest comes from decoding everything. A frame that even this does not deliver (a damaged
+        packet, a broken tail) is the one delivered before it, as decoders conceal errors, or at the start
+        the first one; a hole of more than MAX_HOLD frames raises.
+
+        Args:
+            wanted: frame numbers in [0, num_frames), in any order; duplicates count once.
+
+        Yields:
+            (number, uint8 RGB [height, width, 3], C-contiguous rows), upright, colours as PyAV's
+            `frame.to_ndarray(format="rgb24")` (the stream's matrix and range; BT.601, limited, where it is
+            silent). The array is the caller's own. Frames of another size are scaled to the stream's.
+
+        Raises:
+            IndexError: a number outside the video.
+            VideoError: a wanted frame cannot be decoded.
+        """
+        left = np.unique(np.asarray(wanted, dtype=np.int64)).tolist()
+        if left and (left[0] < 0 or left[-1] >= self.num_frames):
+            raise IndexError(f"{self.path}: frames {left[0]} to {left[-1]} of {self.num_frames}")
+        left.reverse()  # the next one wanted is left[-1]
+        if self._timed:
+            for number, frame in self._decode_needed(left):
+                yield number, self._to_rgb(frame)
+        if left:
+            yield from self._decode_everything(left)
+
+    def _decode_needed(self, left: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Take the wanted frames off `left` as they come, and stop at the first thing unexpected."""
+        wanted = {self._shown[number] for number in left}
+        droppable = self._decoder.name in DROPPABLE
+        for first, last in self._runs(sorted(wanted)):
+            # The frame where decoding enters must be a key frame by its own word, not just the container's.
+            entered = self._packets[first].is_discard
+            for frame in self._decode_run(first, last, wanted, droppable):
+                number = self._number.get(frame.pts)
+                if number == self._number.get(self._stamps[first]):
+                    entered = entered or bool(frame.key_frame)
+                if number is None or self._shown[number] not in wanted:
+                    continue
+                if not left or number != left[-1] or not entered or frame.is_corrupt:
+                    return
+                left.pop()
+                yield number, frame
+
+    def _runs(self, wanted: list[int]) -> list[list[int]]:
+        """Return [first, last] of the stretches of packets, in decoding order, that the wanted ones need."""
+        runs: list[list[int]] = []
+        for packet in wanted:
+            key = bisect_right(self._keys, packet) - 1
+            # Frames shown before the key frame they follow in the stream (open GOP) refer to the group before.
+            while key > 0 and self._stamps[packet] < self._stamps[self._keys[key]]:
+                key -= 1
+            first = self._keys[key] if key >= 0 else 0
+            if runs and first <= runs[-1][1]:
+                runs[-1][1] = packet
+            else:
+                runs.append([first, packet])
+        return runs
+
+    def _decode_run(
+        self, first: int, last: int, wanted: set[int], droppable: bool
+    ) -> Iterator[VideoFrame]:
+        """Yield what comes of some packets; frames not wanted may be missing, any after an error are."""
+        decoder = self._restarted_decoder()
+        try:
+            for k in range(first, last + 1):
+                if droppable:
+                    decoder.skip_frame = "DEFAULT" if k in wanted else "NONREF"
+                yield from decoder.decode(self._packets[k])
+            yield from decoder.decode(None)  # what the decoder still holds back
+        except av.FFmpegError:
+            return
+
+    def _decode_everything(self, left: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the frames left from a decode of all packets, filling holes as `frames` says."""
+        last, held = -1, None  # the frame delivered last
+        for number, frame in self._delivered():
+            if number < last:
+                raise VideoError(f"{self.path}: frames come out of the order of their time stamps")
+            while left and left[-1] < number:
+                hole = number - left[-1] if held is None else left[-1] - last
+                yield self._fill(left.pop(), hole, held or frame)
+            if left and left[-1] == number:
+                left.pop()
+                yield number, self._to_rgb(frame)
+            if not left:
+                return
+            last, held = number, frame
+        while left:
+            yield self._fill(left.pop(), left[-1] - last, held)
+
+    def _delivered(self) -> Iterator[tuple[int, VideoFrame]]:
+        """Decode all packets, passing over those that fail, and number the frames that come."""
+        decoder = self._restarted_decoder()
+        count = 0
+        for packet in [*self._packets, None]:
+            try:
+                frames = decoder.decode(packet)
+            except av.FFmpegError:
+                continue
+            for frame in frames:
+                number = self._number.get(frame.pts) if self._timed else count
+                count += 1
+                if number is not None:
+                    yield number, frame
+
+    def _restarted_decoder(self) -> av.VideoCodecContext:
+        self._decoder.flush_buffers()
+        self._decoder.skip_frame = "DEFAULT"
+        return self._decoder
+
+    def _fill(self, number: int, hole: int, frame: VideoFrame | None) -> tuple[int, np.ndarray]:
+        if frame is None or hole > MAX_HOLD:
+            raise VideoError(f"{self.path}: frame {number} of {self.num_frames} cannot be decoded")
+        return number, self._to_rgb(frame)
+
+    def _to_rgb(self, frame: VideoFrame) -> np.ndarray:
+        """Return uint8 RGB [H, W, 3], upright."""
+        if self._rotation is None:
+            self._rotation = round(frame.rotation / 90) * 90 % 360
+        height, width = self._size
+        # PyAV starts a thread pool per call unless told not to.
+        rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
+        if rgb is frame:  # was RGB already: the decoder's memory, rows maybe bottom up
+            image = rgb.to_ndarray()
+        else:
+            plane = rgb.planes[0]
+            strides = (plane.line_size, 3, 1)
+            image = np.ndarray((height, width, 3), np.uint8, plane, strides=strides)  # no copy
+        return np.ascontiguousarray(np.rot90(image, self._rotation // 90)) if self._rotation else image
+
+
+def clip_length(
+    num_frames: int, sampling_rate: int, fps: float, target_fps: float = 30.0
+) -> float:
+    """Return a clip's length in source frames: `num_frames` every `sampling_rate` at `target_fps`."""
+    return sampling_rate * num_frames / target_fps * fps
+
+
+def random_start(total: int, clip_len: float, rng: np.random.Generator) -> float:
+    """Draw a training clip's start, uniform over the places where it fits in `total` frames."""
+    return float(rng.uniform(0, max(total - clip_len, 0)))
+
+
+def clip_start(total: int, clip_len: float, clip: int, num_clips: int) -> float:
+    """Return the start of test clip `clip` of `num_clips`, spread evenly; the centre one if there is one."""
+    spare = max(total - clip_len, 0)
+    return float(spare // 2) if num_clips == 1 else float(clip * (spare // (num_clips - 1)))
+
+
+def frame_indices(start: float, clip_len: float, num_frames: int, total: int) -> np.ndarray:
+    """Return the int64 [num_frames] frame numbers of a clip, the last frame repeated beyond the video.
+
+    Rounding decides whole frames here, so it is torch's float32 linspace, as in published results.
+    """
+    numbers = torch.linspace(start, start + clip_len - 1, num_frames)
+    return numbers.clamp(0, total - 1).long().numpy()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
