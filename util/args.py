@@ -5,6 +5,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class Parser(ArgumentParser):
@@ -23,8 +24,8 @@ class Parser(ArgumentParser):
         return shlex.split(arg_line, comments=True)
 
 
-def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float]) -> None:
-    """Add the flags of videos and clips."""
+def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | None = None) -> None:
+    """Add the flags of videos and, given the range of the random crop's area, of their jitter."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--path_to_data_dir",
@@ -98,6 +99,27 @@ def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) 
     )
 
 
+def add_classifier_args(parser: ArgumentParser) -> None:
+    """Add the flag that every classifier has on top of add_model_args."""
+    parser.add_argument(
+        "--num_classes", "--nb_classes", type=int, default=400, help="classes of the head"
+    )
+
+
+def as_flags(values: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Write those of the named values that are there as command-line flags."""
+    result = []
+    for name in names:
+        value = values.get(name)
+        if name == "no_qkv_bias":
+            result += ["--no_qkv_bias"] if value else []
+        elif isinstance(value, bool):
+            result.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            result += [f"--{name}", str(value)]
+    return result
+
+
 def add_optim_args(parser: ArgumentParser) -> None:
     """Add the flags of batch, schedule and optimiser."""
     group = parser.add_argument_group("optimisation")
@@ -163,7 +185,7 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     )
 
 
-# Flags of the reference's command lines that mean nothing here; with the number of values they take.
+# Flags of the reference that mean nothing here, with the number of values they take.
 OBSOLETE_FLAGS = {
     "distributed": 0,
     "no_env": 0,

@@ -1,0 +1,179 @@
+"""Fine-tuning, validation and multi-view testing of a classifier."""
+
+from argparse import Namespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
+from util.kinetics import VideoLoader
+from util.lr_sched import learning_rate, set_learning_rate
+from util.meters import RunLog, epoch_1000x, topk_correct
+from util.optim import autocast, grad_sync, optim_step
+from util.transforms import augment_on_device
+
+
+def mix(mixup: Mixup, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix every clip [N, C, T, H, W] with its partner, the same way in all frames.
+
+    Returns:
+        the mixed clips and their soft labels [N, classes].
+    """
+    images, targets = mixup(clips.flatten(1, 2), labels)  # frames are channels to timm
+    return images.view_as(clips), targets
+
+
+def train_one_epoch(
+    model: nn.Module,
+    mixup: Mixup | None,
+    loader: VideoLoader,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+    epoch: int,
+    log: RunLog,
+    args: Namespace,
+) -> dict[str, float]:
+    """Train over every batch of the loader once.
+
+    A step takes B videos with R augmentations of a clip each, uint8 [B, R, T, H, W, C]; every
+    accum_iter of them make an update. What is left over at the end of an epoch is not applied.
+
+    Returns:
+        the epoch's mean metrics over all ranks.
+
+    Raises:
+        NonFiniteError: on every rank, when a loss or gradient is not finite.
+    """
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    steps, lr = len(loader), 0.0
+    clips_per_step = args.batch_size * args.repeat_aug * world_size()
+
+    def x_axis(step: float) -> int:
+        return epoch_1000x(epoch + step / steps, args.repeat_aug)
+
+    loader.set_epoch(epoch)
+    header = f"Epoch [{epoch}/{args.epochs}]"
+    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis):
+        seed_step(args.seed, epoch, step, rank())  # drop path, dropout, mixup, erasing noise
+        update = (step + 1) % args.accum_iter == 0
+        if step % args.accum_iter == 0:
+            progress = epoch + step / steps  # fractional epochs
+            lr = learning_rate(progress, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+            set_learning_rate(optimizer, lr)
+
+        clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # (B*R, T, H, W, C)
+        flip = batch.flip.to(device, non_blocking=True).flatten()
+        erase = batch.erase.to(device, non_blocking=True).flatten(0, 1) if args.reprob else None
+        labels = torch.as_tensor(batch.label).to(device, non_blocking=True)
+        targets = labels.repeat_interleave(args.repeat_aug)  # (N,)
+        clips = augment_on_device(clips, flip, erase)  # (N, C, T, H, W)
+        smoothing = args.smoothing
+        if mixup is not None:
+            clips, targets = mix(mixup, clips, targets)  # the soft targets are smoothed already
+            smoothing = 0.0
+
+        with grad_sync(model, update):
+            with autocast(device, args.precision):
+                logits = model(clips)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            scaler.scale(loss / args.accum_iter).backward()
+        metrics = {"loss": loss.detach(), "lr": lr}
+        if update:
+            metrics["grad_norm"] = optim_step(optimizer, scaler, parameters, args.clip_grad)
+        log.meters.update(step, batch.row, **metrics)
+    return log.meters.means()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: VideoLoader, device: torch.device, precision: str, log: RunLog
+) -> dict[str, float]:
+    """Classify the centre view of every video, each on one rank.
+
+    Returns:
+        loss, acc1 and acc5 in percent, over all readable videos; bad, the number of the others.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, videos
+    for _, batch in log.every(loader, "Validate", len(loader), len(loader)):
+        good = torch.tensor([not error for error in batch.error])
+        if not good.any():
+            continue
+        clips = batch.clips[good].to(device, non_blocking=True).flatten(0, 1)
+        labels = torch.as_tensor(batch.label)[good].to(device, non_blocking=True)
+        with autocast(device, precision):
+            logits = model(augment_on_device(clips, flip=None, erase=None))
+        logits = logits.float()
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += topk_correct(logits, labels, 1)
+        sums[2] += topk_correct(logits, labels, 5)
+        sums[3] += len(labels)
+    *totals, videos = all_reduce_sum(sums).tolist()
+    loss, top1, top5 = (total / max(videos, 1) for total in totals)
+    bad = len(loader.dataset) - videos
+    return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5, "bad": bad}
+
+
+class VideoScores(NamedTuple):
+    """What multi-view testing says of every row of a csv, in order."""
+
+    scores: np.ndarray  # float32 [V, classes], zero where the video could not be read
+    readable: np.ndarray  # bool [V]
+    errors: list[str]
+
+
+@torch.no_grad()
+def test(
+    model: nn.Module,
+    loader: VideoLoader,
+    device: torch.device,
+    precision: str,
+    clips_per_forward: int,
+    ensemble: str,
+    log: RunLog,
+) -> VideoScores:
+    """Score every video by softmax over each of its views, summed or maximised over views.
+
+    Args:
+        clips_per_forward: views that go through the model at once.
+        ensemble: "sum" or "max".
+    """
+    model.eval()
+    dataset = loader.dataset
+    rows: list[tuple[int, np.ndarray | None, str]] = []
+    for _, batch in log.every(loader, "Test", len(loader), dataset.views * world_size()):
+        for clips, row, error in zip(batch.clips, batch.row, batch.error, strict=True):
+            if error:
+                rows.append((int(row), None, error))
+                continue
+            views = []
+            for part in clips.split(clips_per_forward):  # (V, T, H, W, C)
+                part = part.to(device, non_blocking=True)
+                with autocast(device, precision):
+                    logits = model(augment_on_device(part, flip=None, erase=None))
+                views.append(logits.float().softmax(dim=1))
+            rows.append((int(row), combine_views(torch.cat(views), ensemble).cpu().numpy(), ""))
+    gathered = [row for part in gather_objects(rows) for row in part]
+    classes = max((len(scores) for _, scores, _ in gathered if scores is not None), default=0)
+    result = np.zeros((len(dataset), classes), dtype=np.float32)
+    readable = np.zeros(len(dataset), dtype=bool)
+    errors = []
+    for row, scores, error in sorted(gathered, key=lambda item: item[0]):
+        if scores is None:
+            errors.append(error)
+        else:
+            result[row], readable[row] = scores, True
+    return VideoScores(result, readable, errors)
+
+
+def combine_views(softmax: Tensor, ensemble: str) -> Tensor:
+    """Combine the views of a video: [V, classes] -> [classes], by "sum" or "max"."""
+    return softmax.sum(dim=0) if ensemble == "sum" else softmax.amax(dim=0)

@@ -1,0 +1,206 @@
+"""Fine-tune a classifier from pre-trained weights, or train one from scratch.
+
+    python main_finetune.py --path_to_data_dir /data/k400 --finetune pretrained.pth
+    torchrun --nproc_per_node 8 main_finetune.py ...
+
+The same command resumes from the newest checkpoint of --output_dir. See FINETUNE.md.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from timm.data.mixup import Mixup
+
+import models_vit
+from engine_finetune import evaluate, train_one_epoch
+from util import args as flags
+from util import run
+from util.checkpoint import load_weights, newest_checkpoint, resume, save_checkpoint
+from util.dist import print0, seed_step, world_size
+from util.errors import UserError
+from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.lr_decay import param_groups_lrd
+from util.meters import NonFiniteError, RunLog, epoch_1000x
+from util.optim import make_optimizer, make_scaler
+from util.rand_augment import RandAugment
+
+
+def get_args_parser() -> flags.Parser:
+    """Build the flags; their defaults are the recipe for ViT-L on Kinetics-400."""
+    parser = flags.Parser("Fine-tuning of a video classifier")
+    flags.add_data_args(parser, jitter_scales=(0.08, 1.0))
+    flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
+    flags.add_classifier_args(parser)
+    group = parser.add_argument_group("augmentation and regularisation")
+    group.add_argument("--dropout", type=float, default=0.3, help="probability before the head")
+    group.add_argument(
+        "--drop_path_rate", type=float, default=0.2, help="stochastic depth of the last block"
+    )
+    group.add_argument(
+        "--rand_aug", action=argparse.BooleanOptionalAction, default=True, help="use RandAugment"
+    )
+    group.add_argument(
+        "--aa", default="rand-m7-mstd0.5-inc1", help="RandAugment policy, timm's grammar"
+    )
+    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--mixup", type=float, default=0.8, help="mixup alpha, 0 for none")
+    group.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 for none")
+    group.add_argument(
+        "--cutmix_minmax", type=float, nargs=2, default=None, help="cutmix side range, share"
+    )
+    group.add_argument(
+        "--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all"
+    )
+    group.add_argument(
+        "--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix over mixup"
+    )
+    flags.add_optim_args(parser)
+    parser.add_argument(
+        "--layer_decay", type=float, default=0.75, help="factor of the rate from layer to layer"
+    )
+    flags.add_checkpoint_args(parser)
+    parser.add_argument(
+        "--finetune", default="", help="checkpoint whose encoder to start from; empty: scratch"
+    )
+    parser.add_argument(
+        "--eval", action="store_true", help="validate the weights of --resume, then exit"
+    )
+    flags.add_run_args(parser, output_dir="./output/finetune")
+    parser.set_defaults(
+        repeat_aug=2,
+        epochs=50,
+        warmup_epochs=5,
+        blr=2.4e-3,
+        min_lr=1e-5,
+        clip_grad=5.0,
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse flags; without --path_to_data_dir, the embedded videos' recipe sets the defaults."""
+    default_flags = run.synthetic_recipe("synthetic_finetune.args")
+    return flags.parse(get_args_parser(), argv, default_flags)
+
+
+def make_mixup(args: argparse.Namespace) -> Mixup | None:
+    """Build timm's mixup and cutmix over the clips of a batch, or None when both are off."""
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    if args.batch_size * args.repeat_aug % 2:
+        raise UserError(
+            f"--batch_size {args.batch_size} x --repeat_aug {args.repeat_aug} is odd; mixing pairs "
+            "clips: make it even or turn mixing off (--mixup 0 --cutmix 0)"
+        )
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build data, model and optimiser in this order, then train and validate."""
+    device = run.start(args)
+
+    folder = run.data_dir(args, "finetune")
+    sizes = {
+        "input_size": args.input_size,
+        "num_frames": args.num_frames,
+        "sampling_rate": args.sampling_rate,
+        "seed": args.seed,
+    }
+    train_set = Kinetics(
+        VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
+        "finetune",
+        **sizes,
+        repeat_aug=args.repeat_aug,
+        scales=args.jitter_scales_relative,
+        ratios=args.jitter_aspect_relative,
+        hflip=args.hflip,
+        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
+        reprob=args.reprob,
+    )
+    val_index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
+    val_set = Kinetics(val_index, "test", **sizes)
+    loading = args.num_workers, args.max_bad_share, device
+    train_loader = VideoLoader(train_set, args.batch_size, *loading)
+    val_loader = VideoLoader(val_set, args.batch_size * args.repeat_aug, *loading)
+    print0(f"{len(train_set)} videos to train, {len(val_set)} to validate on")
+    mixup = make_mixup(args)
+
+    seed_step(args.seed)
+    model = run.build(
+        models_vit.MODELS[args.model],
+        num_frames=args.num_frames,
+        t_patch_size=args.t_patch_size,
+        img_size=args.input_size,
+        num_classes=args.num_classes,
+        no_qkv_bias=args.no_qkv_bias,
+        dropout=args.dropout,
+        sep_pos_embed=args.sep_pos_embed,
+        cls_embed=args.cls_embed,
+        drop_path_rate=args.drop_path_rate,
+    )
+    checkpoint = args.resume or newest_checkpoint(args.output_dir)
+    if args.finetune and not checkpoint:
+        load_weights(model, args.finetune, keep_head=False)
+        torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    model.to(device)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{args.model}: {millions:.1f} M parameters")
+
+    # Unlike in pre-training, the published recipes count the repeated clips in this rule.
+    batch_size = args.batch_size * args.accum_iter * world_size() * args.repeat_aug
+    args.lr = run.effective_lr(args, args.repeat_aug, batch_size)
+    groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
+    optimizer = make_optimizer(groups, args.beta, device)
+    scaler = make_scaler(device, args.precision)
+
+    start_epoch, step = 0, 0
+    if checkpoint:
+        start_epoch, step = resume(checkpoint, model, optimizer, scaler, args)
+
+    log = RunLog(args.output_dir, run.log_dir(args), args.print_freq, device)
+    if args.eval:
+        if not checkpoint:
+            raise UserError("--eval needs weights: give --resume CHECKPOINT")
+        print0(evaluate(model, val_loader, device, args.precision, log))
+        return
+    ddp_model = run.distribute(model, device)
+    started, best = time.time(), 0.0
+    for epoch in range(start_epoch, args.epochs):
+        try:
+            stats = train_one_epoch(
+                ddp_model, mixup, train_loader, optimizer, scaler, device, epoch, log, args
+            )
+        except NonFiniteError as error:
+            raise run.non_finite_report(error, epoch, train_set.index, args.output_dir) from error
+        step += len(train_loader) // args.accum_iter
+        if (epoch + 1) % args.checkpoint_period == 0 or epoch + 1 == args.epochs:
+            save_checkpoint(args.output_dir, epoch, step, model, optimizer, scaler, args)
+        val = evaluate(model, val_loader, device, args.precision, log)
+        best = max(best, val["acc1"])
+        print0(
+            f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
+            f"loss {val['loss']:.4f}  best top-1 {best:.2f} %"
+        )
+        for name, value in val.items():
+            log.scalar(f"val/{name}", value, epoch_1000x(epoch + 1, args.repeat_aug))
+        record = {"epoch": epoch} | {f"train_{k}": v for k, v in stats.items()}
+        log.epoch_line(record | {f"val_{k}": v for k, v in val.items()})
+    log.close()
+    print0(f"training time {timedelta(seconds=int(time.time() - started))}")
+
+
+if __name__ == "__main__":
+    run.run(main, parse_args)

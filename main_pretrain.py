@@ -1,0 +1,135 @@
+"""Pre-train a masked autoencoder on videos.
+
+    python main_pretrain.py --path_to_data_dir /data/k400
+    torchrun --nproc_per_node 8 main_pretrain.py --path_to_data_dir /data/k400
+
+The same command resumes from the newest checkpoint of --output_dir. See PRETRAIN.md.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import models_mae
+from engine_pretrain import train_one_epoch
+from util import args as flags
+from util import run
+from util.checkpoint import newest_checkpoint, resume, save_checkpoint
+from util.dist import print0, seed_step, world_size
+from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.meters import NonFiniteError, RunLog
+from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
+
+
+def get_args_parser() -> flags.Parser:
+    """Build the flags; their defaults are the recipe for ViT-L on Kinetics-400."""
+    parser = flags.Parser("Masked-autoencoder pre-training on videos")
+    flags.add_data_args(parser, jitter_scales=(0.5, 1.0))
+    flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
+    group = parser.add_argument_group("masked autoencoder")
+    group.add_argument("--mask_ratio", type=float, default=0.9, help="share of patches removed")
+    group.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width")
+    group.add_argument("--decoder_depth", type=int, default=4, help="decoder blocks")
+    group.add_argument("--decoder_num_heads", type=int, default=16, help="decoder heads")
+    group.add_argument(
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="normalise each target patch by its own mean and deviation",
+    )
+    group.add_argument("--pred_t_dim", type=int, default=8, help="frames to predict per clip")
+    group.add_argument(
+        "--trunc_init", action="store_true", help="truncated normal in place of Xavier weights"
+    )
+    flags.add_optim_args(parser)
+    parser.add_argument("--bias_wd", action="store_true", help="decay norm weights too")
+    flags.add_checkpoint_args(parser)
+    flags.add_run_args(parser, output_dir="./output/pretrain")
+    parser.set_defaults(
+        repeat_aug=4,
+        epochs=200,
+        warmup_epochs=30,
+        blr=1.6e-3,
+        beta=(0.9, 0.95),
+        clip_grad=0.02,
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse flags; without --path_to_data_dir, the embedded videos' recipe sets the defaults."""
+    default_flags = run.synthetic_recipe("synthetic_pretrain.args")
+    return flags.parse(get_args_parser(), argv, default_flags)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build data, model and optimiser in this order, then train."""
+    device = run.start(args)
+
+    index = VideoIndex(os.path.join(run.data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
+    dataset = Kinetics(
+        index,
+        "pretrain",
+        input_size=args.input_size,
+        num_frames=args.num_frames,
+        sampling_rate=args.sampling_rate,
+        seed=args.seed,
+        repeat_aug=args.repeat_aug,
+        scales=args.jitter_scales_relative,
+        ratios=args.jitter_aspect_relative,
+        hflip=args.hflip,
+    )
+    loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
+    print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
+
+    seed_step(args.seed)
+    model = run.build(
+        models_mae.MODELS[args.model],
+        img_size=args.input_size,
+        num_frames=args.num_frames,
+        t_patch_size=args.t_patch_size,
+        decoder_embed_dim=args.decoder_embed_dim,
+        decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_num_heads,
+        norm_pix_loss=args.norm_pix_loss,
+        no_qkv_bias=args.no_qkv_bias,
+        sep_pos_embed=args.sep_pos_embed,
+        trunc_init=args.trunc_init,
+        cls_embed=args.cls_embed,
+        pred_t_dim=args.pred_t_dim,
+    ).to(device)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{args.model}: {millions:.1f} M parameters")
+
+    # The published recipes count videos, not the repeat_aug clips of each, in this rule.
+    batch_size = args.batch_size * args.accum_iter * world_size()
+    args.lr = run.effective_lr(args, args.repeat_aug, batch_size)
+    groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)
+    optimizer = make_optimizer(groups, args.beta, device)
+    scaler = make_scaler(device, args.precision)
+
+    start_epoch, step = 0, 0
+    checkpoint = args.resume or newest_checkpoint(args.output_dir)
+    if checkpoint:
+        start_epoch, step = resume(checkpoint, model, optimizer, scaler, args)
+
+    log = RunLog(args.output_dir, run.log_dir(args), args.print_freq, device)
+    ddp_model = run.distribute(model, device)
+    started = time.time()
+    for epoch in range(start_epoch, args.epochs):
+        try:
+            stats = train_one_epoch(ddp_model, loader, optimizer, scaler, device, epoch, log, args)
+        except NonFiniteError as error:
+            raise run.non_finite_report(error, epoch, index, args.output_dir) from error
+        step += len(loader) // args.accum_iter
+        if (epoch + 1) % args.checkpoint_period == 0 or epoch + 1 == args.epochs:
+            save_checkpoint(args.output_dir, epoch, step, model, optimizer, scaler, args)
+        log.epoch_line({"epoch": epoch, **{f"train_{k}": v for k, v in stats.items()}})
+    log.close()
+    print0(f"training time {timedelta(seconds=int(time.time() - started))}")
+
+
+if __name__ == "__main__":
+    run.run(main, parse_args)

@@ -1,0 +1,150 @@
+"""Test a fine-tuned classifier on K temporal x S spatial views of every video.
+
+    python main_test.py --path_to_data_dir /data/k400 --finetune checkpoint-00049.pth
+
+The model's flags default to those that the checkpoint was trained with. See FINETUNE.md.
+"""
+
+import argparse
+import csv
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+import models_vit
+from engine_finetune import VideoScores, test
+from util import args as flags
+from util import run
+from util.checkpoint import checkpoint_args, load_weights, read_checkpoint
+from util.dist import is_main, print0
+from util.errors import UserError
+from util.file_io import write_atomically
+from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.meters import RunLog, topk_correct
+
+MODEL_FLAGS = (
+    "model",
+    "input_size",
+    "num_frames",
+    "sampling_rate",
+    "t_patch_size",
+    "sep_pos_embed",
+    "cls_embed",
+    "no_qkv_bias",
+    "num_classes",
+)
+
+
+def get_args_parser() -> flags.Parser:
+    """Build the flags; views default to 10 x 3 (the paper's tables use 7 x 3)."""
+    parser = flags.Parser("Multi-view testing of a video classifier")
+    flags.add_data_args(parser)
+    flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
+    flags.add_classifier_args(parser)
+    group = parser.add_argument_group("test")
+    group.add_argument(
+        "--finetune", "--resume", default="", help="checkpoint of a fine-tuned classifier"
+    )
+    group.add_argument("--num_clips", type=int, default=10, help="temporal views of a video")
+    group.add_argument("--num_crops", type=int, default=3, help="spatial views of a clip")
+    group.add_argument(
+        "--ensemble", choices=("sum", "max"), default="sum", help="how views are combined"
+    )
+    group.add_argument("--batch_size", type=int, default=32, help="views per forward pass")
+    flags.add_run_args(parser, output_dir="./output/test")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse flags; those of the model default to what the checkpoint was trained with."""
+
+    def default_flags(args: argparse.Namespace) -> list[str]:
+        if not args.finetune:
+            raise UserError("main_test.py needs --finetune CHECKPOINT, a fine-tuned classifier")
+        trained = checkpoint_args(read_checkpoint(args.finetune))
+        return flags.as_flags(trained, MODEL_FLAGS)
+
+    return flags.parse(get_args_parser(), argv, default_flags)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build data and model, score every video, report and write the scores."""
+    device = run.start(args)
+
+    folder = run.data_dir(args, "finetune")
+    index = VideoIndex(os.path.join(folder, "test.csv"), args.path_prefix, args.num_classes)
+    dataset = Kinetics(
+        index,
+        "test",
+        input_size=args.input_size,
+        num_frames=args.num_frames,
+        sampling_rate=args.sampling_rate,
+        num_clips=args.num_clips,
+        num_crops=args.num_crops,
+    )
+    # one video at a time: its views fill the forward passes
+    loader = VideoLoader(dataset, 1, args.num_workers, args.max_bad_share, device)
+    print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
+
+    model = run.build(
+        models_vit.MODELS[args.model],
+        num_frames=args.num_frames,
+        t_patch_size=args.t_patch_size,
+        img_size=args.input_size,
+        num_classes=args.num_classes,
+        no_qkv_bias=args.no_qkv_bias,
+        sep_pos_embed=args.sep_pos_embed,
+        cls_embed=args.cls_embed,
+    )
+    load_weights(model, args.finetune, keep_head=True)
+    model.to(device)
+
+    log = RunLog("", "", args.print_freq, device)
+    result = test(model, loader, device, args.precision, args.batch_size, args.ensemble, log)
+    if is_main():
+        report(result, index, args)
+
+
+def report(result: VideoScores, index: VideoIndex, args: argparse.Namespace) -> None:
+    """Print the accuracy and write predictions.csv, scores.npz and log.txt.
+
+    Unreadable videos count as wrong, so that numbers of different machines can be compared.
+    """
+    if not result.readable.any():
+        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
+    scores = torch.from_numpy(result.scores[result.readable])
+    labels = torch.from_numpy(index.labels[result.readable])
+    top1, top5 = (100 * int(topk_correct(scores, labels, k)) / len(index) for k in (1, 5))
+
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["video", "label", "prediction", "correct"])
+    for i in range(len(index)):
+        prediction = int(result.scores[i].argmax()) if result.readable[i] else ""
+        label = int(index.labels[i])
+        rows.writerow([index.path(i), label, prediction, int(prediction == label)])
+    write_atomically(
+        os.path.join(args.output_dir, "predictions.csv"),
+        lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")),
+    )
+    write_atomically(
+        os.path.join(args.output_dir, "scores.npz"),
+        lambda file: np.savez(file, scores=result.scores, labels=index.labels),
+    )
+    log = RunLog(args.output_dir, "", args.print_freq, torch.device("cpu"))
+    bad = len(result.errors)
+    log.epoch_line({"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": bad})
+    if result.errors:
+        print(f"{bad} unreadable videos, counted as wrong:")
+        print("\n".join(f"  {error}" for error in result.errors))
+    print(
+        f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
+        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; scores in {args.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    run.run(main, parse_args)

@@ -1,0 +1,158 @@
+"""What every script does around its own work: errors, device, data folders, ranks."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util import dist
+from util.checkpoint import newest_checkpoint
+from util.dist import print0
+from util.errors import UserError
+from util.file_io import make_dirs
+from util.kinetics import VideoIndex
+from util.lr_sched import scaled_lr
+from util.meters import NonFiniteError
+from util.optim import choose_precision
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(
+    main: Callable[[Namespace], None], parse: Callable[[Sequence[str] | None], Namespace]
+) -> None:
+    """Parse flags and call main; a UserError ends with its sentence and status, on every rank."""
+    try:
+        main(parse(None))
+    except UserError as error:
+        prefix = f"[rank {dist.rank()}] " if dist.world_size() > 1 else ""
+        print(f"{prefix}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        dist.shutdown()
+
+
+def start(args: Namespace) -> torch.device:
+    """Join the other ranks, pick device and precision, and print the flags.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    try:
+        device = dist.get_device(args.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    dist.init_distributed(device.type, args.dist_timeout)
+    args.precision = choose_precision(args.precision, device)
+    flags = {k: v for k, v in sorted(vars(args).items()) if k != "notice"}
+    print0(" ".join(f"--{k} {v}" for k, v in flags.items()))
+    if args.notice:
+        print0(args.notice)
+    print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}")
+    torch.set_float32_matmul_precision("high")  # TF32 where an fp32 matrix product remains on CUDA
+    if args.output_dir and dist.is_main():
+        make_dirs(args.output_dir)
+    return device
+
+
+def build(model_class: Callable[..., ModelT], **arguments: Any) -> ModelT:
+    """Build a model; sizes that do not fit are the user's to mend.
+
+    Raises:
+        UserError: with the constructor's own words.
+    """
+    try:
+        return model_class(**arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a model for gradient averaging where there are several ranks."""
+    if dist.world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def synthetic_recipe(name: str) -> Callable[[Namespace], Sequence[str]]:
+    """Return the default flags of runs without --path_to_data_dir: the embedded videos' recipe."""
+
+    def default_flags(args: Namespace) -> Sequence[str]:
+        return [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
+
+    return default_flags
+
+
+def data_dir(args: Namespace, task: str) -> str:
+    """Return the folder of csvs: --path_to_data_dir, or the synthetic videos, written if needed.
+
+    Args:
+        task: "pretrain" (all videos) or "finetune" (the few labelled ones).
+    """
+    if args.path_to_data_dir:
+        return args.path_to_data_dir
+    from util.synthetic import write_dataset
+
+    folder = ROOT / "data" / "synthetic"
+    print0(f"no --path_to_data_dir: using the embedded synthetic videos in {folder}")
+    if dist.is_main():
+        write_dataset(str(folder))
+    dist.barrier()
+    return str(folder / task)
+
+
+def effective_lr(args: Namespace, clips_per_video: int, batch_size: int) -> float:
+    """Print the arithmetic of batch size and learning rate, and return the peak rate.
+
+    Args:
+        clips_per_video: how many clips of a video go through the model per step.
+        batch_size: effective batch size by the recipe's own rule, see the two main scripts.
+    """
+    lr = scaled_lr(args.blr, batch_size) if args.lr is None else args.lr
+    ranks = dist.world_size()
+    videos = args.batch_size * args.accum_iter * ranks
+    print0(
+        f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
+        f"ranks = {videos}; clips per update: {videos} x {clips_per_video} = "
+        f"{videos * clips_per_video}"
+    )
+    if args.lr is None:
+        print0(f"learning rate: blr {args.blr:g} x batch {batch_size} / 256 = {lr:.3g}")
+    else:
+        print0(f"learning rate: {lr:.3g} as given by --lr")
+    return lr
+
+
+def non_finite_report(
+    error: NonFiniteError, epoch: int, index: VideoIndex, output_dir: str
+) -> UserError:
+    """Name the step, the files of the batch and the last good checkpoint; call it on every rank."""
+    own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
+    files = [path for paths in dist.gather_objects(own) for path in paths]
+    return UserError(
+        f"the loss or gradient of epoch {epoch}, step {error.step} is not finite; videos of the "
+        f"batch: {', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good "
+        f"checkpoint: {newest_checkpoint(output_dir) or 'none'}; nothing was saved since. Try a "
+        "smaller --blr, --clip_grad, or --precision fp32",
+        status=1,
+    )
+
+
+def log_dir(args: Namespace) -> str:
+    """Return TensorBoard's folder."""
+    return args.log_dir or os.path.join(args.output_dir, "tensorboard")
