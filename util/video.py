@@ -1,8 +1,9 @@
 """Decode the wanted frames of a video exactly and cheaply, and place clips in it.
 
-A frame's number is its place in presentation order among the frames shown (an edit list may hide some).
-Opening a file reads all its packets and decodes none, so that number, key frames and time stamps are what
-the file holds, whatever its header says. `Video.frames` then decodes as little as the wanted frames need.
+A frame's number is its place in presentation order among the frames shown (an edit list may hide
+some). Opening a file reads all its packets and decodes none, so the number of frames, key frames
+and time stamps are what the file holds, whatever its header says. `Video.frames` then decodes as
+little as the wanted frames need.
 """
 
 import os
@@ -18,11 +19,13 @@ from av.stream import Discard
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-MAX_PIXELS = 8192 * 8192  # width * height: above 8K footage (7680 x 4320), below a decompression bomb
+MAX_PIXELS = (
+    8192 * 8192
+)  # width * height: above 8K footage (7680 x 4320), below a decompression bomb
 MAX_HOLD = 8  # frames: the longest hole that the frame before it may fill
 
-# Decoders that may be told to drop frames no other frame refers to: in these formats such frames are marked
-# in the stream itself. (HEVC's mark speaks of one temporal layer only; other decoders ignore the request.)
+# Decoders that may be told to drop the frames to which no other refers: these formats mark them for
+# certain. (HEVC's mark speaks of one temporal layer only; other decoders ignore the request.)
 DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
 
 
@@ -37,13 +40,13 @@ class Video:
         path: the file, as given.
         num_frames: frames shown, counted (the header is not asked).
         fps: mean frames per second, a float.
-        height, width: pixels of an upright frame (rotation metadata applied, pixels taken as square).
+        height, width: pixels of an upright frame (rotated as the metadata says, pixels as stored).
 
     Everything runs on the calling thread: loader workers are the parallelism.
 
     Args:
         path: local path.
-        max_pixels: refuse pictures of more than this many pixels (width * height), before allocating any.
+        max_pixels: refuse pictures with more pixels (width * height), before allocating any.
 
     Raises:
         VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
@@ -54,8 +57,8 @@ class Video:
         if not os.path.isfile(path):
             raise VideoError(f"{path}: {'a folder' if os.path.isdir(path) else 'no such file'}")
         try:
-            # The absolute path keeps a name such as "a:b.mp4" from being read as a protocol; the whitelist
-            # keeps playlists from reaching the network; decoders obey max_pixels wherever sizes change.
+            # An absolute path cannot be read as a protocol ("http:name.mp4"); the whitelist keeps
+            # playlists off the network; decoders obey max_pixels wherever a stream changes size.
             self._container = av.open(
                 os.path.abspath(path),
                 options={"max_pixels": str(max_pixels)},
@@ -92,9 +95,8 @@ class Video:
         self._decoder = stream.codec_context
         self._size = self._decoder.height, self._decoder.width  # as stored, before rotation
         if self._size[0] * self._size[1] > max_pixels:
-            raise VideoError(
-                f"{self.path}: {self._size[1]} x {self._size[0]} pixels are more than max_pixels {max_pixels}"
-            )
+            size = f"{self._size[1]} x {self._size[0]}"
+            raise VideoError(f"{self.path}: {size} pixels are more than max_pixels {max_pixels}")
         if not all(self._size):
             raise VideoError(f"{self.path}: the size of its pictures is unknown")
         self._decoder.options = {"max_pixels": str(max_pixels)}
@@ -103,7 +105,7 @@ class Video:
         self._reformatter = VideoReformatter()
         self._rotation: int | None = None
 
-        # Time stamps that the file does not hold must stay unknown: those made up for AVI are in the wrong order.
+        # Stamps that the file does not hold must stay unknown: PyAV would have them made up.
         self._container.flags &= ~Flags.gen_pts.value
         self._packets: list[av.Packet] = []
         try:
@@ -115,27 +117,35 @@ class Video:
         if not shown:
             raise VideoError(f"{self.path}: no frames")
         self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
-        self._stamps = [packet.pts for packet in self._packets]
-        self._number = {self._stamps[k]: k for k in shown}  # time stamp -> packet, then -> frame number
-        # Time stamps number the frames if each has its own, and they are out of decoding order where the
-        # codec's are. Else (AVI, raw streams, careless writers) the order of a full decode is all there is.
-        self._timed = None not in self._number and len(self._number) == len(shown)
-        if self._timed and self._decoder.has_b_frames:
-            self._timed = any(self._stamps[a] > self._stamps[b] for a, b in pairwise(shown))
+        self._stamps = [packet.pts for packet in self._packets if packet.pts is not None]
+        self._number: dict[int | None, int] = {}  # time stamp -> frame number
+        self._timed = self._can_number_by_stamps(shown)
         if self._timed:
-            shown = [self._number[stamp] for stamp in sorted(self._number)]
+            shown.sort(key=self._stamps.__getitem__)
             self._number = {self._stamps[k]: number for number, k in enumerate(shown)}
         self._shown = shown  # frame number -> packet
         self.num_frames = len(shown)
         self.fps = self._mean_rate(stream)
 
+    def _can_number_by_stamps(self, shown: list[int]) -> bool:
+        """Tell if time stamps order the frames; else only a full decode does (AVI, raw streams)."""
+        if len(self._stamps) < len(self._packets):
+            return False
+        stamps = [self._stamps[k] for k in shown]
+        if len(set(stamps)) < len(stamps):
+            return False
+        # Where the codec reorders and the stamps never do, a careless writer numbered packets.
+        return not self._decoder.has_b_frames or any(a > b for a, b in pairwise(stamps))
+
     def _mean_rate(self, stream: av.VideoStream) -> float:
-        """Return the header's mean rate, unless the time stamps contradict it by more than a twentieth."""
+        """Return the header's mean rate, or that of the time stamps where they differ much."""
         header = float(stream.average_rate or stream.guessed_rate or 0)
         if self._timed and self.num_frames > 1 and stream.time_base:
             ticks = self._stamps[self._shown[-1]] - self._stamps[self._shown[0]]
             rate = (self.num_frames - 1) / float(ticks * stream.time_base)
-            if abs(rate - header) > 0.05 * rate:  # stamps rounded to 1 ms (Matroska) are the less exact
+            if (
+                abs(rate - header) > 0.05 * rate
+            ):  # stamps rounded to 1 ms (Matroska) are the less exact
                 return rate
         return header or 30.0
 
@@ -161,20 +171,21 @@ class Video:
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Decode the wanted frames once, in ascending order.
 
-        Only groups of pictures that hold a wanted frame are decoded, each up to the last wanted frame and
-        without the unwanted frames that no other refers to; only wanted frames are converted. What comes is
-        bit-exactly what decoding everything gives. Should the short way not deliver what the packets
-        promise, the rest comes from decoding everything. A frame that even this does not deliver (a damaged
-        packet, a broken tail) is the one delivered before it, as decoders conceal errors, or at the start
-        the first one; a hole of more than MAX_HOLD frames raises.
+        Only groups of pictures with a wanted frame are decoded, each up to its last wanted one and
+        without unwanted frames to which no other refers; only wanted frames are converted. The
+        result is bit-exactly that of decoding everything. When this short way does not deliver what
+        the packets promise, the rest comes from decoding everything. A frame that even this does
+        not deliver (a damaged packet, a broken tail) is the one delivered before it, as decoders
+        conceal errors, or at the start the first one; a hole of more than MAX_HOLD frames raises.
 
         Args:
             wanted: frame numbers in [0, num_frames), in any order; duplicates count once.
 
         Yields:
-            (number, uint8 RGB [height, width, 3], C-contiguous rows), upright, colours as PyAV's
-            `frame.to_ndarray(format="rgb24")` (the stream's matrix and range; BT.601, limited, where it is
-            silent). The array is the caller's own. Frames of another size are scaled to the stream's.
+            (number, uint8 RGB [height, width, 3]), upright, dense in its last two dimensions, the
+            caller's to keep. Colours as PyAV's `frame.to_ndarray(format="rgb24")`: the stream's
+            matrix and range, BT.601 and limited where it is silent. Frames of another size than the
+            stream's are scaled to it. Finish or drop one iteration before starting the next.
 
         Raises:
             IndexError: a number outside the video.
@@ -191,11 +202,11 @@ class Video:
             yield from self._decode_everything(left)
 
     def _decode_needed(self, left: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """Take the wanted frames off `left` as they come, and stop at the first thing unexpected."""
+        """Take wanted frames off `left` as they come, and stop at the first thing unexpected."""
         wanted = {self._shown[number] for number in left}
         droppable = self._decoder.name in DROPPABLE
         for first, last in self._runs(sorted(wanted)):
-            # The frame where decoding enters must be a key frame by its own word, not just the container's.
+            # Decoding must enter at a key frame by the stream's word, not only the container's.
             entered = self._packets[first].is_discard
             for frame in self._decode_run(first, last, wanted, droppable):
                 number = self._number.get(frame.pts)
@@ -208,25 +219,24 @@ class Video:
                 left.pop()
                 yield number, frame
 
-    def _runs(self, wanted: list[int]) -> list[list[int]]:
-        """Return [first, last] of the stretches of packets, in decoding order, that the wanted ones need."""
-        runs: list[list[int]] = []
+    def _runs(self, wanted: list[int]) -> list[tuple[int, int]]:
+        """Return (first, last) of each stretch of packets that the wanted ones need."""
+        runs: list[tuple[int, int]] = []
         for packet in wanted:
             key = bisect_right(self._keys, packet) - 1
-            # Frames shown before the key frame they follow in the stream (open GOP) refer to the group before.
+            # A frame shown before its key frame (open GOP) refers to the group before, too.
             while key > 0 and self._stamps[packet] < self._stamps[self._keys[key]]:
                 key -= 1
             first = self._keys[key] if key >= 0 else 0
-            if runs and first <= runs[-1][1]:
-                runs[-1][1] = packet
-            else:
-                runs.append([first, packet])
+            while runs and first <= runs[-1][1]:
+                first = min(first, runs.pop()[0])
+            runs.append((first, packet))
         return runs
 
     def _decode_run(
         self, first: int, last: int, wanted: set[int], droppable: bool
     ) -> Iterator[VideoFrame]:
-        """Yield what comes of some packets; frames not wanted may be missing, any after an error are."""
+        """Yield frames of packets first to last: all wanted ones, unless there is an error."""
         decoder = self._restarted_decoder()
         try:
             for k in range(first, last + 1):
@@ -253,7 +263,8 @@ class Video:
                 return
             last, held = number, frame
         while left:
-            yield self._fill(left.pop(), left[-1] - last, held)
+            hole = left[-1] - last
+            yield self._fill(left.pop(), hole, held)
 
     def _delivered(self) -> Iterator[tuple[int, VideoFrame]]:
         """Decode all packets, passing over those that fail, and number the frames that come."""
@@ -292,14 +303,16 @@ class Video:
         else:
             plane = rgb.planes[0]
             strides = (plane.line_size, 3, 1)
-            image = np.ndarray((height, width, 3), np.uint8, plane, strides=strides)  # no copy
-        return np.ascontiguousarray(np.rot90(image, self._rotation // 90)) if self._rotation else image
+            image = np.ndarray(
+                (height, width, 3), np.uint8, memoryview(plane), strides=strides
+            )  # no copy
+        return (
+            np.ascontiguousarray(np.rot90(image, self._rotation // 90)) if self._rotation else image
+        )
 
 
-def clip_length(
-    num_frames: int, sampling_rate: int, fps: float, target_fps: float = 30.0
-) -> float:
-    """Return a clip's length in source frames: `num_frames` every `sampling_rate` at `target_fps`."""
+def clip_length(num_frames: int, sampling_rate: int, fps: float, target_fps: float = 30.0) -> float:
+    """Return the source frames spanned by `num_frames`, one per `sampling_rate` at `target_fps`."""
     return sampling_rate * num_frames / target_fps * fps
 
 
@@ -309,13 +322,13 @@ def random_start(total: int, clip_len: float, rng: np.random.Generator) -> float
 
 
 def clip_start(total: int, clip_len: float, clip: int, num_clips: int) -> float:
-    """Return the start of test clip `clip` of `num_clips`, spread evenly; the centre one if there is one."""
+    """Return the start of test clip `clip` of `num_clips`, evenly spread; one is the centre one."""
     spare = max(total - clip_len, 0)
     return float(spare // 2) if num_clips == 1 else float(clip * (spare // (num_clips - 1)))
 
 
 def frame_indices(start: float, clip_len: float, num_frames: int, total: int) -> np.ndarray:
-    """Return the int64 [num_frames] frame numbers of a clip, the last frame repeated beyond the video.
+    """Return the int64 [num_frames] frame numbers of a clip; past the end the last frame repeats.
 
     Rounding decides whole frames here, so it is torch's float32 linspace, as in published results.
     """

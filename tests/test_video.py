@@ -1,0 +1,427 @@
+"""Decoding is compared with decoding everything, bit for bit; numbers with what the frames show."""
+
+import os
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.video_files import (
+    moving_frames,
+    read_counter,
+    write_counter_video,
+    write_video,
+)
+from util.video import (
+    Video,
+    VideoError,
+    clip_length,
+    clip_start,
+    frame_indices,
+    random_start,
+)
+
+
+def decode_all(path: str, limit: int | None = None) -> list[np.ndarray]:
+    """The plainest decode of all frames; damaged packets are passed over."""
+    frames = []
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        size = {"width": stream.width, "height": stream.height}
+        for packet in container.demux(stream):
+            try:
+                decoded = stream.codec_context.decode(packet if packet.size else None)
+            except av.FFmpegError:
+                continue
+            for frame in decoded:
+                image = frame.to_ndarray(format="rgb24", **size)
+                frames.append(np.rot90(image, frame.rotation // 90))
+                if len(frames) == limit:
+                    return frames
+    return frames
+
+
+def assert_same(video: Video, wanted: list[int], reference: list[np.ndarray]) -> None:
+    seen = []
+    for number, image in video.frames(wanted):
+        assert image.dtype == np.uint8 and image.shape == (video.height, video.width, 3)
+        assert np.array_equal(image, reference[number]), f"frame {number} of {wanted}"
+        seen.append(number)
+    assert seen == sorted(set(wanted))
+
+
+def forbid_slow_way(monkeypatch) -> None:
+    def fail(self, left):
+        raise AssertionError(f"decoded everything for {left}")
+
+    monkeypatch.setattr(Video, "_decode_everything", fail)
+
+
+STRUCTURES = [
+    ("libx264", ".mp4", {}),
+    ("libx264", ".mp4", {"gop": 1}),
+    ("libx264", ".mp4", {"bframes": 1}),
+    ("libx264", ".mp4", {"bframes": 3}),
+    ("libx264", ".mp4", {"bframes": 3, "open_gop": True}),
+    ("libx264", ".mp4", {"bframes": 3, "b_pyramid": True}),
+    ("libx264", ".mp4", {"bframes": 5, "b_pyramid": True, "open_gop": True, "gop": 7}),
+    ("libx264", ".mkv", {"bframes": 3, "b_pyramid": True, "open_gop": True, "gop": 250}),
+    ("libx264", ".mov", {"bframes": 2, "options": {"x264-params": "interlaced=1"}}),
+    ("libx264", ".ts", {"bframes": 2, "open_gop": True}),
+    ("libx265", ".mp4", {"bframes": 0}),
+    ("libx265", ".mp4", {"bframes": 4, "b_pyramid": True}),
+    ("libx265", ".mkv", {"bframes": 4, "b_pyramid": True, "open_gop": True}),
+    ("mpeg4", ".mp4", {"bframes": 0}),
+    ("mpeg4", ".mp4", {"bframes": 2}),
+    ("mpeg2video", ".mkv", {"bframes": 2}),
+    ("libvpx-vp9", ".webm", {"options": {"deadline": "realtime", "cpu-used": "8"}}),
+    ("libvpx", ".webm", {"options": {"deadline": "realtime", "cpu-used": "8"}}),
+    ("libsvtav1", ".mp4", {"options": {"preset": "12", "svtav1-params": "lp=1"}}),
+    ("mjpeg", ".mkv", {"pix_fmt": "yuvj420p"}),
+    ("ffv1", ".mkv", {}),
+]
+
+
+@pytest.mark.parametrize(("codec", "suffix", "structure"), STRUCTURES)
+def test_wanted_frames_are_those_of_a_full_decode(tmp_path, monkeypatch, codec, suffix, structure):
+    path = write_video(tmp_path / f"v{suffix}", moving_frames(40), codec, **structure)
+    reference = decode_all(path)
+    assert len(reference) == 40
+    forbid_slow_way(monkeypatch)
+    rng = np.random.default_rng(0)
+    with Video(path) as video:
+        assert video.num_frames == 40 and (video.height, video.width) == (48, 64)
+        assert video.fps == pytest.approx(30)
+        for number in range(40):
+            assert_same(video, [number], reference)
+        for _ in range(40):
+            count = rng.integers(1, 20)
+            assert_same(video, rng.integers(0, 40, count).tolist(), reference)
+        assert_same(video, list(range(40)), reference)
+
+
+def test_unwanted_groups_and_frames_are_not_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", moving_frames(60), gop=20, bframes=3)
+    reference = decode_all(path)
+    decoded = []
+    run = Video._decode_run
+
+    def count(self, *args):
+        for frame in run(self, *args):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(Video, "_decode_run", count)
+    with Video(path) as video:
+        assert_same(video, [25, 30], reference)
+    # From key frame 20: it, references at every 4th frame, and whichever of 25 and 30 are none.
+    assert len(decoded) <= 7
+
+
+def test_counters_come_back(tmp_path):
+    path = write_counter_video(tmp_path / "c.mp4", 256, gop=30, bframes=3, open_gop=True)
+    wanted = [255, 0, 17, 16, 15, 200, 200]
+    with Video(path) as video:
+        seen = {number: read_counter(image) for number, image in video.frames(wanted)}
+    assert seen == {number: number for number in wanted}
+
+
+def test_frames_are_yielded_once_in_ascending_order_and_stay_valid(tmp_path):
+    path = write_counter_video(tmp_path / "c.mp4", 20)
+    with Video(path) as video:
+        kept = list(video.frames(np.array([9, 3, 3, 7])))
+        assert not list(video.frames([]))
+        for number in (-1, 20):
+            with pytest.raises(IndexError, match="of 20"):
+                list(video.frames([number]))
+    assert [(number, read_counter(image)) for number, image in kept] == [(3, 3), (7, 7), (9, 9)]
+
+
+def test_an_abandoned_iteration_leaves_the_next_one_right(tmp_path):
+    path = write_counter_video(tmp_path / "c.mp4", 40, bframes=3)
+    with Video(path) as video:
+        abandoned = video.frames(range(40))
+        assert next(abandoned)[0] == 0
+        assert [read_counter(image) for _, image in video.frames([5, 30])] == [5, 30]
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_rotated_frames_come_upright(tmp_path, rotation):
+    frames = moving_frames(3, height=32, width=64)
+    path = write_video(tmp_path / "r.mp4", frames, rotation=rotation)
+    reference = decode_all(path)
+    upright = np.rot90(frames[1], rotation // 90)
+    with Video(path) as video:
+        assert (video.height, video.width) == upright.shape[:2]
+        assert_same(video, [1], reference)
+        ((_, image),) = video.frames([1])
+    assert np.abs(image.astype(float) - upright).mean() < 30
+    assert image.flags.c_contiguous or image.strides[1:] == (3, 1)
+
+
+def test_rotation_is_known_without_asking_for_frames(tmp_path):
+    path = write_video(tmp_path / "r.mp4", moving_frames(3, 32, 64), rotation=90)
+    with Video(path) as video:
+        assert (video.height, video.width, video.rotation) == (64, 32, 90)
+
+
+def test_an_edit_list_hides_frames(tmp_path):
+    path = write_counter_video(tmp_path / "e.mp4", 40, gop=12, bframes=2, drop_until=15)
+    reference = decode_all(path)
+    assert [read_counter(image) for image in reference] == list(range(15, 40))
+    with Video(path) as video:
+        assert video.num_frames == 25
+        for number in range(25):
+            assert_same(video, [number], reference)
+
+
+def test_variable_frame_rate_counts_frames_not_time(tmp_path):
+    stamps = np.cumsum(np.random.default_rng(0).integers(1, 5, 30)).tolist()
+    path = write_counter_video(tmp_path / "v.mp4", 30, fps=60, stamps=stamps, bframes=2)
+    with Video(path) as video:
+        assert video.num_frames == 30
+        assert video.fps == pytest.approx(29 / (stamps[-1] - stamps[0]) * 60, rel=0.06)
+        seen = [read_counter(image) for _, image in video.frames(range(30))]
+    assert seen == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fps.mp4", {"fps": Fraction(30000, 1001)}),
+        ("sound.mp4", {"audio": True, "bframes": 2}),
+        ("odd.mp4", {"height": 47, "width": 63, "pix_fmt": "yuv444p"}),
+        ("ten.mp4", {"pix_fmt": "yuv420p10le"}),
+        ("portrait.mp4", {"height": 64, "width": 36}),
+        ("fragments.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+        ("live.webm", {"codec": "libvpx-vp9", "container_options": {"live": "1"}}),
+        ("packed.avi", {"codec": "mpeg4", "bframes": 2}),
+        ("plain.avi", {"codec": "mpeg4"}),
+        ("h264.avi", {"bframes": 2}),
+        ("raw.h264", {"bframes": 2, "fps": 25}),
+        ("stream.mpg", {"codec": "mpeg2video", "bframes": 2}),
+        ("flash.flv", {"bframes": 2}),
+        ("moving.gif", {"codec": "gif", "pix_fmt": "rgb8", "fps": 25}),
+        ("pictures.avi", {"codec": "rawvideo", "pix_fmt": "bgr24"}),
+    ],
+)
+def test_formats(tmp_path, name, options):
+    path = write_counter_video(tmp_path / name, 30, **options)
+    reference = decode_all(path)
+    with Video(path) as video:
+        assert video.num_frames == len(reference) == 30
+        assert video.fps == pytest.approx(float(options.get("fps", 30)), rel=0.02)
+        for wanted in ([29], [0], [3, 11, 12, 13, 25], list(range(30))):
+            assert_same(video, wanted, reference)
+        shown = [read_counter(image) for _, image in video.frames(range(30))]
+    assert shown == list(range(30))
+
+
+def test_one_frame(tmp_path):
+    with Video(write_counter_video(tmp_path / "one.mp4", 1)) as video:
+        assert video.num_frames == 1 and video.fps > 0
+        assert [(n, read_counter(image)) for n, image in video.frames([0])] == [(0, 0)]
+
+
+def test_bt709_full_range_is_converted_as_pyav_does(tmp_path):
+    path = write_video(
+        tmp_path / "c.mp4",
+        moving_frames(3),
+        options={"x264-params": "colormatrix=bt709:colorprim=bt709:transfer=bt709:fullrange=on"},
+    )
+    with Video(path) as video:
+        assert_same(video, [0, 1, 2], decode_all(path))
+
+
+def remux(source: str, target: Path, change) -> str:
+    """Copy the packets of a video, each passed through `change(number, packet)`."""
+    with av.open(source) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.dts is not None and change(number, packet) is not False:
+                packet.stream = stream
+                new.mux(packet)
+    return str(target)
+
+
+def test_stamps_that_ignore_b_frames_are_not_believed(tmp_path):
+    """Such a file claims that its frames are shown in decoding order; its decoder knows better."""
+
+    def forget_order(number, packet):
+        packet.pts = packet.dts = number * packet.duration
+
+    good = write_counter_video(tmp_path / "good.mp4", 30, bframes=3)
+    path = remux(good, tmp_path / "bad.mp4", forget_order)
+    with Video(path) as video:
+        for number in range(30):
+            assert [read_counter(image) for _, image in video.frames([number])] == [number]
+
+
+def test_key_frames_that_are_none_are_not_believed(tmp_path):
+    def all_keys(_, packet):
+        packet.is_keyframe = True
+
+    for codec in ("libx264", "libx265", "mpeg4"):
+        good = write_video(tmp_path / "good.mkv", moving_frames(30), codec)
+        path = remux(good, tmp_path / "bad.mkv", all_keys)
+        reference = decode_all(path)
+        with Video(path) as video:
+            for number in range(30):
+                assert_same(video, [number], reference)
+
+
+def test_a_damaged_packet_is_bridged_and_a_long_hole_is_an_error(tmp_path):
+    def damage(numbers):
+        def change(number, packet):
+            if number in numbers:
+                packet.update(b"\xff" * packet.size)
+
+        return change
+
+    good = write_counter_video(tmp_path / "good.mkv", 40, gop=1, codec="mjpeg", pix_fmt="yuvj420p")
+    path = remux(good, tmp_path / "one.mkv", damage({7}))
+    with Video(path) as video:
+        seen = {number: read_counter(image) for number, image in video.frames([6, 7, 8])}
+        assert seen == {6: 6, 7: 6, 8: 8}
+    path = remux(good, tmp_path / "first.mkv", damage({0}))
+    with Video(path) as video:
+        assert [read_counter(image) for _, image in video.frames([0, 3])] == [1, 3]
+    path = remux(good, tmp_path / "tail.mkv", damage(set(range(20, 40))))
+    with Video(path) as video:
+        assert [read_counter(image) for _, image in video.frames([19, 21])] == [19, 19]
+        with pytest.raises(VideoError, match=r"tail\.mkv: frame 39 of 40 cannot be decoded"):
+            list(video.frames([19, 39]))
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".avi", ".ts", ".webm"])
+def test_files_that_break_off_have_the_frames_before_the_break(tmp_path, suffix):
+    codec = {".avi": "mpeg4", ".webm": "libvpx-vp9"}.get(suffix, "libx264")
+    path = write_video(tmp_path / f"cut{suffix}", moving_frames(60), codec)
+    os.truncate(path, os.path.getsize(path) // 2)
+    reference = decode_all(path)
+    with Video(path) as video:
+        assert 15 < video.num_frames < 45
+        last = video.num_frames - 1
+        assert_same(video, [0, last - 9, last - 2], reference)
+        assert len(list(video.frames([last]))) == 1
+
+
+def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    video = write_counter_video(folder / "good.mp4", 30)
+    files = {
+        "missing": (folder / "missing.mp4", "no such file"),
+        "folder": (folder, "a folder"),
+        "empty": (folder / "empty.mp4", "cannot be opened"),
+        "text": (folder / "text.mp4", "cannot be opened"),
+        "truncated": (folder / "truncated.mp4", "cannot be opened"),
+        "sound": (folder / "sound.mp4", "no video stream"),
+    }
+    files["empty"][0].touch()
+    files["text"][0].write_text("path label\n" * 100)
+    files["truncated"][0].write_bytes(Path(video).read_bytes()[:700])
+    with av.open(str(files["sound"][0]), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        block.sample_rate = 16000
+        container.mux(stream.encode(block))
+        container.mux(stream.encode(None))
+    return files
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "sound"])
+def test_bad_files_raise_one_sentence_with_the_path(tmp_path, kind):
+    path, reason = bad_files(tmp_path)[kind]
+    with pytest.raises(VideoError) as error:
+        Video(str(path))
+    assert str(error.value).startswith(f"{path}: {reason}") and "\n" not in str(error.value)
+
+
+def test_bombs_are_refused_by_header_and_by_stream(tmp_path):
+    path = write_counter_video(tmp_path / "v.mp4", 5)
+    with pytest.raises(VideoError, match=r"v\.mp4: 64 x 48 pixels are more than max_pixels 3000"):
+        Video(path, max_pixels=3000)
+    assert Video(path, max_pixels=64 * 48).num_frames == 5
+    # A header that understates the pictures: it says 16 x 16, the stream 64 x 48.
+    lie = tmp_path / "lie.mp4"
+    content = Path(path).read_bytes()
+    at = content.index(b"avc1", content.index(b"stsd")) + 4 + 24
+    assert content[at : at + 4] == b"\x00\x40\x00\x30"
+    lie.write_bytes(content[:at] + b"\x00\x10\x00\x10" + content[at + 4 :])
+    with pytest.raises(VideoError, match=r"lie\.mp4"), Video(str(lie), max_pixels=1000) as video:
+        list(video.frames([0]))
+
+
+def test_names_are_paths_not_protocols(tmp_path, monkeypatch):
+    path = write_counter_video(tmp_path / "v.mp4", 3)
+    shutil.copy(path, tmp_path / "http:name.mp4")
+    monkeypatch.chdir(tmp_path)
+    with Video("http:name.mp4") as video:
+        assert video.num_frames == 3 and video.path == "http:name.mp4"
+
+
+def test_clip_length():
+    assert clip_length(16, 4, 30.0) == 64
+    assert clip_length(16, 4, 15.0) == 32
+    assert clip_length(16, 4, 30000 / 1001) == pytest.approx(63.936064)
+    assert clip_length(8, 8, 25.0, target_fps=25.0) == 64
+
+
+def test_random_start_is_uniform_where_the_clip_fits():
+    rng = np.random.default_rng(0)
+    starts = [random_start(300, 64.0, rng) for _ in range(2000)]
+    assert 0 <= min(starts) < 2 and 234 < max(starts) <= 236
+    assert np.mean(starts) == pytest.approx(118, abs=5)
+    assert random_start(30, 64.0, rng) == 0
+    assert random_start(300, 64.0, np.random.default_rng(7)) == random_start(
+        300, 64.0, np.random.default_rng(7)
+    )
+
+
+def test_clip_starts_of_the_test_views():
+    assert [clip_start(300, 64.0, k, 7) for k in range(7)] == [39.0 * k for k in range(7)]
+    assert [clip_start(300, 64.0, k, 10) for k in range(10)] == [26.0 * k for k in range(10)]
+    assert clip_start(300, 64.0, 0, 1) == 118
+    assert clip_start(301, 64.0, 0, 1) == 118  # rounded down
+    assert clip_start(300, 63.5, 1, 3) == 118  # 236.5 / 2, rounded down
+    assert [clip_start(30, 64.0, k, 3) for k in range(3)] == [0, 0, 0]
+
+
+def test_frame_indices():
+    # end = start + clip - 1: 63 frames in 15 steps of 4.2
+    expected = [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
+    assert frame_indices(0, 64, 16, 300).tolist() == expected
+    assert frame_indices(236, 64, 16, 300).tolist() == [236 + i for i in expected]
+    assert frame_indices(0.9, 64, 16, 300).tolist()[:3] == [0, 5, 9]
+    assert frame_indices(0, 64, 16, 10).tolist() == [0, 4, 8] + [9] * 13  # shorter than the clip
+    assert frame_indices(0, 64, 1, 300).tolist() == [0]
+    assert frame_indices(0, 0.1, 4, 300).tolist() == [0, 0, 0, 0]  # slower than a frame per clip
+    assert frame_indices(0, 64, 16, 300).dtype == np.int64
+
+
+EXTRA = os.environ.get("MAE_VIDEO_EXTRA")
+
+
+@pytest.mark.skipif(not EXTRA, reason="MAE_VIDEO_EXTRA names no folder of videos")
+def test_real_videos():
+    """Random subsets of every video below MAE_VIDEO_EXTRA equal the plain decode."""
+    rng = np.random.default_rng(0)
+    suffixes = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
+    paths = sorted(p for p in Path(EXTRA or "").rglob("*") if p.suffix in suffixes)
+    assert paths
+    for path in paths:
+        reference = decode_all(str(path), limit=300)
+        with Video(str(path)) as video:
+            whole = len(reference) == min(video.num_frames, 300)
+            for _ in range(4):
+                count = min(len(reference), int(rng.integers(1, 33)))
+                wanted = rng.choice(len(reference), count, replace=False).tolist()
+                try:
+                    if whole:
+                        assert_same(video, wanted, reference)
+                    else:  # damaged: the plain decode cannot tell which frames it lacks
+                        assert len(list(video.frames(wanted))) == count
+                except AssertionError as error:
+                    raise AssertionError(f"{path}: {error}") from error
