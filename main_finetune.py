@@ -9,7 +9,7 @@ The same command resumes from the newest checkpoint of --output_dir. See FINETUN
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -82,10 +82,19 @@ def get_args_parser() -> flags.Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse flags; without --path_to_data_dir, the embedded videos' recipe sets the defaults."""
+def parse_args(
+    argv: Sequence[str] | None = None,
+    add_args: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """Parse flags; without --path_to_data_dir, the embedded videos' recipe sets the defaults.
+
+    Args:
+        add_args: adds a launcher's own flags.
+    """
+    parser = get_args_parser()
+    add_args(parser)
     default_flags = run.synthetic_recipe("synthetic_finetune.args")
-    return flags.parse(get_args_parser(), argv, default_flags)
+    return flags.parse(parser, argv, default_flags)
 
 
 def make_mixup(args: argparse.Namespace) -> Mixup | None:
