@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.video_vit import Block, PatchEmbed, get_pos_embed, make_pos_embed
+from util.video_vit import (
+    Block,
+    PatchEmbed,
+    get_pos_embed,
+    make_pos_embed,
+    require_multiple,
+)
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -70,6 +76,9 @@ class MaskedAutoencoderViT(nn.Module):
                 f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
             )
         self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
+        require_multiple(
+            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
+        )
 
         def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
