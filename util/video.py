@@ -99,7 +99,8 @@ class Video:
             raise VideoError(f"{self.path}: {size} pixels are more than max_pixels {max_pixels}")
         if not all(self._size):
             raise VideoError(f"{self.path}: the size of its pictures is unknown")
-        self._decoder.options = {"max_pixels": str(max_pixels)}
+        # Decoders count rows padded to a multiple of 64 pixels.
+        self._decoder.options = {"max_pixels": str(max_pixels + 63 * self._size[0])}
         self._decoder.thread_type = "NONE"
         self._decoder.thread_count = 1  # dav1d looks at this one only
         self._reformatter = VideoReformatter()
