@@ -128,6 +128,8 @@ def main(args: argparse.Namespace) -> None:
         "sampling_rate": args.sampling_rate,
         "seed": args.seed,
     }
+    with run.usage_errors():
+        rand_augment = RandAugment(args.aa) if args.rand_aug else None
     train_set = Kinetics(
         VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
         "finetune",
@@ -136,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
         scales=args.jitter_scales_relative,
         ratios=args.jitter_aspect_relative,
         hflip=args.hflip,
-        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
+        rand_augment=rand_augment,
         reprob=args.reprob,
     )
     val_index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
@@ -148,18 +150,18 @@ def main(args: argparse.Namespace) -> None:
     mixup = make_mixup(args)
 
     seed_step(args.seed)
-    model = run.build(
-        models_vit.MODELS[args.model],
-        num_frames=args.num_frames,
-        t_patch_size=args.t_patch_size,
-        img_size=args.input_size,
-        num_classes=args.num_classes,
-        no_qkv_bias=args.no_qkv_bias,
-        dropout=args.dropout,
-        sep_pos_embed=args.sep_pos_embed,
-        cls_embed=args.cls_embed,
-        drop_path_rate=args.drop_path_rate,
-    )
+    with run.usage_errors():
+        model = models_vit.MODELS[args.model](
+            num_frames=args.num_frames,
+            t_patch_size=args.t_patch_size,
+            img_size=args.input_size,
+            num_classes=args.num_classes,
+            no_qkv_bias=args.no_qkv_bias,
+            dropout=args.dropout,
+            sep_pos_embed=args.sep_pos_embed,
+            cls_embed=args.cls_embed,
+            drop_path_rate=args.drop_path_rate,
+        )
     checkpoint = args.resume or newest_checkpoint(args.output_dir)
     if args.finetune and not checkpoint:
         load_weights(model, args.finetune, keep_head=False)

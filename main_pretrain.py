@@ -94,21 +94,22 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
 
     seed_step(args.seed)
-    model = run.build(
-        models_mae.MODELS[args.model],
-        img_size=args.input_size,
-        num_frames=args.num_frames,
-        t_patch_size=args.t_patch_size,
-        decoder_embed_dim=args.decoder_embed_dim,
-        decoder_depth=args.decoder_depth,
-        decoder_num_heads=args.decoder_num_heads,
-        norm_pix_loss=args.norm_pix_loss,
-        no_qkv_bias=args.no_qkv_bias,
-        sep_pos_embed=args.sep_pos_embed,
-        trunc_init=args.trunc_init,
-        cls_embed=args.cls_embed,
-        pred_t_dim=args.pred_t_dim,
-    ).to(device)
+    with run.usage_errors():
+        model = models_mae.MODELS[args.model](
+            img_size=args.input_size,
+            num_frames=args.num_frames,
+            t_patch_size=args.t_patch_size,
+            decoder_embed_dim=args.decoder_embed_dim,
+            decoder_depth=args.decoder_depth,
+            decoder_num_heads=args.decoder_num_heads,
+            norm_pix_loss=args.norm_pix_loss,
+            no_qkv_bias=args.no_qkv_bias,
+            sep_pos_embed=args.sep_pos_embed,
+            trunc_init=args.trunc_init,
+            cls_embed=args.cls_embed,
+            pred_t_dim=args.pred_t_dim,
+        ).to(device)
+        models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.model}: {millions:.1f} M parameters")
 

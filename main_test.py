@@ -48,12 +48,18 @@ def get_args_parser() -> flags.Parser:
     group.add_argument(
         "--finetune", "--resume", default="", help="checkpoint of a fine-tuned classifier"
     )
-    group.add_argument("--num_clips", type=int, default=10, help="temporal views of a video")
-    group.add_argument("--num_crops", type=int, default=3, help="spatial views of a clip")
+    group.add_argument(
+        "--num_clips", type=flags.positive_int, default=10, help="temporal views of a video"
+    )
+    group.add_argument(
+        "--num_crops", type=flags.positive_int, default=3, help="spatial views of a clip"
+    )
     group.add_argument(
         "--ensemble", choices=("sum", "max"), default="sum", help="how views are combined"
     )
-    group.add_argument("--batch_size", type=int, default=32, help="views per forward pass")
+    group.add_argument(
+        "--batch_size", type=flags.positive_int, default=32, help="views per forward pass"
+    )
     flags.add_run_args(parser, output_dir="./output/test")
     return parser
 
@@ -89,16 +95,16 @@ def main(args: argparse.Namespace) -> None:
     loader = VideoLoader(dataset, 1, args.num_workers, args.max_bad_share, device)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
-    model = run.build(
-        models_vit.MODELS[args.model],
-        num_frames=args.num_frames,
-        t_patch_size=args.t_patch_size,
-        img_size=args.input_size,
-        num_classes=args.num_classes,
-        no_qkv_bias=args.no_qkv_bias,
-        sep_pos_embed=args.sep_pos_embed,
-        cls_embed=args.cls_embed,
-    )
+    with run.usage_errors():
+        model = models_vit.MODELS[args.model](
+            num_frames=args.num_frames,
+            t_patch_size=args.t_patch_size,
+            img_size=args.input_size,
+            num_classes=args.num_classes,
+            no_qkv_bias=args.no_qkv_bias,
+            sep_pos_embed=args.sep_pos_embed,
+            cls_embed=args.cls_embed,
+        )
     load_weights(model, args.finetune, keep_head=True)
     model.to(device)
 

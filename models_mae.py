@@ -70,15 +70,6 @@ class MaskedAutoencoderViT(nn.Module):
         self.trunc_init = trunc_init
         self.cls_embed = cls_embed
         self.pred_t_dim = pred_t_dim
-        if not 1 <= pred_t_dim <= num_frames or t_patch_size * pred_t_dim % num_frames:
-            raise ValueError(
-                f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
-                f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
-            )
-        self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
-        require_multiple(
-            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
-        )
 
         def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -91,6 +82,15 @@ class MaskedAutoencoderViT(nn.Module):
             img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
         )
         input_size = patch_embed.input_size
+        if not 1 <= pred_t_dim <= num_frames or t_patch_size * pred_t_dim % num_frames:
+            raise ValueError(
+                f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
+                f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
+            )
+        self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
+        require_multiple(
+            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
+        )
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -215,12 +215,7 @@ class MaskedAutoencoderViT(nn.Module):
         Raises:
             ValueError: a mask_ratio that keeps or removes nothing.
         """
-        L = self.patch_embed.num_patches
-        if not 0 < num_visible(L, mask_ratio) < L:
-            raise ValueError(
-                f"mask_ratio = {mask_ratio} keeps {num_visible(L, mask_ratio)} of {L} tokens; "
-                "it must keep at least one and remove at least one"
-            )
+        check_mask_ratio(self.patch_embed.num_patches, mask_ratio)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
@@ -229,6 +224,16 @@ class MaskedAutoencoderViT(nn.Module):
 def num_visible(num_tokens: int, mask_ratio: float) -> int:
     """Count the tokens that masking keeps; truncated by definition (1568 and 0.9 give 156)."""
     return int(num_tokens * (1 - mask_ratio))
+
+
+def check_mask_ratio(num_tokens: int, mask_ratio: float) -> None:
+    """Raise ValueError for a ratio that keeps or removes nothing."""
+    kept = num_visible(num_tokens, mask_ratio)
+    if not 0 < kept < num_tokens:
+        raise ValueError(
+            f"mask_ratio = {mask_ratio} keeps {kept} of {num_tokens} tokens; "
+            "it must keep at least one and remove at least one"
+        )
 
 
 def random_mask(

@@ -8,6 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
 class Parser(ArgumentParser):
     """ArgumentParser with defaults in --help and @FILE holding more flags (recipes/*.args)."""
 
@@ -49,7 +57,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     )
     if jitter_scales:
         group.add_argument(
-            "--repeat_aug", type=int, default=1, help="clips taken from each loaded video"
+            "--repeat_aug", type=positive_int, default=1, help="clips taken from each loaded video"
         )
         group.add_argument(
             "--jitter_scales_relative",
@@ -79,12 +87,17 @@ def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) 
     """Add the flags of the model; clip sizes reach model and data alike."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=default, choices=models, metavar="NAME", help=str(models))
-    group.add_argument("--input_size", type=int, default=224, help="clip height and width, pixels")
-    group.add_argument("--num_frames", type=int, default=16, help="frames of a clip")
     group.add_argument(
-        "--sampling_rate", type=int, default=4, help="take every n-th frame, counted at 30 fps"
+        "--input_size", type=positive_int, default=224, help="clip height and width, pixels"
     )
-    group.add_argument("--t_patch_size", type=int, default=2, help="frames of a patch")
+    group.add_argument("--num_frames", type=positive_int, default=16, help="frames of a clip")
+    group.add_argument(
+        "--sampling_rate",
+        type=positive_int,
+        default=4,
+        help="take every n-th frame, counted at 30 fps",
+    )
+    group.add_argument("--t_patch_size", type=positive_int, default=2, help="frames of a patch")
     group.add_argument(
         "--sep_pos_embed",
         action=BooleanOptionalAction,
@@ -102,7 +115,7 @@ def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) 
 def add_classifier_args(parser: ArgumentParser) -> None:
     """Add the flag that every classifier has on top of add_model_args."""
     parser.add_argument(
-        "--num_classes", "--nb_classes", type=int, default=400, help="classes of the head"
+        "--num_classes", "--nb_classes", type=positive_int, default=400, help="classes of the head"
     )
 
 
@@ -123,11 +136,13 @@ def as_flags(values: dict[str, Any], names: Sequence[str]) -> list[str]:
 def add_optim_args(parser: ArgumentParser) -> None:
     """Add the flags of batch, schedule and optimiser."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=int, default=2, help="videos per rank and micro-step")
     group.add_argument(
-        "--accum_iter", type=int, default=1, help="micro-steps per update, to save memory"
+        "--batch_size", type=positive_int, default=2, help="videos per rank and micro-step"
     )
-    group.add_argument("--epochs", type=int, default=100, help="passes over train.csv")
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-steps per update, to save memory"
+    )
+    group.add_argument("--epochs", type=positive_int, default=100, help="passes over train.csv")
     group.add_argument(
         "--warmup_epochs", type=float, default=5, help="epochs of linear warm-up from 0"
     )
@@ -166,7 +181,9 @@ def add_run_args(parser: ArgumentParser, output_dir: str) -> None:
         help="short for --precision fp32",
     )
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--print_freq", type=int, default=20, help="steps between printed lines")
+    group.add_argument(
+        "--print_freq", type=positive_int, default=20, help="steps between printed lines"
+    )
     group.add_argument(
         "--dist_timeout", type=float, default=30, help="minutes a rank waits for the others"
     )
@@ -176,7 +193,7 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     """Add the flags of saving and resuming."""
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
-        "--checkpoint_period", type=int, default=1, help="epochs between checkpoints"
+        "--checkpoint_period", type=positive_int, default=1, help="epochs between checkpoints"
     )
     group.add_argument(
         "--resume",

@@ -1,11 +1,11 @@
 """What every script does around its own work: errors, device, data folders, ranks."""
 
+import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,6 @@ from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
 from util.meters import NonFiniteError
 from util.optim import choose_precision
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,10 +46,8 @@ def start(args: Namespace) -> torch.device:
     Raises:
         UserError: the device is not there.
     """
-    try:
+    with usage_errors():
         device = dist.get_device(args.device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     dist.init_distributed(device.type, args.dist_timeout)
     args.precision = choose_precision(args.precision, device)
     flags = {k: v for k, v in sorted(vars(args).items()) if k != "notice"}
@@ -65,14 +61,11 @@ def start(args: Namespace) -> torch.device:
     return device
 
 
-def build(model_class: Callable[..., ModelT], **arguments: Any) -> ModelT:
-    """Build a model; sizes that do not fit are the user's to mend.
-
-    Raises:
-        UserError: with the constructor's own words.
-    """
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn the ValueErrors of what is built from flags into UserErrors with the same words."""
     try:
-        return model_class(**arguments)
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -1,0 +1,37 @@
+"""Fixtures shared by the tests."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.video_files import write_video
+
+
+def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Return a picture whose mean luma is `number` wherever it is cropped; colour runs sideways."""
+    frame = np.full((height, width, 3), 50.0 + 2 * number)
+    ramp = np.linspace(-40, 40, width)
+    frame[..., 0] += ramp
+    frame[..., 1] -= ramp * 0.299 / 0.587  # leaves the luma as it is
+    return frame.round().astype(np.uint8)
+
+
+def read_number(frame) -> int:
+    """Return the number that a decoded `numbered_frame`, or a crop of one, shows."""
+    luma = (np.asarray(frame, dtype=np.float64) * [0.299, 0.587, 0.114]).sum(-1).mean()
+    return round((luma - 50) / 2)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write six real H.264 videos, 64 x 48, 60 numbered frames, with train, val and test csvs."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows = []
+    frames = [numbered_frame(i) for i in range(60)]
+    for i in range(6):
+        write_video(folder / f"v{i}.mp4", frames, bframes=2, options={"crf": "4"})
+        rows.append(f"v{i}.mp4 {i % 3}\n")
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.csv").write_text("".join(rows))
+    return folder

@@ -1,0 +1,324 @@
+"""The data set: csv rows, samples, determinism, sampler and unreadable videos."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import read_number
+from util.errors import UserError
+from util.kinetics import EpochSampler, Kinetics, VideoIndex, VideoLoader, cut_views
+from util.rand_augment import RandAugment
+from util.transforms import random_resized_crop_box, resize
+from util.video import Video, clip_length, frame_indices, random_start
+
+SIZES = {"input_size": 32, "num_frames": 4, "sampling_rate": 4}
+CPU = torch.device("cpu")
+
+
+def write_csv(folder: Path, text: str) -> str:
+    path = folder / "train.csv"
+    path.write_text(text)
+    return str(path)
+
+
+def loader_of(dataset: Kinetics, batch_size: int, num_workers: int = 0, **kwargs) -> VideoLoader:
+    return VideoLoader(
+        dataset, batch_size, num_workers, kwargs.pop("max_bad_share", 0.5), CPU, **kwargs
+    )
+
+
+# --- csv ----------------------------------------------------------------------------------------
+
+
+def test_csv_accepts_what_real_files_hold(tmp_path):
+    text = (
+        "# a comment\n\na/b.mp4 3\nwith space in it.mp4 4\ncomma.mp4,5\ntab.mp4\t6\n"
+        "/abs/olute.mp4 0\ns3://bucket/x.mp4 1\nünï.mp4  2\r\nboth, of them.mp4, 7\n"
+    )
+    index = VideoIndex(write_csv(tmp_path, text), num_classes=8)
+    names = ["a/b.mp4", "with space in it.mp4", "comma.mp4", "tab.mp4"]
+    assert [index.path(i) for i in range(4)] == [str(tmp_path / n) for n in names]
+    assert index.path(4) == "/abs/olute.mp4"
+    assert index.path(5) == "s3://bucket/x.mp4"
+    assert index.path(6) == str(tmp_path / "ünï.mp4")
+    assert index.path(7) == str(tmp_path / "both, of them.mp4")
+    assert index.labels.tolist() == [3, 4, 5, 6, 0, 1, 2, 7]
+
+
+def test_path_prefix_replaces_the_csv_folder(tmp_path):
+    index = VideoIndex(write_csv(tmp_path, "x.mp4 0\n/y.mp4 1\n"), path_prefix="/data/videos")
+    assert [index.path(i) for i in range(2)] == ["/data/videos/x.mp4", "/y.mp4"]
+
+
+def test_pretraining_csv_may_have_no_labels(tmp_path):
+    index = VideoIndex(write_csv(tmp_path, "x.mp4\ny z.mp4\n"))
+    assert [index.path(i) for i in range(2)] == [str(tmp_path / "x.mp4"), str(tmp_path / "y z.mp4")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.mp4 0\nb.mp4\n", ["line 2", "no label"]),
+        ("a.mp4 0\nb.mp4 5\n", ["line 2", "label 5", "--num_classes 5"]),
+        ("a.mp4 -3\n", ["line 1", "negative"]),
+        ("a.mp4 1.5\n", ["line 1", "no label"]),
+        (" 3\n", ["line 1", "no path"]),
+        ("", ["lists no videos"]),
+        ("# nothing\n\n", ["lists no videos"]),
+    ],
+)
+def test_bad_csv_is_named_by_file_line_and_reason(tmp_path, text, words):
+    path = write_csv(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        VideoIndex(path, num_classes=5)
+    for word in [path, *words]:
+        assert word in str(caught.value)
+
+
+def test_missing_and_binary_csv(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.csv"):
+        VideoIndex(str(tmp_path / "nowhere.csv"))
+    (tmp_path / "train.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="not a text file"):
+        VideoIndex(str(tmp_path / "train.csv"))
+
+
+def test_index_does_not_grow_in_workers(tmp_path):
+    """A worker that reads every path must not copy the index: packed arrays have no ref counts."""
+    write_csv(
+        tmp_path, "".join(f"a/rather/long/path/to/video_{i:06d}.mp4 0\n" for i in range(300_000))
+    )
+    code = f"""
+import gc, os
+from util.kinetics import VideoIndex
+index = VideoIndex({str(tmp_path / "train.csv")!r})
+pid = os.fork()
+if pid == 0:
+    def private():
+        text = open("/proc/self/smaps_rollup").read()
+        return sum(int(l.split()[1]) for l in text.splitlines() if l.startswith("Private_Dirty"))
+    before = private()
+    for i in range(len(index)):
+        index.path(i)
+    print(private() - before)
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 10_000  # KiB; a list of strings costs about 30 MB here
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+def test_pretraining_sample_is_the_definition(videos):
+    """Clips equal those made step by step: draws from (seed, epoch, row, repeat), crop, resize."""
+    dataset = Kinetics(
+        VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES, seed=7, repeat_aug=3
+    )
+    sample = dataset[5, 2]
+    assert sample.clips.shape == (3, 4, 32, 32, 3)
+    assert sample.clips.dtype == torch.uint8
+    assert (sample.label, sample.row, sample.error) == (2, 2, "")
+    with Video(str(videos / "v2.mp4")) as video:
+        everything = np.stack([frame.copy() for _, frame in video.frames(range(video.num_frames))])
+        for r in range(3):
+            rng = np.random.default_rng((7, 5, 2, r))
+            length = clip_length(4, 4, video.fps)
+            frames = frame_indices(random_start(60, length, rng), length, 4, 60)
+            top, left, h, w = random_resized_crop_box(48, 64, (0.5, 1.0), (3 / 4, 4 / 3), rng)
+            crop = torch.from_numpy(everything[frames, top : top + h, left : left + w])
+            assert torch.equal(sample.clips[r], resize(crop, (32, 32)))
+            assert bool(sample.flip[r]) == (rng.random() < 0.5)
+    starts = {read_number(clip[0]) for clip in sample.clips}
+    assert len(starts) > 1  # repeats are different clips of the video
+
+
+def test_finetuning_repeats_share_the_clip_and_differ_in_augmentation(videos):
+    dataset = Kinetics(
+        VideoIndex(str(videos / "train.csv")), "finetune", **SIZES, repeat_aug=4, reprob=1.0,
+        scales=(0.9, 1.0),
+    )  # fmt: skip
+    sample = dataset[0, 0]
+    counters = [[read_number(frame) for frame in clip] for clip in sample.clips]
+    assert all(c == counters[0] for c in counters)
+    assert len({tuple(box.tolist()) for box in sample.erase}) == 4
+    augmented = Kinetics(
+        VideoIndex(str(videos / "train.csv")), "finetune", **SIZES, repeat_aug=4,
+        rand_augment=RandAugment("rand-m9-n4-p1"),
+    )  # fmt: skip
+    clips = augmented[0, 0].clips
+    assert not torch.equal(clips[0], clips[1])
+
+
+def test_test_views_run_over_time_then_space(videos):
+    dataset = Kinetics(
+        VideoIndex(str(videos / "test.csv")), "test", **SIZES, num_clips=3, num_crops=2
+    )
+    clips = dataset[0, 1].clips
+    assert clips.shape == (6, 4, 32, 32, 3)
+    with Video(str(videos / "v1.mp4")) as video:
+        length = clip_length(4, 4, video.fps)
+        for k in range(3):
+            start = k * ((60 - length) // 2)
+            frames = frame_indices(start, length, 4, 60)
+            for s in range(2):
+                assert [read_number(f) for f in clips[2 * k + s]] == frames.tolist()
+    assert not torch.equal(clips[0], clips[1])  # left and right
+    again = dataset[99, 1].clips
+    assert torch.equal(clips, again)  # no randomness, whatever the epoch
+
+
+def test_cut_views_decodes_a_frame_once_for_all_views(videos, monkeypatch):
+    asked = []
+    real = Video.frames
+
+    def frames(self, wanted):
+        asked.append(list(wanted))
+        return real(self, wanted)
+
+    monkeypatch.setattr(Video, "frames", frames)
+    dataset = Kinetics(
+        VideoIndex(str(videos / "test.csv")), "test", **SIZES, num_clips=5, num_crops=3
+    )
+    dataset[0, 0]
+    assert len(asked) == 1
+    assert len(asked[0]) == len(set(asked[0]))
+
+
+def test_clips_longer_than_the_video_repeat_the_last_frame(videos):
+    dataset = Kinetics(
+        VideoIndex(str(videos / "test.csv")), "test", input_size=32, num_frames=8, sampling_rate=15
+    )
+    shown = [read_number(frame) for frame in dataset[0, 0].clips[0]]
+    assert shown[0] == 0
+    assert shown[-1] == 59
+    assert shown.count(59) > 1
+
+
+# --- determinism --------------------------------------------------------------------------------
+
+
+def epoch_of(dataset: Kinetics, workers: int, epoch: int) -> list:
+    loader = loader_of(dataset, 2, workers)
+    loader.set_epoch(epoch)
+    return [(b.clips, b.flip, b.row) for b in loader]
+
+
+def test_same_clips_with_any_number_of_workers_and_other_clips_next_epoch(videos):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES, repeat_aug=2)
+    runs = [epoch_of(dataset, workers, 3) for workers in (0, 1, 3)]
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    other = epoch_of(dataset, 0, 4)
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_persistent_workers_follow_the_epoch(videos):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    loader = loader_of(dataset, 2, 2)
+    seen = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        seen.append(torch.cat([b.clips for b in loader]))
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_sampler_deals_joint_batches_alike_for_any_number_of_ranks(monkeypatch, ranks):
+    joint = []
+    for r in range(ranks):
+        monkeypatch.setattr("util.kinetics.rank", lambda r=r: r)
+        monkeypatch.setattr("util.kinetics.world_size", lambda: ranks)
+        sampler = EpochSampler(20, batch_size=6 // ranks, training=True, seed=1)
+        sampler.epoch = 4
+        rows = list(sampler)
+        assert len(rows) == len(sampler) == 18 // ranks
+        joint.append(
+            [{row for _, row in rows[i : i + 6 // ranks]} for i in range(0, len(rows), 6 // ranks)]
+        )
+    steps = [set().union(*step) for step in zip(*joint, strict=True)]
+    order = np.random.default_rng((1, 4)).permutation(20)
+    assert steps == [set(order[i : i + 6].tolist()) for i in (0, 6, 12)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_testing_covers_every_row_once(monkeypatch, ranks):
+    rows = []
+    for r in range(ranks):
+        monkeypatch.setattr("util.kinetics.rank", lambda r=r: r)
+        monkeypatch.setattr("util.kinetics.world_size", lambda: ranks)
+        rows += [row for _, row in EpochSampler(7, batch_size=2, training=False, seed=1)]
+    assert sorted(rows) == list(range(7))
+
+
+# --- unreadable videos --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(videos, tmp_path) -> Path:
+    """Six readable videos, an empty one and a missing one."""
+    (tmp_path / "empty.mp4").touch()
+    rows = (videos / "train.csv").read_text().replace("v", f"{videos}/v")
+    write_csv(tmp_path, rows + "empty.mp4 0\nmissing.mp4 1\n")
+    return tmp_path
+
+
+def test_broken_video_is_replaced_deterministically_and_reported_once(broken, capsys):
+    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES)
+    runs = []
+    for workers in (0, 2):
+        loader = loader_of(dataset, 2, workers)
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            rows = torch.cat([b.row for b in loader])
+            assert len(rows) == 8
+            assert rows.max() < 6  # every row that came can be read
+        runs.append(rows)
+        out = capsys.readouterr().out
+        assert out.count("empty.mp4") == 1
+        assert out.count("missing.mp4") == 1
+        assert len(loader.bad) == 2
+    assert torch.equal(runs[0], runs[1])
+
+
+def test_too_many_broken_videos_stop_training(broken):
+    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES)
+    with pytest.raises(UserError, match=r"2 of 8 videos .*train\.csv.* --max_bad_share 0\.2"):
+        list(loader_of(dataset, 2, max_bad_share=0.2))
+
+
+def test_nothing_but_broken_videos(tmp_path):
+    dataset = Kinetics(VideoIndex(write_csv(tmp_path, "a.mp4\nb.mp4\n")), "pretrain", **SIZES)
+    with pytest.raises(UserError, match=r"[ab]\.mp4: no such file") as caught:
+        list(loader_of(dataset, 1, max_bad_share=1.0))
+    assert caught.value.status == 1
+
+
+def test_testing_keeps_the_row_of_a_broken_video(broken):
+    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "test", **SIZES)
+    samples = list(loader_of(dataset, 1))
+    assert [int(s.row) for s in samples] == list(range(8))
+    assert [bool(s.error[0]) for s in samples] == [False] * 6 + [True] * 2
+
+
+def test_fewer_videos_than_a_batch(videos):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    with pytest.raises(UserError, match="6 videos, fewer than one batch of --batch_size 7"):
+        loader_of(dataset, 7)
+
+
+def test_cut_views_copies_only_the_box(videos):
+    with Video(str(videos / "v0.mp4")) as video:
+        from util.kinetics import View
+
+        (clip,) = cut_views(video, [View(np.array([3, 3, 10]), (4, 8, 20, 30))])
+        frames = {n: f.copy() for n, f in video.frames([3, 10])}
+    expected = np.stack([frames[n][4:24, 8:38] for n in (3, 3, 10)])
+    assert np.array_equal(clip.numpy(), expected)

@@ -1,0 +1,390 @@
+"""The scripts as a user runs them: one process, torchrun ranks, kills, resumes and bad input."""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejson
+import torch
+
+import main_finetune
+import main_pretrain
+import main_test
+from util import run
+
+ROOT = Path(__file__).parent.parent
+SIZES = "--input_size 32 --num_frames 4 --sampling_rate 4 --num_workers 0 --device cpu".split()
+PRETRAIN = [
+    *SIZES,
+    *"--model mae_vit_tiny_patch8 --decoder_embed_dim 32 --decoder_depth 1".split(),
+    *"--decoder_num_heads 2 --pred_t_dim 2 --batch_size 2 --repeat_aug 2".split(),
+    *"--warmup_epochs 1 --print_freq 1".split(),
+]
+FINETUNE = [
+    *SIZES,
+    *"--model vit_tiny_patch8 --num_classes 3 --batch_size 2 --repeat_aug 2".split(),
+    *"--warmup_epochs 1 --epochs 2 --print_freq 1 --no-hflip".split(),
+]
+
+
+def call(module, *argv: object) -> None:
+    """Run a script in this process, as its __main__ does."""
+    run.run(module.main, lambda _: module.parse_args([str(a) for a in argv]))
+
+
+def spawn(script: str, *argv: object, ranks: int = 1, **kwargs) -> subprocess.Popen:
+    """Start a script as a process, or as ranks under torchrun."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, str(ROOT / script), *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        **kwargs,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """Wait for a script and return what it printed, checking its exit status."""
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == status, out
+    return out
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture(scope="module")
+def pretrained(videos, tmp_path_factory) -> Path:
+    """Pre-train for three epochs without interruption and return the output folder."""
+    out = tmp_path_factory.mktemp("pretrain")
+    call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", out, "--epochs", 3, *PRETRAIN)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finetuned(videos, pretrained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finetune")
+    start = pretrained / "checkpoint-00002.pth"
+    call(main_finetune, "--path_to_data_dir", videos, "--output_dir", out, "--finetune", start,
+         *FINETUNE)  # fmt: skip
+    return out
+
+
+# --- what a run leaves --------------------------------------------------------------------------
+
+
+def test_pretraining_leaves_checkpoints_and_logs(pretrained):
+    names = sorted(p.name for p in pretrained.glob("*.pth"))
+    assert names == [f"checkpoint-0000{i}.pth" for i in range(3)]
+    checkpoint = torch.load(pretrained / names[-1], weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "scaler", "epoch", "step", "args"}
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 9)
+    assert checkpoint["args"]["model"] == "mae_vit_tiny_patch8"
+    lines = [simplejson.loads(line) for line in (pretrained / "log.txt").open()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert all(np.isfinite(line["train_loss"]) for line in lines)
+    assert list((pretrained / "tensorboard").glob("events*"))
+
+
+def test_learning_rate_arithmetic(videos, tmp_path, capsys):
+    """Pre-training's rule counts videos; fine-tuning's counts their repeated clips too."""
+    for module, flags, rate in (
+        (main_pretrain, PRETRAIN, "1.6e-3 x 4 / 256 = 2.5e-05"),
+        (main_finetune, FINETUNE, "1.6e-3 x 8 / 256 = 5e-05"),
+    ):
+        out = tmp_path / module.__name__
+        call(module, "--path_to_data_dir", videos, "--output_dir", out, *flags, "--epochs", 1,
+             "--blr", "1.6e-3", "--accum_iter", 2)  # fmt: skip
+        printed = capsys.readouterr().out
+        assert rate.split(" = ")[1] in printed.split("learning rate:")[1].splitlines()[0]
+        assert "clips per update: 4 x 2 = 8" in printed
+
+
+def test_finetuning_validates_and_logs(finetuned):
+    lines = [simplejson.loads(line) for line in (finetuned / "log.txt").open()]
+    assert len(lines) == 2
+    assert {"epoch", "train_loss", "val_loss", "val_acc1", "val_acc5"} <= set(lines[0])
+    assert lines[0]["val_acc5"] == 100.0  # three classes
+
+
+def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path):
+    """The model's flags come from the checkpoint; unreadable videos are listed, and are wrong."""
+    rows = [f"{videos}/v{i}.mp4 {i % 3}" for i in range(6)] + ["missing.mp4 0"]
+    (tmp_path / "test.csv").write_text("\n".join(rows))
+    best = finetuned / "checkpoint-00001.pth"
+    printed = {}
+    for ensemble in ("sum", "max"):
+        out = tmp_path / ensemble
+        process = spawn("main_test.py", "--path_to_data_dir", tmp_path, "--finetune", best,
+                        "--num_clips", 3, "--num_crops", 2, "--output_dir", out, "--num_workers", 0,
+                        "--device", "cpu", "--ensemble", ensemble)  # fmt: skip
+        printed[ensemble] = finish(process)
+        with (out / "predictions.csv").open() as file:
+            predictions = list(csv.DictReader(file))
+        assert [p["video"] for p in predictions] == [
+            *(str(videos / f"v{i}.mp4") for i in range(6)), str(tmp_path / "missing.mp4")
+        ]  # fmt: skip
+        assert predictions[-1]["prediction"] == ""
+        correct = sum(int(p["correct"]) for p in predictions)
+        assert f"top-1 {100 * correct / 7:.2f} %" in printed[ensemble]
+        assert "1 unreadable" in printed[ensemble]
+        assert "missing.mp4: no such file" in printed[ensemble]
+        scores = np.load(out / "scores.npz")["scores"]
+        assert scores.shape == (7, 3)
+        if ensemble == "sum":
+            assert np.allclose(scores[:6].sum(1), 6, atol=1e-4)  # six softmax views
+    assert not np.array_equal(
+        np.load(tmp_path / "sum/scores.npz")["scores"],
+        np.load(tmp_path / "max/scores.npz")["scores"],
+    )
+
+
+def test_eval_flag_validates_and_exits(videos, finetuned, tmp_path, capsys):
+    call(main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE, "--eval",
+         "--resume", finetuned / "checkpoint-00001.pth")  # fmt: skip
+    last = simplejson.loads((finetuned / "log.txt").read_text().splitlines()[-1])
+    assert f"'acc1': {last['val_acc1']}" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.pth"))
+
+
+# --- kills and resumes --------------------------------------------------------------------------
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_run_resumes_to_the_same_weights(videos, pretrained, tmp_path):
+    """SIGKILL after the first epoch, the same command again: bitwise the uninterrupted run."""
+    argv = ["--path_to_data_dir", videos, "--output_dir", tmp_path, "--epochs", 3, *PRETRAIN]
+    process = spawn("main_pretrain.py", *argv)
+    wait_for(tmp_path / "checkpoint-00000.pth", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "checkpoint-00002.pth").exists()
+    out = finish(spawn("main_pretrain.py", *argv))
+    assert "resumed from" in out
+    assert_same_weights(tmp_path / "checkpoint-00002.pth", pretrained / "checkpoint-00002.pth")
+
+
+def test_finished_run_does_nothing_more(videos, pretrained, capsys):
+    before = (pretrained / "checkpoint-00002.pth").stat().st_mtime_ns
+    call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", pretrained, "--epochs", 3,
+         *PRETRAIN)  # fmt: skip
+    assert "Epoch [" not in capsys.readouterr().out
+    assert (pretrained / "checkpoint-00002.pth").stat().st_mtime_ns == before
+
+
+# --- ranks --------------------------------------------------------------------------------------
+
+
+def test_two_ranks_pretrain_finetune_and_test(videos, tmp_path):
+    """Two gloo ranks started by torchrun: one log, joint batches, every test video once."""
+    common = ["--path_to_data_dir", videos]
+    out = finish(spawn("main_pretrain.py", *common, "--output_dir", tmp_path / "p", "--epochs", 1,
+                       *PRETRAIN, "--batch_size", 1, "--accum_iter", 3, ranks=2))  # fmt: skip
+    assert "2 process(es)" in out
+    assert "clips per update: 6 x 2 = 12" in out
+    assert (tmp_path / "p/log.txt").read_text().count("\n") == 1
+    assert torch.load(tmp_path / "p/checkpoint-00000.pth", weights_only=True)["step"] == 1
+    argv = [*common, "--output_dir", tmp_path / "f", *FINETUNE, "--epochs", 1]
+    start = tmp_path / "p/checkpoint-00000.pth"
+    finish(spawn("main_finetune.py", *argv, "--finetune", start, ranks=2))
+    (tmp_path / "data").mkdir()
+    rows = "".join(f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(5))  # odd: ranks differ in length
+    (tmp_path / "data/test.csv").write_text(rows)
+    scores = []
+    for ranks in (1, 2):
+        argv = ["--path_to_data_dir", tmp_path / "data", "--num_clips", 2, "--num_workers", 0]
+        argv += ["--finetune", tmp_path / "f/checkpoint-00000.pth", "--device", "cpu"]
+        finish(spawn("main_test.py", *argv, "--output_dir", tmp_path / f"t{ranks}", ranks=ranks))
+        scores.append(np.load(tmp_path / f"t{ranks}/scores.npz")["scores"])
+    assert scores[0].shape == (5, 3)
+    assert np.array_equal(*scores)
+
+
+def test_non_finite_loss_stops_every_rank(videos, pretrained, tmp_path):
+    """A poisoned weight makes the loss NaN; both ranks name step, files and checkpoint."""
+    path = tmp_path / "checkpoint-00000.pth"
+    checkpoint = torch.load(pretrained / "checkpoint-00000.pth", weights_only=True)
+    checkpoint["model"]["decoder_pred.bias"][0] = float("nan")
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    out = finish(spawn("main_pretrain.py", "--path_to_data_dir", videos, "--output_dir", tmp_path,
+                       "--epochs", 3, *PRETRAIN, "--batch_size", 1, ranks=2), status=1)  # fmt: skip
+    assert out.count("epoch 1, step 0 is not finite") == 2
+    assert f"last good checkpoint: {path}" in out
+    assert sum(f"v{i}.mp4" in out for i in range(6)) == 2  # the joint batch
+    assert path.read_bytes() == before
+    assert not (tmp_path / "checkpoint-00001.pth").exists()
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def fails(capsys, module, *argv: object) -> tuple[int, str]:
+    """Run a script that must end with one sentence on stderr; return status and sentence."""
+    with pytest.raises(SystemExit) as caught:
+        call(module, *argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    return caught.value.code, lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"), [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE)]
+)
+def test_missing_csv(capsys, tmp_path, module, flags):
+    status, text = fails(capsys, module, "--path_to_data_dir", tmp_path / "no", *flags,
+                         "--output_dir", tmp_path)  # fmt: skip
+    assert status == 2
+    assert f"cannot open {tmp_path}/no/train.csv" in text
+
+
+def pretrain_fails(capsys, videos, tmp_path, *argv: object) -> tuple[int, str]:
+    common = ["--path_to_data_dir", videos, "--output_dir", tmp_path]
+    return fails(capsys, main_pretrain, *common, *PRETRAIN, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model", "mae_vit_enormous"], ["--model", "mae_vit_enormous"]),
+        (["--device", "cuda:99"], ["cuda:99"] if not torch.cuda.is_available() else ["99"]),
+        (["--device", "abacus"], ["abacus", "cpu"]),
+        (["--num_frames", "5"], ["num_frames = 5", "t_patch_size = 2"]),
+        (["--input_size", "36"], ["img_size = 36", "patch_size = 8"]),
+        (["--pred_t_dim", "3"], ["pred_t_dim", "num_frames"]),
+        (["--decoder_num_heads", "3"], ["num_heads = 3"]),
+        (["--mask_ratio", "0"], ["mask_ratio", "32 of 32"]),
+        (["--mask_ratio", "0.99"], ["mask_ratio", "0 of 32"]),
+        (["--resume", "/nowhere.pth"], ["/nowhere.pth"]),
+        (["--batch_size", "7"], ["6 videos", "--batch_size 7"]),
+        (["--batch_size", "0"], ["--batch_size", "0"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--learning_rate", "1"], ["--learning_rate"]),
+    ],
+)
+def test_bad_flags_end_in_one_sentence(capsys, videos, tmp_path, argv, words):
+    status, text = pretrain_fails(capsys, videos, tmp_path, *argv)
+    assert status == 2
+    for word in words:
+        assert word in text
+
+
+def test_resume_from_another_model(capsys, videos, tmp_path, pretrained):
+    status, text = pretrain_fails(capsys, videos, tmp_path, "--decoder_embed_dim", "64",
+                                  "--resume", pretrained / "checkpoint-00000.pth")  # fmt: skip
+    assert status == 2
+    assert "does not fit the model" in text
+    assert "decoder_cls_token" in text
+
+
+def test_finetune_from_another_shape_and_from_rubbish(capsys, videos, tmp_path, pretrained):
+    common = ["--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE, "--finetune"]
+    status, text = fails(capsys, main_finetune, *common, pretrained / "checkpoint-00000.pth",
+                         "--num_frames", 8)  # fmt: skip
+    assert status == 2
+    assert "pos_embed_temporal is [1, 2, 128] there and [1, 4, 128] here" in text
+    rubbish = tmp_path / "rubbish.pth"
+    rubbish.write_text("<html>404</html>")
+    status, text = fails(capsys, main_finetune, *common, rubbish)
+    assert status == 2
+    assert str(rubbish) in text
+
+
+def test_main_test_without_checkpoint(capsys, videos):
+    status, text = fails(capsys, main_test, "--path_to_data_dir", videos)
+    assert status == 2
+    assert "--finetune" in text
+
+
+def test_full_disk_leaves_old_checkpoints_and_training_goes_on(videos, pretrained, tmp_path):
+    """A limit on file size stands in for a full disk: writing fails half-way in both."""
+    full = (pretrained / "checkpoint-00000.pth").stat().st_size // 2
+    argv = ["--path_to_data_dir", videos, "--output_dir", tmp_path, "--epochs", 2, *PRETRAIN]
+    out = finish(
+        spawn(
+            "main_pretrain.py", *argv,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (full, full)),
+        )
+    )  # fmt: skip
+    assert out.count("WARNING: could not save") == 2
+    assert [p.name for p in tmp_path.glob("checkpoint*")] == []
+    assert (tmp_path / "log.txt").read_text().count("\n") == 2
+
+
+def test_help_names_every_flag(capsys):
+    for module in (main_pretrain, main_finetune, main_test):
+        with pytest.raises(SystemExit) as caught:
+            module.parse_args(["--help"])
+        assert caught.value.code == 0
+        assert "--path_to_data_dir" in capsys.readouterr().out
+
+
+# --- the reference's command lines --------------------------------------------------------------
+
+
+def test_documented_command_lines_of_the_reference_parse(capsys):
+    pretrain = (
+        "--path_to_data_dir X --batch_size 2 --no_env --epochs 100 --distributed --num_frames 16 "
+        "--decoder_embed_dim 512 --decoder_depth 4 --pin_mem --num_workers 14 --t_patch_size 2 "
+        "--repeat_aug 4 --sampling_rate 4 --norm_pix_loss --blr 1.6e-3 --warmup_epochs 5 "
+        "--mask_ratio 0.9 --pred_t_dim 8 --clip_grad 0.02"
+    )
+    args = main_pretrain.parse_args(pretrain.split())
+    assert args.notice == "no longer needed, ignored: --distributed --no_env --pin_mem"
+    assert (args.epochs, args.warmup_epochs, args.norm_pix_loss) == (100, 5, True)
+    finetune = (
+        "--path_to_data_dir X --rand_aug --epochs 50 --repeat_aug 2 --batch_size 2 --distributed "
+        "--dist_eval --smoothing 0.1 --mixup 0.8 --cutmix 1.0 --mixup_prob 1.0 --blr 0.0024 "
+        "--num_frames 16 --sampling_rate 4 --dropout 0.3 --warmup_epochs 5 --layer_decay 0.75 "
+        "--drop_path_rate 0.2 --aa rand-m7-mstd0.5-inc1 --clip_grad 5.0 --fp32"
+    )
+    args = main_finetune.parse_args(finetune.split())
+    assert (args.precision, args.layer_decay, args.clip_grad) == ("fp32", 0.75, 5.0)
+    assert "--dist_eval" in args.notice
+
+
+def test_defaults_are_the_recipe():
+    """spec: ViT-L on Kinetics-400; a change here is a change of the published recipe."""
+    args = main_pretrain.parse_args(["--path_to_data_dir", "X"])
+    expected = {
+        "model": "mae_vit_large_patch16", "input_size": 224, "num_frames": 16, "sampling_rate": 4,
+        "t_patch_size": 2, "mask_ratio": 0.9, "decoder_embed_dim": 512, "decoder_depth": 4,
+        "decoder_num_heads": 16, "norm_pix_loss": True, "pred_t_dim": 8, "repeat_aug": 4,
+        "blr": 1.6e-3, "beta": (0.9, 0.95), "weight_decay": 0.05, "clip_grad": 0.02,
+        "jitter_scales_relative": (0.5, 1.0), "sep_pos_embed": True, "cls_embed": True,
+    }  # fmt: skip
+    assert {k: getattr(args, k) for k in expected} == expected
+    assert args.epochs * args.repeat_aug == 800
+    assert args.warmup_epochs * args.repeat_aug == 120
+    args = main_finetune.parse_args(["--path_to_data_dir", "X"])
+    expected = {
+        "model": "vit_large_patch16", "epochs": 50, "warmup_epochs": 5, "layer_decay": 0.75,
+        "drop_path_rate": 0.2, "dropout": 0.3, "repeat_aug": 2, "beta": (0.9, 0.999),
+        "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "reprob": 0.25,
+        "aa": "rand-m7-mstd0.5-inc1", "rand_aug": True, "jitter_scales_relative": (0.08, 1.0),
+        "min_lr": 1e-5, "blr": 2.4e-3, "num_classes": 400,
+    }  # fmt: skip
+    assert {k: getattr(args, k) for k in expected} == expected
