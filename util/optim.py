@@ -76,13 +76,17 @@ def optim_step(
     """Unscale, clip by global norm, step and clear the gradients.
 
     Returns:
-        the gradient norm before clipping, a scalar on the device (reading it waits for the GPU).
+        the gradient norm before clipping, a scalar on the device (reading it waits for the GPU); 0
+        where the gradient overflowed under the loss scale and the step is skipped.
     """
     scaler.unscale_(optimizer)
     if clip_grad:
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if scaler.is_enabled():
+        # An overflow is no failure of the run: the scaler skips the step and lowers its scale.
+        norm = torch.where(norm.isfinite(), norm, 0.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
