@@ -1,0 +1,100 @@
+"""Tests of what two processes of one group do together, as under torchrun.
+
+It stands apart from the other tests of these modules because each process imports this file.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.meters import Meters, NonFiniteError
+from util.optim import grad_sync, make_scaler, optim_step
+
+CPU = torch.device("cpu")
+
+
+def linear_and_data():
+    """Return a layer and inputs [2 ranks, 2 micro-steps, 4, 3], the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(2, 3, generator=generator))
+    return model, torch.randn(2, 2, 4, 3, generator=generator)
+
+
+def accumulate(rank):
+    """Take two micro-steps and an update; return the gradients after each, and the result."""
+    model, data = linear_and_data()
+    ddp_model = DistributedDataParallel(model)
+    gradients = []
+    for step in range(2):
+        with grad_sync(ddp_model, enabled=step == 1):
+            (ddp_model(data[rank, step]).square().mean() / 2).backward()
+        gradients.append(model.weight.grad.clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = make_scaler(CPU, "fp32")
+    norm = optim_step(optimizer, scaler, list(model.parameters()), clip_grad=0.5)
+    return {"gradients": gradients, "norm": norm, "weight": model.weight.detach()}
+
+
+def flush_meters(rank):
+    """Note two good steps and one that only rank 1 spoils; return what each flush gave."""
+    meters = Meters(CPU)
+    for step in range(2):
+        meters.update(step, torch.tensor([rank]), loss=torch.tensor(float(rank + step)), lr=0.5)
+    flushed = meters.flush()
+    loss = torch.tensor(math.nan if rank == 1 else 1.0)
+    meters.update(2, torch.tensor([10 + rank]), loss=loss, lr=0.5)
+    try:
+        meters.flush()
+    except NonFiniteError as error:
+        return {"flushed": flushed, "step": error.step, "samples": error.samples}
+    return {"flushed": flushed, "step": None}
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        results = {"accumulate": accumulate(rank), "flush_meters": flush_meters(rank)}
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Run both functions in two processes; return each one's results in rank order."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return {name: [result[name] for result in results] for name in results[0]}
+
+
+def test_gradients_are_averaged_on_the_last_micro_step_alone(ranks):
+    model, data = linear_and_data()
+    for rank, result in enumerate(ranks["accumulate"]):
+        model.zero_grad()
+        (model(data[rank, 0]).square().mean() / 2).backward()
+        torch.testing.assert_close(result["gradients"][0], model.weight.grad)
+    model.zero_grad()
+    model(data.flatten(0, 2)).square().mean().backward()  # all sixteen rows at once
+    joint = model.weight.grad
+    for result in ranks["accumulate"]:
+        torch.testing.assert_close(result["gradients"][1], joint)
+        torch.testing.assert_close(result["norm"], joint.norm())
+        step = 0.1 * joint * min(1.0, 0.5 / joint.norm().item())
+        torch.testing.assert_close(result["weight"], model.weight.detach() - step)
+
+
+def test_meters_average_over_ranks_and_fail_on_all_of_them(ranks):
+    for rank, result in enumerate(ranks["flush_meters"]):
+        assert result["flushed"] == [(0, {"loss": 0.5, "lr": 0.5}), (1, {"loss": 1.5, "lr": 0.5})]
+        assert result["step"] == 2
+        if rank == 1:
+            assert result["samples"].tolist() == [11]
+        else:
+            assert result["samples"] is None
