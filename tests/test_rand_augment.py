@@ -1,10 +1,8 @@
 """Tests of util/rand_augment.py and util/clip_ops.py against golden tables and timm's PIL code."""
 
-import json
 import math
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
+from tests import golden
 from util.errors import UserError
 from util.rand_augment import OPERATIONS, RandAugment, operation_arguments, parse_config
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "randaug.json").read_text())
+GOLDEN = golden.table("randaug.json")
 WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
@@ -49,16 +48,16 @@ def clips():
 
 
 def test_configs_mean_what_the_golden_table_says():
-    for config, golden in GOLDEN["config_parsing"].items():
+    for config, expected in GOLDEN["config_parsing"].items():
         ours = parse_config(config)
-        assert ours.num_layers == golden["num_layers"]
-        assert ours.magnitude == golden["magnitude"]
-        assert ours.magnitude_std == golden["magnitude_std"]
-        assert ours.replace == golden["replace"]
+        assert ours.num_layers == expected["num_layers"]
+        assert ours.magnitude == expected["magnitude"]
+        assert ours.magnitude_std == expected["magnitude_std"]
+        assert ours.replace == expected["replace"]
         # The table took any inc, inc0 included, for yes; timm has since let 0 mean no.
-        assert ours.increasing == (golden["increasing"] and "inc0" not in config)
+        assert ours.increasing == (expected["increasing"] and "inc0" not in config)
         shares = RandAugment(config).shares
-        golden_shares = np.array(golden["weights"] or [1 / 15] * 15)
+        golden_shares = np.array(expected["weights"] or [1 / 15] * 15)
         by_name = dict(zip(ours.weights, shares, strict=True))
         names = [our_name(name) for name in GOLDEN["default_variant_names"]]
         np.testing.assert_allclose([by_name.get(name, 0) for name in names], golden_shares)

@@ -1,9 +1,7 @@
 """Tests of util/transforms.py against golden numbers, torchvision and float arithmetic."""
 
-import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import RandomResizedCrop
 
+from tests import golden
 from util.transforms import (
     NO_BOX,
     augment_on_device,
@@ -22,9 +21,8 @@ from util.transforms import (
     uniform_crop_box,
 )
 
-DATA = Path(__file__).parent / "data"
-SPATIAL = json.loads((DATA / "spatial_sampling.json").read_text())
-ERASING = json.loads((DATA / "random_erasing.json").read_text())
+SPATIAL = golden.table("spatial_sampling.json")
+ERASING = golden.table("random_erasing.json")
 GOLDEN_RATIO = (0.75, 1.3333)
 
 
@@ -132,9 +130,9 @@ def test_short_side_sizes():
 
 @pytest.mark.parametrize("size", [(5, 6), (13, 11), (7, 9)])
 def test_resize_has_the_golden_geometry(size):
-    golden = np.load(DATA / "spatial_resize.npz")
-    source = golden["x"].transpose(1, 2, 3, 0)  # (C, T, H, W) -> (T, H, W, C)
-    target = golden[f"bilinear_{size[0]}x{size[1]}"].transpose(1, 2, 3, 0)
+    expected = golden.arrays("spatial_resize.npz")
+    source = expected["x"].transpose(1, 2, 3, 0)  # (C, T, H, W) -> (T, H, W, C)
+    target = expected[f"bilinear_{size[0]}x{size[1]}"].transpose(1, 2, 3, 0)
     low, span = source.min(), np.ptp(source)  # bilinear weights sum to 1, so levels map back
     clip = torch.from_numpy(((source - low) / span * 255).round().astype(np.uint8))
     error = np.abs(resize(clip, size).numpy() - (target - low) / span * 255)
@@ -144,11 +142,11 @@ def test_resize_has_the_golden_geometry(size):
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("tall", [False, True])
 def test_whole_test_view_is_the_golden_one(tall, position):
-    golden = np.load(DATA / "spatial_resize.npz")
-    source = golden["clip"].transpose(1, 2, 3, 0)
+    expected = golden.arrays("spatial_resize.npz")
+    source = expected["clip"].transpose(1, 2, 3, 0)
     if tall:
         source = source.transpose(0, 2, 1, 3)
-    target = golden[f"test_crop16{'_tall' * tall}_idx{position}"].transpose(1, 2, 3, 0)
+    target = expected[f"test_crop16{'_tall' * tall}_idx{position}"].transpose(1, 2, 3, 0)
     low, span = source.min(), np.ptp(source)
     clip = torch.from_numpy(((source - low) / span * 255).round().astype(np.uint8))
     clip = resize(clip, short_side_size(*clip.shape[1:3], 16))
@@ -199,6 +197,11 @@ def test_erasing_box_of_given_draws(row):
         assert drawn == (y0, x0, y1 - y0, x1 - x0)
 
 
+def test_erasing_box_is_smaller_than_the_frame():
+    assert random_erasing_box(40, 40, GivenDraws(1.0, 0.0)) == NO_BOX
+    assert random_erasing_box(40, 40, GivenDraws(0.95, 0.0)) == (1, 1, 39, 39)
+
+
 @pytest.mark.parametrize("name", ["pixel_count1", "pixel_count1_b", "p25_not_applied_or_applied"])
 def test_erasing_box_of_seeded_draws(name):
     case = next(case for case in ERASING["cases"] if case["name"] == name)
@@ -220,11 +223,11 @@ def test_erasing_happens_as_often_as_asked():
 
 
 def test_normalize():
-    golden = np.load(DATA / "spatial_resize.npz")
-    clip = torch.from_numpy(golden["normalize_in_uint8"])
+    expected = golden.arrays("spatial_resize.npz")
+    clip = torch.from_numpy(expected["normalize_in_uint8"])
     out = normalize(clip[None])
     assert out.shape == (1, 3, 2, 3, 4) and out.is_contiguous()
-    expected = torch.from_numpy(golden["normalize_out"])
+    expected = torch.from_numpy(expected["normalize_out"])
     torch.testing.assert_close(out[0].permute(1, 2, 3, 0), expected, rtol=0, atol=1e-6)
 
 
