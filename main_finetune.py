@@ -173,6 +173,9 @@ def main(args: argparse.Namespace) -> None:
     # Unlike in pre-training, the published recipes count the repeated clips in this rule.
     batch_size = args.batch_size * args.accum_iter * world_size() * args.repeat_aug
     args.lr = run.effective_lr(args, args.repeat_aug, batch_size)
+    if args.dry_run:
+        run.print_flops(model, args)
+        return
     groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)

@@ -116,6 +116,9 @@ def main(args: argparse.Namespace) -> None:
     # The published recipes count videos, not the repeat_aug clips of each, in this rule.
     batch_size = args.batch_size * args.accum_iter * world_size()
     args.lr = run.effective_lr(args, args.repeat_aug, batch_size)
+    if args.dry_run:
+        run.print_flops(model, args, mask_ratio=args.mask_ratio)
+        return
     groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)

@@ -106,6 +106,9 @@ def main(args: argparse.Namespace) -> None:
             cls_embed=args.cls_embed,
         )
     load_weights(model, args.finetune, keep_head=True)
+    if args.dry_run:
+        run.print_flops(model, args)
+        return
     model.to(device)
 
     log = RunLog("", "", args.print_freq, device)

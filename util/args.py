@@ -182,6 +182,11 @@ def add_run_args(parser: ArgumentParser, output_dir: str) -> None:
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="build data and model, print the arithmetic and the FLOPs, and exit",
+    )
+    group.add_argument(
         "--print_freq", type=positive_int, default=20, help="steps between printed lines"
     )
     group.add_argument(

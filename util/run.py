@@ -131,6 +131,15 @@ def effective_lr(args: Namespace, clips_per_video: int, batch_size: int) -> floa
     return lr
 
 
+def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
+    """Print what one clip costs; the end of a --dry_run, as the model is of no use afterwards."""
+    from util.flops import count_flops
+
+    shape = (3, args.num_frames, args.input_size, args.input_size)
+    gflops = count_flops(model, shape, **options)
+    print0(f"{gflops:.1f} GFLOPs per clip forward (multiply-adds counted once); dry run: stopping")
+
+
 def non_finite_report(
     error: NonFiniteError, epoch: int, index: VideoIndex, output_dir: str
 ) -> UserError:

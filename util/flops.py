@@ -1,0 +1,52 @@
+"""Multiply-adds of a model, counted by fvcore (once each, as the paper's tables do)."""
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # fvcore's import uses what newer PyTorch calls deprecated
+    from fvcore.nn import FlopCountAnalysis
+
+
+def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count q k^T and (softmax) v of scaled_dot_product_attention, which fvcore does not know."""
+    N, heads, L, width = inputs[0].type().sizes()
+    return 2 * N * heads * L * inputs[1].type().sizes()[2] * width
+
+
+class _Forward(nn.Module):
+    """A module of one tensor, which is all that fvcore's tracing takes."""
+
+    def __init__(self, model: nn.Module, options: dict[str, Any]):
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.model(x, **self.options)
+        return result[0] if isinstance(result, tuple) else result
+
+
+def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -> float:
+    """Count the multiply-adds of a forward pass over one clip, in units of 1e9.
+
+    Nothing is computed: the model is moved to PyTorch's meta device and of no use afterwards.
+
+    Args:
+        clip_shape: (C, T, H, W).
+        options: further arguments of forward.
+    """
+    clip = torch.empty(1, *clip_shape, device="meta")
+    count = FlopCountAnalysis(_Forward(model.to("meta").eval(), options), clip)
+    count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return count.total() / 1e9
