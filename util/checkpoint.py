@@ -20,6 +20,7 @@ from util.errors import UserError
 from util.file_io import is_remote, make_dirs, open_file, path_manager, write_atomically
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 WRAPPERS = ("model", "model_state", "module", "state_dict")
 
 
@@ -52,7 +53,7 @@ def save_checkpoint(
         make_dirs(output_dir)
         write_atomically(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError, UserError) as error:  # torch's zip writer raises RuntimeError
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         print0(f"WARNING: could not save {path}: {reason}; training goes on without it")
     else:
         print0(f"saved {path}")
@@ -80,13 +81,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{path} is not a checkpoint that can be loaded safely: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # torch's readers raise every kind of them for damaged files
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if code:
+                raise UserError(
+                    f"{path} is not loaded: it asks to run code ({code[1]}), not only for weights"
+                ) from error
             reason = (str(error).splitlines() or ["empty file"])[0]
+            if isinstance(error, pickle.UnpicklingError):
+                reason = "PyTorch does not recognise it"  # its own advice is to run the file's code
             raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
@@ -96,7 +99,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the flags a checkpoint was trained with, empty where it does not say."""
     args = checkpoint.get("args", {})
-    return dict(args) if isinstance(args, dict) else vars(args)
+    return dict(args) if isinstance(args, dict) else getattr(args, "__dict__", {})
 
 
 def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
@@ -105,12 +108,11 @@ def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there are no tensors in it.
     """
-    state = next((checkpoint[key] for key in WRAPPERS if key in checkpoint), checkpoint)
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    wrapped = (checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), dict))
+    state = {str(k): v for k, v in next(wrapped, checkpoint).items() if isinstance(v, Tensor)}
     if not state:
         raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
-    for prefix in ("module.", "_orig_mod."):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    state = {PREFIXES.sub("", k): v for k, v in state.items()}
     return {k.replace("head.projection.", "head."): v for k, v in state.items()}
 
 
@@ -185,8 +187,10 @@ def resume(
         raise UserError(f"{path} is of --model {trained}, not {args.model}; use another output_dir")
     try:
         model.load_state_dict(model_state(checkpoint, path))
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]  # as suits this device, not the last one
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{path} does not fit the model: {detail[:400]}") from error
     if checkpoint.get("scaler"):
