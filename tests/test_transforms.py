@@ -198,7 +198,9 @@ def test_erasing_box_of_given_draws(row):
 
 
 def test_erasing_box_is_smaller_than_the_frame():
-    assert random_erasing_box(40, 40, GivenDraws(1.0, 0.0)) == NO_BOX
+    half = GivenDraws(0.5, 0.0)  # a square as large as the short side
+    assert random_erasing_box(20, 40, half) == NO_BOX
+    assert random_erasing_box(40, 20, half) == NO_BOX
     assert random_erasing_box(40, 40, GivenDraws(0.95, 0.0)) == (1, 1, 39, 39)
 
 
