@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from util.video_vit import (
     Block,
     PatchEmbed,
+    constructor_arguments,
     get_pos_embed,
     make_pos_embed,
     require_multiple,
@@ -36,7 +37,14 @@ class MaskedAutoencoderViT(nn.Module):
         sep_pos_embed: separable positions (space + time) in place of joint ones.
         trunc_init: truncated normal 0.02 for every weight matrix in place of Xavier uniform.
         cls_embed: prepend a class token, in the encoder and in the decoder.
-        pred_t_dim: frames to predict per clip, evenly spaced over it.
+        pred_t_dim: frames to predict per clip, evenly spaced over it; num_frames for all of them.
+        sincos_pos_embed: joint positions are a fixed sine-cosine table, not trained.
+        decoder_sep_pos_embed: separable positions in the decoder; None: as in the encoder.
+        cls_through_decoder: the encoder's class token goes on through the decoder, in place of
+            one of the decoder's own.
+        strided_targets: predict every (num_frames / pred_t_dim)-th frame, from the first on.
+
+    The last four are how some published checkpoints were trained (util/convert.py).
 
     Raises:
         ValueError: sizes that do not divide; the message names the arguments.
@@ -63,13 +71,20 @@ class MaskedAutoencoderViT(nn.Module):
         trunc_init: bool = False,
         cls_embed: bool = True,
         pred_t_dim: int = 8,
+        sincos_pos_embed: bool = False,
+        decoder_sep_pos_embed: bool | None = None,
+        cls_through_decoder: bool = False,
+        strided_targets: bool = False,
     ):
         super().__init__()
+        self.arguments = constructor_arguments(locals())
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
         self.trunc_init = trunc_init
         self.cls_embed = cls_embed
         self.pred_t_dim = pred_t_dim
+        self.cls_through_decoder = cls_through_decoder
+        self.strided_targets = strided_targets
 
         def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -91,12 +106,20 @@ class MaskedAutoencoderViT(nn.Module):
         require_multiple(
             decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
         )
+        if cls_through_decoder and not cls_embed:
+            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
+        if decoder_sep_pos_embed is None:
+            decoder_sep_pos_embed = sep_pos_embed
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        make_pos_embed(self, "", input_size, embed_dim, sep_pos_embed, cls_embed)
+            if not cls_through_decoder:
+                self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        positions = cls_embed, sincos_pos_embed
+        make_pos_embed(self, "", input_size, embed_dim, sep_pos_embed, *positions)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        make_pos_embed(self, "decoder_", input_size, decoder_embed_dim, sep_pos_embed, cls_embed)
+        make_pos_embed(
+            self, "decoder_", input_size, decoder_embed_dim, decoder_sep_pos_embed, *positions
+        )
 
         self.patch_embed = patch_embed
         self.blocks = blocks(depth, embed_dim, num_heads)
@@ -123,7 +146,7 @@ class MaskedAutoencoderViT(nn.Module):
                     nn.init.zeros_(module.bias)
         draw(self.patch_embed.proj.weight.view(len(self.patch_embed.proj.weight), -1))
         for name, parameter in self.named_parameters(recurse=False):
-            if "pos_embed" in name or name == "cls_token":
+            if parameter.requires_grad and ("pos_embed" in name or name == "cls_token"):
                 nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -148,6 +171,8 @@ class MaskedAutoencoderViT(nn.Module):
     def target_frames(self, imgs: Tensor) -> Tensor:
         """Pick the frames that are predicted: [N, C, T, H, W] -> [N, C, pred_t_dim, H, W]."""
         T = imgs.shape[2]
+        if self.strided_targets:
+            return imgs[:, :, :: T // self.pred_t_dim]
         # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15
         index = torch.linspace(0, T - 1, self.pred_t_dim, dtype=torch.float32).long()
         return imgs.index_select(2, index.to(imgs.device))
@@ -167,31 +192,54 @@ class MaskedAutoencoderViT(nn.Module):
         kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return kept, mask, ids_restore, ids_keep
 
-    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode visible patches: [N, C, T, H, W] -> latent [N, K, D], mask, ids_restore [N, L]."""
-        N, L = len(imgs), self.patch_embed.num_patches
-        mask, ids_restore, ids_keep = random_mask(N, L, mask_ratio, imgs.device)
+    def encode(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode all patches, or those numbered ids_keep [N, K]; the class token stays in front.
+
+        Returns:
+            [N, (1 +) L or K, D] after the last norm.
+        """
+        N = len(imgs)
         cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
-        # F.embedding is a row gather whose backward sums over the clips instead of expanding them
-        x = self.patch_embed(imgs, ids_keep) + F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
+        if ids_keep is not None:
+            # F.embedding is a row gather whose backward sums over the clips, no copy per clip
+            pos = F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
+        x = self.patch_embed(imgs, ids_keep) + pos
         if cls_pos is not None:
             x = torch.cat([(self.cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
-        return x[:, int(self.cls_embed) :], mask, ids_restore
+        return self.norm(x)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Encode clips without masking: [N, C, T, H, W] -> patch tokens [N, L, D]."""
+        return self.encode(imgs)[:, int(self.cls_embed) :]
+
+    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode visible patches: [N, C, T, H, W] -> latent [N, K, D], mask, ids_restore [N, L].
+
+        With cls_through_decoder, latent has the class token in front: [N, 1 + K, D].
+        """
+        N, L = len(imgs), self.patch_embed.num_patches
+        mask, ids_restore, ids_keep = random_mask(N, L, mask_ratio, imgs.device)
+        latent = self.encode(imgs, ids_keep)
+        if not self.cls_through_decoder:
+            latent = latent[:, int(self.cls_embed) :]
+        return latent, mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch from the visible ones: latent [N, K, D] -> pred [N, L, u*p*p*C]."""
+        """Predict every patch from the latent of forward_encoder -> pred [N, L, u*p*p*C]."""
         x = self.decoder_embed(x)
+        cls_token = getattr(self, "decoder_cls_token", None)
+        if self.cls_through_decoder:
+            cls_token, x = x[:, :1], x[:, 1:]
         N, K, D = x.shape
         mask_tokens = self.mask_token.to(x.dtype).expand(N, ids_restore.shape[1] - K, -1)
         x = torch.cat([x, mask_tokens], dim=1)
         x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # back to (t, h, w) order
         cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
         x = x + pos
-        if cls_pos is not None:
-            x = torch.cat([(self.decoder_cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
+        if cls_token is not None and cls_pos is not None:
+            x = torch.cat([(cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_pred(self.decoder_norm(x))
@@ -256,6 +304,7 @@ _vit = partial(MaskedAutoencoderViT, mlp_ratio=4.0, norm_layer=partial(nn.LayerN
 _large = partial(_vit, embed_dim=1024, depth=24, num_heads=16)
 _huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
 
+mae_vit_small_patch16 = partial(_vit, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 mae_vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 mae_vit_large_patch16 = partial(_large, patch_size=16)
 mae_vit_huge_patch14 = partial(_huge, patch_size=14)
@@ -274,6 +323,7 @@ mae_vit_tiny_patch8 = partial(
 
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
     "mae_vit_tiny_patch8": mae_vit_tiny_patch8,
+    "mae_vit_small_patch16": mae_vit_small_patch16,
     "mae_vit_base_patch16": mae_vit_base_patch16,
     "mae_vit_large_patch16": mae_vit_large_patch16,
     "mae_vit_huge_patch14": mae_vit_huge_patch14,

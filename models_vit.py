@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from util.video_vit import Block, PatchEmbed, get_pos_embed, make_pos_embed
+from util.video_vit import Block, PatchEmbed, constructor_arguments, get_pos_embed, make_pos_embed
 
 
 class VisionTransformer(nn.Module):
@@ -27,6 +27,7 @@ class VisionTransformer(nn.Module):
         sep_pos_embed: separable positions (space + time) in place of joint ones.
         cls_embed: prepend a class token; it takes part in attention and not in the mean.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 in the first.
+        sincos_pos_embed: joint positions are a fixed sine-cosine table, not trained.
 
     Raises:
         ValueError: sizes that do not divide; the message names the arguments.
@@ -50,8 +51,10 @@ class VisionTransformer(nn.Module):
         sep_pos_embed: bool = True,
         cls_embed: bool = True,
         drop_path_rate: float = 0.0,
+        sincos_pos_embed: bool = False,
     ):
         super().__init__()
+        self.arguments = constructor_arguments(locals())
         self.cls_embed = cls_embed
         # Parameters and modules are registered in the order of the published state dicts.
         patch_embed = PatchEmbed(
@@ -59,7 +62,8 @@ class VisionTransformer(nn.Module):
         )
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        make_pos_embed(self, "", patch_embed.input_size, embed_dim, sep_pos_embed, cls_embed)
+        positions = sep_pos_embed, cls_embed, sincos_pos_embed
+        make_pos_embed(self, "", patch_embed.input_size, embed_dim, *positions)
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, rate, norm_layer)
@@ -90,6 +94,7 @@ class VisionTransformer(nn.Module):
 _vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 _huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
 
+vit_small_patch16 = partial(_vit, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 vit_large_patch16 = partial(_vit, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 vit_huge_patch14 = partial(_huge, patch_size=14)
@@ -99,6 +104,7 @@ vit_tiny_patch8 = partial(_vit, patch_size=8, embed_dim=128, depth=4, num_heads=
 
 MODELS: dict[str, Callable[..., VisionTransformer]] = {
     "vit_tiny_patch8": vit_tiny_patch8,
+    "vit_small_patch16": vit_small_patch16,
     "vit_base_patch16": vit_base_patch16,
     "vit_large_patch16": vit_large_patch16,
     "vit_huge_patch14": vit_huge_patch14,

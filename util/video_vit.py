@@ -5,11 +5,14 @@ Tokens run over (t, h, w): time slowest, then rows, then columns.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+
+from util.pos_embed import join, sincos_pos_embed
 
 
 def require_multiple(value: int, divisor: int, value_name: str, divisor_name: str) -> int:
@@ -19,6 +22,15 @@ def require_multiple(value: int, divisor: int, value_name: str, divisor_name: st
             f"{value_name} = {value} must be a positive multiple of {divisor_name} = {divisor}"
         )
     return value // divisor
+
+
+def constructor_arguments(names: dict[str, Any]) -> dict[str, Any]:
+    """Return a constructor's locals() as plain data, for checkpoints that rebuild their model.
+
+    norm_layer, a callable, becomes layer_norm_eps.
+    """
+    arguments = {k: v for k, v in names.items() if k not in ("self", "__class__")}
+    return arguments | {"layer_norm_eps": arguments.pop("norm_layer")(1).eps}
 
 
 class PatchEmbed(nn.Module):
@@ -127,12 +139,19 @@ def make_pos_embed(
     dim: int,
     sep_pos_embed: bool,
     cls_embed: bool,
+    sincos: bool = False,
 ) -> None:
-    """Register zero position parameters on module under the names the checkpoints use.
+    """Register position parameters, zero, on module under the names the checkpoints use.
 
     Separable: {prefix}pos_embed_spatial [1, h*w, D], _temporal [1, t, D] and, with a class token,
-    _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class.
+    _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class. With sincos the
+    joint ones hold the sine-cosine table (class row zero) and are not trained.
+
+    Raises:
+        ValueError: sincos with separable positions.
     """
+    if sincos and sep_pos_embed:
+        raise ValueError("sincos_pos_embed is a table of joint positions: turn sep_pos_embed off")
     t, h, w = input_size
 
     def add(name: str, rows: int) -> None:
@@ -145,6 +164,9 @@ def make_pos_embed(
             add("pos_embed_class", 1)
     else:
         add("pos_embed", t * h * w + int(cls_embed))
+    if sincos:
+        joint = getattr(module, prefix + "pos_embed").requires_grad_(False)
+        joint[:, int(cls_embed) :] = sincos_pos_embed(t * h * w, dim)
 
 
 def get_pos_embed(module: nn.Module, prefix: str, cls_embed: bool) -> tuple[Tensor | None, Tensor]:
@@ -158,6 +180,4 @@ def get_pos_embed(module: nn.Module, prefix: str, cls_embed: bool) -> tuple[Tens
         return (joint[:, :1], joint[:, 1:]) if cls_embed else (None, joint)
     spatial = getattr(module, prefix + "pos_embed_spatial")
     temporal = getattr(module, prefix + "pos_embed_temporal")
-    # (1, t, 1, D) + (1, 1, h*w, D) -> (1, t*h*w, D)
-    tokens = (temporal.unsqueeze(2) + spatial.unsqueeze(1)).flatten(1, 2)
-    return getattr(module, prefix + "pos_embed_class", None), tokens
+    return getattr(module, prefix + "pos_embed_class", None), join(spatial, temporal)

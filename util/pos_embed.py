@@ -1,0 +1,75 @@
+"""Positions of tokens: the fixed sine-cosine table, resizing, separable and joint.
+
+Shapes: D width, (t, h, w) the grid of tokens; positions of patches alone, without a class row.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+def sincos_pos_embed(num_tokens: int, dim: int) -> Tensor:
+    """Compute the fixed position table [L, D] of VideoMAE ("Attention Is All You Need", 3.5).
+
+    The token's number in (t, h, w) order is the position; even columns are sines, odd ones
+    cosines of position / 10000^(2 * (column // 2) / D).
+    """
+    column = torch.arange(dim, dtype=torch.float64)
+    rate = 10000.0 ** (2 * (column // 2) / dim)
+    angle = torch.arange(num_tokens, dtype=torch.float64).unsqueeze(1) / rate  # (L, D)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def resize_spatial(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize positions of frames, bicubic: [n, h*w, D] -> [n, h'*w', D]; equal sizes return pos."""
+    if old == new:
+        return pos
+    grid = pos.unflatten(1, old).permute(0, 3, 1, 2).float()  # (n, D, h, w)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(pos.dtype)
+
+
+def resize_temporal(pos: Tensor, t: int) -> Tensor:
+    """Resize positions along time, linear: [n, t, D] -> [n, t', D]; equal sizes return pos."""
+    if pos.shape[1] == t:
+        return pos
+    rows = F.interpolate(pos.transpose(1, 2).float(), size=t, mode="linear", align_corners=False)
+    return rows.transpose(1, 2).to(pos.dtype)
+
+
+def resize_joint(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resize joint positions, bicubic in space and linear in time: [1, t*h*w, D] -> the new grid's.
+
+    Equal grids return pos itself.
+    """
+    if old == new:
+        return pos
+    frames = resize_spatial(pos[0].unflatten(0, (old[0], old[1] * old[2])), old[1:], new[1:])
+    columns = resize_temporal(frames.transpose(0, 1), new[0])  # (h'*w', t', D)
+    return columns.transpose(0, 1).flatten(0, 1).unsqueeze(0)
+
+
+def join(spatial: Tensor, temporal: Tensor) -> Tensor:
+    """Add separable positions [1, h*w, D] and [1, t, D] to joint ones [1, t*h*w, D]."""
+    # (1, t, 1, D) + (1, 1, h*w, D) -> (1, t*h*w, D)
+    return (temporal.unsqueeze(2) + spatial.unsqueeze(1)).flatten(1, 2)
+
+
+def split(joint: Tensor, grid: Grid, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Write joint positions [1, t*h*w, D] as the sum of spatial [1, h*w, D] and temporal [1, t, D].
+
+    Raises:
+        ValueError: they are no such sum: the best one misses more than `tolerance` of their spread.
+    """
+    frames = joint.double().unflatten(1, (grid[0], grid[1] * grid[2]))  # (1, t, h*w, D)
+    spatial = frames.mean(dim=1)
+    temporal = (frames - spatial.unsqueeze(1)).mean(dim=2)
+    rest = (join(spatial, temporal) - joint).norm() / (joint.double().norm() + 1e-12)
+    if rest > tolerance:
+        raise ValueError(
+            f"joint positions are no sum of positions in space and in time ({rest:.1%} would be "
+            "lost): build the model with joint ones (--no-sep_pos_embed)"
+        )
+    return spatial.to(joint.dtype), temporal.to(joint.dtype)
