@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,18 +13,9 @@ from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_siz
 from util.kinetics import VideoLoader
 from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x, topk_correct
+from util.mixup import Mixup
 from util.optim import autocast, grad_sync, optim_step
 from util.transforms import augment_on_device
-
-
-def mix(mixup: Mixup, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix every clip [N, C, T, H, W] with its partner, the same way in all frames.
-
-    Returns:
-        the mixed clips and their soft labels [N, classes].
-    """
-    images, targets = mixup(clips.flatten(1, 2), labels)  # frames are channels to timm
-    return images.view_as(clips), targets
 
 
 def train_one_epoch(
@@ -62,7 +52,7 @@ def train_one_epoch(
     loader.set_epoch(epoch)
     header = f"Epoch [{epoch}/{args.epochs}]"
     for step, batch in log.every(loader, header, steps, clips_per_step, x_axis):
-        seed_step(args.seed, epoch, step, rank())  # drop path, dropout, mixup, erasing noise
+        seed_step(args.seed, epoch, step, rank())  # drop path, dropout, erasing noise
         update = (step + 1) % args.accum_iter == 0
         if step % args.accum_iter == 0:
             progress = epoch + step / steps  # fractional epochs
@@ -77,7 +67,8 @@ def train_one_epoch(
         clips = augment_on_device(clips, flip, erase)  # (N, C, T, H, W)
         smoothing = args.smoothing
         if mixup is not None:
-            clips, targets = mix(mixup, clips, targets)  # the soft targets are smoothed already
+            rng = np.random.default_rng((args.seed, epoch, step, rank()))
+            clips, targets = mixup(clips, targets, rng)  # the soft targets are smoothed already
             smoothing = 0.0
 
         with grad_sync(model, update):

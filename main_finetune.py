@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
-from timm.data.mixup import Mixup
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
@@ -25,6 +24,7 @@ from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.lr_decay import param_groups_lrd
 from util.meters import NonFiniteError, RunLog, epoch_1000x
+from util.mixup import Mixup
 from util.optim import make_optimizer, make_scaler
 from util.rand_augment import RandAugment
 
@@ -98,22 +98,17 @@ def parse_args(
 
 
 def make_mixup(args: argparse.Namespace) -> Mixup | None:
-    """Build timm's mixup and cutmix over the clips of a batch, or None when both are off."""
+    """Build mixup and cutmix over the clips of a batch, or None when both are off."""
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
-    if args.batch_size * args.repeat_aug % 2:
-        raise UserError(
-            f"--batch_size {args.batch_size} x --repeat_aug {args.repeat_aug} is odd; mixing pairs "
-            "clips: make it even or turn mixing off (--mixup 0 --cutmix 0)"
-        )
     return Mixup(
+        num_classes=args.num_classes,
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
+        smoothing=args.smoothing,
     )
 
 
@@ -128,8 +123,6 @@ def main(args: argparse.Namespace) -> None:
         "sampling_rate": args.sampling_rate,
         "seed": args.seed,
     }
-    with run.usage_errors():
-        rand_augment = RandAugment(args.aa) if args.rand_aug else None
     train_set = Kinetics(
         VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
         "finetune",
@@ -138,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
         scales=args.jitter_scales_relative,
         ratios=args.jitter_aspect_relative,
         hflip=args.hflip,
-        rand_augment=rand_augment,
+        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
         reprob=args.reprob,
     )
     val_index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)

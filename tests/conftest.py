@@ -10,8 +10,8 @@ from tests.video_files import write_video
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
     """Return a picture whose mean luma is `number` wherever it is cropped; colour runs sideways."""
-    frame = np.full((height, width, 3), 50.0 + 2 * number)
-    ramp = np.linspace(-40, 40, width)
+    frame = np.full((height, width, 3), 30.0 + 3 * number)
+    ramp = np.linspace(-20, 20, width)
     frame[..., 0] += ramp
     frame[..., 1] -= ramp * 0.299 / 0.587  # leaves the luma as it is
     return frame.round().astype(np.uint8)
@@ -20,7 +20,7 @@ def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray
 def read_number(frame) -> int:
     """Return the number that a decoded `numbered_frame`, or a crop of one, shows."""
     luma = (np.asarray(frame, dtype=np.float64) * [0.299, 0.587, 0.114]).sum(-1).mean()
-    return round((luma - 50) / 2)
+    return round((luma - 30) / 3)
 
 
 @pytest.fixture(scope="session")

@@ -230,8 +230,8 @@ def test_finetuning_trajectory(scaled):
     videos = golden.tensor(case["file"], "videos")
     targets = iter(golden.tensor(case["file"], "targets"))
 
-    def mixup(images, labels):  # its soft targets must not be smoothed again
-        return images, next(targets)
+    def mixup(clips, labels, rng):  # its soft targets must not be smoothed again
+        return clips, next(targets)
 
     args = engine_args(case["schedule"], clip_grad=case["clip_grad"])
     log, scaler = RecordingLog(), scaler_for(scaled)

@@ -228,6 +228,7 @@ OBSOLETE_FLAGS = {
     "encoder_attn": 1,
     "color_jitter": 1,
     "recount": 1,
+    "remode": 1,
     "mixup_mode": 1,
 }
 

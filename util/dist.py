@@ -128,11 +128,10 @@ def barrier() -> None:
 
 
 def seed_step(*key: int) -> None:
-    """Seed PyTorch's and NumPy's generators from integers such as (seed, epoch, step, rank).
+    """Seed PyTorch's generators from integers such as (seed, epoch, step, rank).
 
-    Called before every training step, it makes masks, drop path, dropout and mixup functions of
+    Called before every training step, it makes masks, drop path, dropout and noise functions of
     the step alone, so that a resumed run continues with the very ones it would have drawn.
     """
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
-    np.random.seed(state[0])

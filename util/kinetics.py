@@ -36,6 +36,7 @@ from util.video import (
 
 MAX_REPLACEMENTS = 10  # unreadable videos in a row before a loader gives up
 NO_LABEL = -1
+AUGMENT_SIDE = 256  # pixels: RandAugment sees no larger short side, as in the reference
 
 
 class VideoIndex:
@@ -237,8 +238,8 @@ class Kinetics(Dataset):
         start = random_start(video.num_frames, length, rng)
         return frame_indices(start, length, self.num_frames, video.num_frames)
 
-    def _random_box(self, video: Video, rng: np.random.Generator) -> Box:
-        return random_resized_crop_box(video.height, video.width, self.scales, self.ratios, rng)
+    def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        return random_resized_crop_box(height, width, self.scales, self.ratios, rng)
 
     def _flip(self, rng: np.random.Generator) -> bool:
         return bool(rng.random() < 0.5) and self.hflip
@@ -246,7 +247,11 @@ class Kinetics(Dataset):
     def _pretrain(
         self, video: Video, rngs: list[np.random.Generator]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        views = [View(self._random_frames(video, g), self._random_box(video, g)) for g in rngs]
+        height, width = video.height, video.width
+        views = [
+            View(self._random_frames(video, rng), self._random_box(height, width, rng))
+            for rng in rngs
+        ]
         flip = torch.tensor([self._flip(g) for g in rngs])
         size = (self.input_size, self.input_size)
         clips = torch.stack([resize(clip, size) for clip in cut_views(video, views)])
@@ -257,10 +262,13 @@ class Kinetics(Dataset):
     ) -> tuple[Tensor, Tensor, Tensor]:
         frames = self._random_frames(video, rngs[0])
         (whole,) = cut_views(video, [View(frames, (0, 0, video.height, video.width))])
+        if self.rand_augment is not None and min(whole.shape[1:3]) > AUGMENT_SIDE:
+            whole = resize(whole, short_side_size(*whole.shape[1:3], AUGMENT_SIDE))
+        height, width = whole.shape[1:3]
         clips, flip, erase = [], [], []
         for rng in rngs:
             clip = whole if self.rand_augment is None else self.rand_augment(whole, rng)
-            top, left, h, w = self._random_box(video, rng)
+            top, left, h, w = self._random_box(height, width, rng)
             crop = clip[:, top : top + h, left : left + w]
             clips.append(resize(crop, (self.input_size, self.input_size)))
             flip.append(self._flip(rng))
