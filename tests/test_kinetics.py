@@ -186,8 +186,9 @@ def test_cut_views_decodes_a_frame_once_for_all_views(videos, monkeypatch):
         VideoIndex(str(videos / "test.csv")), "test", **SIZES, num_clips=5, num_crops=3
     )
     dataset[0, 0]
-    assert len(asked) == 1
-    assert len(asked[0]) == len(set(asked[0]))
+    decodes = [wanted for wanted in asked if wanted != [0]]  # [0]: is the video rotated?
+    assert len(decodes) == 1
+    assert len(decodes[0]) == len(set(decodes[0]))
 
 
 def test_clips_longer_than_the_video_repeat_the_last_frame(videos):
