@@ -280,6 +280,34 @@ def test_pretraining_with_accumulation():
     assert_final_parameters(model, file, distances)
 
 
+@pytest.mark.parametrize("engine", [engine_pretrain, engine_finetune])
+def test_accumulated_gradient_is_that_of_the_joint_batch(engine):
+    """Adam and clipping hide a constant factor, the norm before clipping shows it."""
+    videos, noises = (golden.tensor("traj_mae.npz", k)[:2] for k in ("videos", "noises"))
+    norms = []
+    for joint in (False, True):
+        if joint:
+            videos, noises = videos.flatten(0, 1).unsqueeze(0), noises.flatten(0, 1).unsqueeze(0)
+        args = engine_args(
+            TRAJECTORIES["mae"]["schedule"], accum_iter=len(videos), clip_grad=None, smoothing=0.1
+        )
+        log = RecordingLog()
+        if engine is engine_pretrain:
+            model, optimizer = start_pretraining(TRAJECTORIES["mae"])
+            training, noise = (model,), noises
+        else:
+            model = golden.build(VisionTransformer, TRAJECTORIES["vit"])
+            model.load_state_dict(golden.tensors("traj_vit.npz", "init/"))
+            groups = param_groups_lrd(model, 3, 0.05, 0.75)
+            optimizer = make_optimizer(groups, (0.9, 0.999), CPU)
+            training, noise = (model, None), ()
+        with golden.masking_noise(*noise):
+            loader = GivenBatches(videos)
+            engine.train_one_epoch(*training, loader, optimizer, no_scaler(), CPU, 0, log, args)
+        norms += log.record["grad_norm"]
+    assert len(norms) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def pretrain_briefly(videos, precision="fp32", scaler=None, **overrides):
     model, optimizer = start_pretraining(TRAJECTORIES["mae"])
     args = engine_args(TRAJECTORIES["mae"]["schedule"], clip_grad=0.02, precision=precision)
