@@ -18,7 +18,14 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import args as flags
 from util import run
-from util.checkpoint import load_weights, newest_checkpoint, resume, save_checkpoint
+from util.checkpoint import (
+    apply_weights,
+    has_head_for,
+    newest_checkpoint,
+    read_weights,
+    resume,
+    save_checkpoint,
+)
 from util.dist import print0, seed_step, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
@@ -65,7 +72,20 @@ def get_args_parser() -> flags.Parser:
     )
     flags.add_checkpoint_args(parser)
     parser.add_argument(
-        "--finetune", default="", help="checkpoint whose encoder to start from; empty: scratch"
+        "--finetune",
+        default="",
+        help="encoder to start from: path, address or released name (k400/vit_large) of a "
+        "checkpoint, also of other projects; empty: scratch",
+    )
+    parser.add_argument(
+        "--keep_head",
+        action="store_true",
+        help="keep the head of --finetune if it has as many classes",
+    )
+    parser.add_argument(
+        "--allow_missing",
+        action="store_true",
+        help="start though --finetune lacks some of the encoder's weights",
     )
     parser.add_argument(
         "--eval", action="store_true", help="validate the weights of --resume, then exit"
@@ -154,11 +174,15 @@ def main(args: argparse.Namespace) -> None:
             sep_pos_embed=args.sep_pos_embed,
             cls_embed=args.cls_embed,
             drop_path_rate=args.drop_path_rate,
+            sincos_pos_embed=args.sincos_pos_embed,
         )
     checkpoint = args.resume or newest_checkpoint(args.output_dir)
     if args.finetune and not checkpoint:
-        load_weights(model, args.finetune, keep_head=False)
-        torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+        weights = read_weights(args.finetune)
+        keep_head = args.keep_head and has_head_for(weights, model)
+        apply_weights(model, weights, keep_head, args.allow_missing)
+        if not keep_head:
+            torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.model}: {millions:.1f} M parameters")

@@ -108,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
             trunc_init=args.trunc_init,
             cls_embed=args.cls_embed,
             pred_t_dim=args.pred_t_dim,
+            sincos_pos_embed=args.sincos_pos_embed,
         ).to(device)
         models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

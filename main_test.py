@@ -2,7 +2,7 @@
 
     python main_test.py --path_to_data_dir /data/k400 --finetune checkpoint-00049.pth
 
-The model's flags default to those that the checkpoint was trained with. See FINETUNE.md.
+The model is the one in the checkpoint, which may be of another project. See FINETUNE.md.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import csv
 import io
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import models_vit
 from engine_finetune import VideoScores, test
 from util import args as flags
 from util import run
-from util.checkpoint import checkpoint_args, load_weights, read_checkpoint
+from util.checkpoint import apply_weights, read_weights
 from util.dist import is_main, print0
 from util.errors import UserError
 from util.file_io import write_atomically
@@ -26,12 +27,12 @@ from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.meters import RunLog, topk_correct
 
 MODEL_FLAGS = (
-    "model",
     "input_size",
     "num_frames",
     "sampling_rate",
     "t_patch_size",
     "sep_pos_embed",
+    "sincos_pos_embed",
     "cls_embed",
     "no_qkv_bias",
     "num_classes",
@@ -42,11 +43,14 @@ def get_args_parser() -> flags.Parser:
     """Build the flags; views default to 10 x 3 (the paper's tables use 7 x 3)."""
     parser = flags.Parser("Multi-view testing of a video classifier")
     flags.add_data_args(parser)
-    flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
+    flags.add_model_args(parser, ["", *models_vit.MODELS], "")
     flags.add_classifier_args(parser)
     group = parser.add_argument_group("test")
     group.add_argument(
-        "--finetune", "--resume", default="", help="checkpoint of a fine-tuned classifier"
+        "--finetune",
+        "--resume",
+        default="",
+        help="fine-tuned classifier: path or address of a checkpoint, also of other projects",
     )
     group.add_argument(
         "--num_clips", type=flags.positive_int, default=10, help="temporal views of a video"
@@ -65,15 +69,21 @@ def get_args_parser() -> flags.Parser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse flags; those of the model default to what the checkpoint was trained with."""
+    """Parse flags; those of the model default to what the checkpoint holds."""
 
     def default_flags(args: argparse.Namespace) -> list[str]:
         if not args.finetune:
             raise UserError("main_test.py needs --finetune CHECKPOINT, a fine-tuned classifier")
-        trained = checkpoint_args(read_checkpoint(args.finetune))
-        return flags.as_flags(trained, MODEL_FLAGS)
+        return checkpoint_flags(args.finetune)
 
     return flags.parse(get_args_parser(), argv, default_flags)
+
+
+def checkpoint_flags(path: str) -> list[str]:
+    """Return the flags that describe the model and the clips of a checkpoint."""
+    weights = read_weights(path)
+    values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
+    return flags.as_flags(values, MODEL_FLAGS)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -95,8 +105,12 @@ def main(args: argparse.Namespace) -> None:
     loader = VideoLoader(dataset, 1, args.num_workers, args.max_bad_share, device)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
+    weights = read_weights(args.finetune)
+    build = partial(models_vit.VisionTransformer, **weights.classifier_arguments())
+    if args.model:
+        build = models_vit.MODELS[args.model]
     with run.usage_errors():
-        model = models_vit.MODELS[args.model](
+        model = build(
             num_frames=args.num_frames,
             t_patch_size=args.t_patch_size,
             img_size=args.input_size,
@@ -104,8 +118,9 @@ def main(args: argparse.Namespace) -> None:
             no_qkv_bias=args.no_qkv_bias,
             sep_pos_embed=args.sep_pos_embed,
             cls_embed=args.cls_embed,
+            sincos_pos_embed=args.sincos_pos_embed,
         )
-    load_weights(model, args.finetune, keep_head=True)
+    apply_weights(model, weights, keep_head=True)
     if args.dry_run:
         run.print_flops(model, args)
         return

@@ -105,6 +105,12 @@ def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) 
         help="separable positions (space + time) in place of joint ones",
     )
     group.add_argument(
+        "--sincos_pos_embed",
+        action=BooleanOptionalAction,
+        default=False,
+        help="fixed sine-cosine positions, as VideoMAE has; needs --no-sep_pos_embed",
+    )
+    group.add_argument(
         "--cls_embed", action=BooleanOptionalAction, default=True, help="prepend a class token"
     )
     group.add_argument(

@@ -1,27 +1,31 @@
 """Saving, resuming and loading weights.
 
 A training checkpoint is a plain dict: model, optimizer, scaler (state dicts), epoch (the last one
-finished), step (optimiser steps done) and args (a dict of flags). Files are read with
-weights_only, so that loading never runs code from them.
+finished), step (optimiser steps done), args (a dict of flags) and arguments (of the model's
+constructor). Files are read with weights_only, so that loading never runs code from them; those
+of other projects go through util/convert.py.
 """
 
 import argparse
+import json
 import os
 import pickle
 import re
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from util.convert import Weights, checkpoint_args, fit_state, interpret, model_state
 from util.dist import is_main, print0
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, open_file, path_manager, write_atomically
+from util.released import fetch, refuse_other_kinds
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
 PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
-WRAPPERS = ("model", "model_state", "module", "state_dict")
 
 
 def save_checkpoint(
@@ -48,6 +52,7 @@ def save_checkpoint(
         "epoch": epoch,
         "step": step,
         "args": vars(args),
+        "arguments": getattr(model, "arguments", {}),  # of its constructor
     }
     try:
         make_dirs(output_dir)
@@ -72,13 +77,22 @@ def newest_checkpoint(output_dir: str) -> str | None:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint file on the CPU without running code from it.
 
+    Args:
+        path: a path, an address, or the name of a released checkpoint; PyTorch's format or
+            .safetensors, which gives {"model": tensors, "metadata": the header's strings}.
+
     Raises:
         UserError: missing, damaged, not a checkpoint, or one that asks to run code.
     """
     if not is_remote(path) and os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the checkpoint file in it")
-    with open_file(path, "rb") as file:
+    with open_file(fetch(path), "rb") as file:
+        start = file.read(64)
+        file.seek(0)
+        refuse_other_kinds(start, path)
         try:
+            if start[8:9] == b"{":
+                return read_safetensors(file.read())
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's readers raise every kind of them for damaged files
@@ -96,37 +110,56 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags a checkpoint was trained with, empty where it does not say."""
-    args = checkpoint.get("args", {})
-    return dict(args) if isinstance(args, dict) else getattr(args, "__dict__", {})
+def read_safetensors(data: bytes) -> dict[str, Any]:
+    """Read the bytes of a .safetensors file: {"model": tensors, "metadata": strings}."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    return {"model": safetensors.torch.load(data), "metadata": header.get("__metadata__", {})}
 
 
-def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
-    """Extract the weights of a checkpoint under this project's parameter names.
-
-    Raises:
-        UserError: there are no tensors in it.
-    """
-    wrapped = (checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), dict))
-    state = {str(k): v for k, v in next(wrapped, checkpoint).items() if isinstance(v, Tensor)}
-    if not state:
-        raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
-    state = {PREFIXES.sub("", k): v for k, v in state.items()}
-    return {k.replace("head.projection.", "head."): v for k, v in state.items()}
-
-
-def load_weights(model: nn.Module, path: str, keep_head: bool) -> None:
-    """Load a checkpoint's encoder into a classifier and print what was and was not loaded.
+def read_weights(path: str) -> Weights:
+    """Read a checkpoint of any known format under this project's names (util/convert.py).
 
     Args:
-        keep_head: load the classification head too; else it is left as drawn.
+        path: a path, an address, or the name of a released checkpoint.
 
     Raises:
-        UserError: encoder weights are missing or of another shape, or the head is with keep_head.
+        UserError: it cannot be read, or holds no video transformer.
     """
-    state = model_state(read_checkpoint(path), path)
+    checkpoint = read_checkpoint(path)
+    config = {}
+    for name in ("config.json", "preprocessor_config.json"):  # Hugging Face's, beside the weights
+        beside = os.path.join(os.path.dirname(path), name)
+        if not is_remote(path) and os.path.isfile(beside):
+            with open(beside, encoding="utf-8") as file:
+                config |= json.load(file)
+    return interpret(checkpoint, path, config)
+
+
+def load_weights(model: nn.Module, path: str, keep_head: bool, allow_missing: bool = False) -> None:
+    """Read a checkpoint of any known format and apply it to a model."""
+    apply_weights(model, read_weights(path), keep_head, allow_missing)
+
+
+def apply_weights(
+    model: nn.Module, weights: Weights, keep_head: bool, allow_missing: bool = False
+) -> None:
+    """Load a checkpoint into a classifier or an autoencoder and print what became of each tensor.
+
+    Positions and patch kernels are resized to the model's clips; input normalisation other than
+    ours is folded into the patch embedding. A classifier drops the decoder.
+
+    Args:
+        model: one of this project's; its constructor arguments say what is needed.
+        keep_head: load the classification head too; else it is left as drawn.
+        allow_missing: leave weights as drawn that the file lacks, with a warning.
+
+    Raises:
+        UserError: weights are missing or of another shape, or the head is with keep_head.
+    """
+    weights = weights.with_our_normalisation()
     own = model.state_dict()
+    state, how = fit_state(weights, own, vars(model)["arguments"])
     if not keep_head:
         state = {k: v for k, v in state.items() if not k.startswith("head.")}
     wrong_shape = [
@@ -136,28 +169,71 @@ def load_weights(model: nn.Module, path: str, keep_head: bool) -> None:
     ]
     if wrong_shape:
         raise UserError(
-            f"{path} is of another shape: {'; '.join(wrong_shape[:4])}; "
+            f"{weights.path} is of another shape: {_some(wrong_shape, joint='; ')}; "
             "check --model, --input_size, --num_frames, --t_patch_size and --num_classes"
         )
     missing = [k for k in own if k not in state]
     not_loaded = [k for k in missing if keep_head or not k.startswith("head.")]
     if not_loaded:
-        raise UserError(
-            f"{path} lacks {len(not_loaded)} weights of the model ({_some(not_loaded)}); "
-            "check --model, --sep_pos_embed, --cls_embed and --no_qkv_bias"
-        )
-    model.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
-    dropped = [k for k in state if k not in own]
-    print0(
-        f"loaded {len(own) - len(missing)} of {len(own)} tensors from {path}; "
-        f"fresh: {_some(missing)}; not used: {_some(dropped)}"
-    )
+        problem = f"{weights.path} lacks {len(not_loaded)} weights of the model"
+        if not allow_missing:
+            raise UserError(f"{problem} ({_some(not_loaded)}); {_flags_hint(weights, model)}")
+        print0(f"WARNING: {problem}: {_some(not_loaded)} stay as drawn (--allow_missing)")
+    model.load_state_dict(state, strict=False)
+    print0(coverage(weights, own, state, how))
 
 
-def _some(names: list[str], count: int = 4) -> str:
+def has_head_for(weights: Weights, model: nn.Module) -> bool:
+    """Tell whether a file's head has the classes of the model."""
+    head = weights.state.get("head.weight")
+    return head is not None and head.shape == model.state_dict()["head.weight"].shape
+
+
+def _flags_hint(weights: Weights, model: nn.Module) -> str:
+    """Name the flags that would build the model of the file."""
+    flags = []
+    for name in ("cls_embed", "sep_pos_embed", "no_qkv_bias"):
+        theirs = weights.arguments[name]
+        if theirs != vars(model)["arguments"][name]:
+            flags.append(f"--{name}" if theirs else f"--no-{name}")
+    if flags:
+        return f"the file is of a model with {' '.join(flags)}"
+    return "check --model, or load the rest with --allow_missing"
+
+
+def coverage(
+    weights: Weights, own: dict[str, Tensor], state: dict[str, Tensor], how: dict[str, str]
+) -> str:
+    """Draw up what became of every tensor of the file and of the model, as a table."""
+    rows: dict[str, list[str]] = {"loaded": []}
+    for name in own:
+        if name not in state:
+            row = "missing, left as drawn"
+        else:
+            row = how.get(name, "loaded")
+        rows.setdefault(row, []).append(name)
+    reshaped = [k for k in own if k in state and "pos_embed" in k and k not in weights.state]
+    stems = tuple(re.sub("_(spatial|temporal)$", "", k) for k in reshaped)
+    dropped = [k for k in weights.state if k not in state and not (stems and k.startswith(stems))]
+    dropped += weights.unused
+    rows |= {"dropped": dropped} if dropped else {}
+    loaded = sum(name in state for name in own)
+    lines = [f"loaded {loaded} of {len(own)} tensors from {weights.path} ({weights.source})"]
+    lines += [f"  note: {note}" for note in weights.notes]
+    for row, names in rows.items():
+        lines.append(f"  {len(names):4}  {row}: {_some(_summarise(names), 8)}")
+    return "\n".join(lines)
+
+
+def _summarise(names: list[str]) -> list[str]:
+    """Write the same name in many blocks once."""
+    return list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
+
+
+def _some(names: list[str], count: int = 4, joint: str = ", ") -> str:
     """Join the first few names."""
     rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return (", ".join(names[:count]) or "none") + rest
+    return (joint.join(names[:count]) or "none") + rest
 
 
 def resume(

@@ -1,0 +1,66 @@
+"""Models for torch.hub: torch.hub.load("OWNER/REPO", "mae_vit_large_patch16", pretrained="k400").
+
+`pretrained` is the name of a data set with released weights (k400, k600, k700; ViT-L and ViT-H), or
+the path or address of a checkpoint of any format that util/convert.py reads. Clips are
+[N, 3, T, H, W], normalised by mean 0.45 and deviation 0.225; `model.forward_features(clips)` gives
+their patch tokens [N, L, D].
+"""
+
+import functools
+import typing
+
+from torch import nn
+
+import models_mae
+import models_vit
+from util import checkpoint, errors, released
+
+# torch.hub.list shows every public callable of this file: only modules are imported.
+
+dependencies = ["torch", "timm", "numpy", "iopath", "safetensors"]
+
+SIZES = ("patch_size", "embed_dim", "depth")
+
+
+def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        pretrained: k400, k600 or k700, or the path or address of a checkpoint; None: fresh weights.
+        arguments: constructor arguments; with `pretrained` they default to the checkpoint's, and
+            positions are resized to another img_size or num_frames.
+
+    Raises:
+        UserError: there are no such weights, or they are of another size.
+    """
+    build: typing.Any = (models_mae.MODELS | models_vit.MODELS)[name]
+    if pretrained is None:
+        return build(**arguments)
+    if "/" not in pretrained and f"{pretrained}/vit_large" in released.MD5:
+        size = name.removeprefix("mae_").rpartition("_")[0]
+        if f"{pretrained}/{size}" not in released.MD5 or not name.endswith("_patch16"):
+            raise errors.UserError(
+                f"no released weights of {name}; there are mae_vit_large_patch16 and "
+                "mae_vit_huge_patch16"
+            )
+        pretrained = f"{pretrained}/{size}"
+    weights = checkpoint.read_weights(pretrained)
+    wanted = {k: build.keywords[k] for k in SIZES}
+    found = {k: weights.arguments[k] for k in SIZES}
+    if wanted != found:
+        raise errors.UserError(
+            f"{pretrained} is of another size than {name}: {found}, not {wanted}"
+        )
+    if name in models_mae.MODELS:
+        model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments(**arguments))
+        checkpoint.apply_weights(model, weights, keep_head=False)
+    else:
+        model = models_vit.VisionTransformer(**weights.classifier_arguments(**arguments))
+        checkpoint.apply_weights(model, weights, keep_head=checkpoint.has_head_for(weights, model))
+    return model.eval()
+
+
+for _name in [*models_mae.MODELS, *models_vit.MODELS]:
+    _entry: typing.Any = functools.partial(_load, _name)
+    _entry.__doc__ = _load.__doc__  # torch.hub.help shows it
+    globals()[_name] = _entry

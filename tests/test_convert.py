@@ -1,0 +1,675 @@
+"""Tests of util/convert.py, util/released.py and loading: files of every format of the field.
+
+The files come from tests/formats.py, which also holds a plain forward pass for each; Hugging Face's
+own implementation is the judge of its format.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import threading
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from tests import formats, golden
+from util import convert, file_io, pos_embed, released
+from util.checkpoint import apply_weights, load_weights, read_checkpoint, read_weights
+from util.errors import UserError
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def saved(path, checkpoint) -> str:
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+def pixels(frames=8, side=64, clips=1) -> Tensor:
+    return torch.rand(clips, 3, frames, side, side, generator=torch.Generator().manual_seed(9))
+
+
+def ours(clips: Tensor) -> Tensor:
+    return (clips - 0.45) / 0.225
+
+
+def imagenet(clips: Tensor) -> Tensor:
+    return (clips - IMAGENET_MEAN) / IMAGENET_STD
+
+
+def autoencoder(path: str, **overrides) -> MaskedAutoencoderViT:
+    weights = read_weights(path)
+    model = MaskedAutoencoderViT(**weights.autoencoder_arguments(**overrides)).eval()
+    apply_weights(model, weights, keep_head=False)
+    return model
+
+
+def classifier(path: str, keep_head=True, **overrides) -> VisionTransformer:
+    weights = read_weights(path)
+    model = VisionTransformer(**weights.classifier_arguments(**overrides)).eval()
+    apply_weights(model, weights, keep_head=keep_head)
+    return model
+
+
+@torch.no_grad()
+def predict(model: MaskedAutoencoderViT, clip: Tensor, ratio=0.75) -> tuple[Tensor, Tensor]:
+    """Return pred [1, L, ...] and the numbers of the visible tokens."""
+    tokens = model.patch_embed.num_patches
+    noise = torch.rand(1, tokens, generator=torch.Generator().manual_seed(5))
+    with golden.masking_noise(noise):
+        _, pred, mask = model(clip, ratio)
+    keep = noise[0].argsort()[: int(tokens * (1 - ratio))]
+    assert (mask[0, keep] == 0).all()
+    return pred, keep
+
+
+# --- decoding and classifying as the original does
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_pyslowfast_pretraining(tmp_path, fused):
+    checkpoint = formats.pyslowfast(fused=fused)
+    model = autoencoder(saved(tmp_path / "ps.pyth", checkpoint))
+    clip = ours(pixels())
+    pred, keep = predict(model, clip)
+    expected = formats.pyslowfast_decode(checkpoint["model_state"], clip, keep)
+    torch.testing.assert_close(pred, expected, **CLOSE)
+    arguments = model.arguments
+    assert (arguments["num_heads"], arguments["decoder_num_heads"]) == (2, 2)
+    assert arguments["cls_through_decoder"] and not arguments["decoder_sep_pos_embed"]
+    frames = model.target_frames(torch.arange(8).view(1, 1, 8, 1, 1).expand(1, 3, -1, 64, 64))
+    assert frames[0, 0, :, 0, 0].tolist() == [0, 2, 4, 6]
+
+
+def test_pyslowfast_finetuned(tmp_path):
+    checkpoint = formats.pyslowfast(decoder=False)
+    model = classifier(saved(tmp_path / "ps.pyth", checkpoint))
+    clips = ours(pixels(clips=2))
+    expected = formats.pyslowfast_classify(checkpoint["model_state"], clips)
+    torch.testing.assert_close(model(clips).detach(), expected, **CLOSE)
+
+
+def test_reference_training_file(tmp_path):
+    checkpoint = formats.reference()
+    model = autoencoder(saved(tmp_path / "checkpoint-00099.pth", checkpoint))
+    clip = ours(pixels())
+    pred, keep = predict(model, clip)
+    expected = formats.reference_decode(checkpoint["model"], clip, keep)
+    torch.testing.assert_close(pred, expected, **CLOSE)
+    assert model.arguments["decoder_num_heads"] == 16
+
+
+def test_first_release(tmp_path):
+    checkpoint = formats.first_release()
+    path = saved(tmp_path / "video-mae-200x4-nonorm.pth", checkpoint)
+    assert read_weights(saved(tmp_path / "video-mae-100x4-joint.pth", checkpoint)).arguments[
+        "norm_pix_loss"
+    ]
+    model = autoencoder(path)
+    assert not model.norm_pix_loss
+    clip = ours(pixels(16, 224))
+    pred, keep = predict(model, clip, 0.95)
+    expected = formats.first_release_decode(checkpoint["model"], clip, keep)
+    torch.testing.assert_close(pred, expected, **CLOSE)
+    assert torch.equal(model.target_frames(clip), clip)
+    fixed = [k for k, p in model.named_parameters() if not p.requires_grad]
+    assert fixed == ["pos_embed", "decoder_pos_embed"]
+
+
+def test_image_mae_sees_a_still_video_as_the_image(tmp_path):
+    """With one step in time there are as many tokens as in the image: all of it must agree."""
+    checkpoint = formats.image_mae("full")
+    path = saved(tmp_path / "mae.pth", checkpoint)
+    still = pixels(1).expand(-1, -1, 2, -1, -1)
+    pred, keep = predict(autoencoder(path, num_frames=2), ours(still))
+    image = imagenet(still)[:, :, 0]
+    expected = formats.image_decode(checkpoint["model"], image, keep)
+    torch.testing.assert_close(pred, expected, **CLOSE)
+
+    weights = read_weights(path)
+    kernel = checkpoint["model"]["patch_embed.proj.weight"]
+    assert torch.equal(weights.state["patch_embed.proj.weight"][:, :, 0], kernel / 2)
+    assert torch.equal(weights.state["patch_embed.proj.weight"][:, :, 1], kernel / 2)
+    assert weights.arguments["num_frames"] == 16
+    assert not weights.state["pos_embed_temporal"].any()
+
+
+def test_image_mae_finetuned_and_huge_patches(tmp_path):
+    path = saved(tmp_path / "mae.pth", formats.image_mae("fine-tuned", p=14, side=3))
+    model = classifier(path, num_frames=4)
+    assert model.arguments["patch_size"] == 14 and model.arguments["img_size"] == 42
+    assert model(torch.zeros(1, 3, 4, 42, 42)).shape == (1, 7)
+    assert not model.patch_embed.proj.weight.isnan().any()
+    weights = read_weights(saved(tmp_path / "cls.pth", formats.image_mae("class token")))
+    assert not weights.has_head and "head.weight" in weights.unused
+
+
+def test_videomae_pretraining(tmp_path):
+    """It was trained on ImageNet's normalisation: the same pixels must give the same result."""
+    checkpoint = formats.videomae("pretrain")
+    model = autoencoder(saved(tmp_path / "videomae.pth", checkpoint))
+    pred, keep = predict(model, ours(pixels()))
+    expected = formats.videomae_decode(checkpoint["model"], imagenet(pixels()), keep)
+    removed = [i for i in range(64) if i not in keep.tolist()]
+    torch.testing.assert_close(pred[:, removed], expected, **CLOSE)
+
+
+def test_videomae_finetuned(tmp_path):
+    checkpoint = formats.videomae("finetune")
+    model = classifier(saved(tmp_path / "videomae.pth", checkpoint))
+    clips = pixels(clips=2)
+    expected = formats.videomae_classify(checkpoint["module"], imagenet(clips))
+    torch.testing.assert_close(model(ours(clips)).detach(), expected, **CLOSE)
+    assert not model.pos_embed.requires_grad
+
+
+# --- Hugging Face
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return pytest.importorskip("transformers")
+
+
+def hf_config(transformers, **changes):
+    return transformers.VideoMAEConfig(
+        image_size=32, patch_size=8, num_frames=4, hidden_size=48, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=96, decoder_hidden_size=32,
+        decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=64,
+        **changes,
+    )  # fmt: skip
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_hugging_face_pretraining_reads_and_writes(tmp_path, transformers):
+    config = hf_config(transformers, use_mean_pooling=False)
+    original = randomised(transformers.VideoMAEForPreTraining(config))
+    original.save_pretrained(tmp_path / "hf")
+    path = str(tmp_path / "hf/model.safetensors")
+    model = autoencoder(path)
+    assert (model.arguments["num_heads"], model.arguments["decoder_num_heads"]) == (4, 4)
+    clip = pixels(4, 32)
+    pred, keep = predict(model, ours(clip))
+    masked = torch.ones(1, 32, dtype=torch.bool)
+    masked[0, keep] = False
+    expected = original(imagenet(clip).transpose(1, 2), masked).logits
+    torch.testing.assert_close(pred[masked].unsqueeze(0), expected, **CLOSE)
+
+    convert.main([path, str(tmp_path / "again"), "--to", "videomae-hf"])
+    again, info = transformers.VideoMAEForPreTraining.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    left, right = original.state_dict(), again.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[k], right[k]) for k in left)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_hugging_face_classifier_reads(tmp_path, transformers, file):
+    original = randomised(
+        transformers.VideoMAEForVideoClassification(hf_config(transformers, num_labels=7))
+    )
+    original.save_pretrained(tmp_path)
+    if file.endswith(".bin"):
+        state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        torch.save(state, tmp_path / file)
+    model = classifier(str(tmp_path / file))
+    clips = pixels(4, 32, clips=2)
+    expected = original(imagenet(clips).transpose(1, 2)).logits
+    torch.testing.assert_close(model(ours(clips)), expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_original_videomae_loads_in_transformers(tmp_path, transformers, kind):
+    checkpoint = formats.videomae(kind)
+    path = saved(tmp_path / "videomae.pth", checkpoint)
+    convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf"])
+    clips = imagenet(pixels()).transpose(1, 2)
+    processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "hf")
+    assert tuple(processor.image_mean) == (0.485, 0.456, 0.406)
+    if kind == "finetune":
+        model = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "hf")
+        expected = formats.videomae_classify(checkpoint["module"], imagenet(pixels()))
+        torch.testing.assert_close(model.eval()(clips).logits, expected, **CLOSE)
+        return
+    model = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "hf").eval()
+    keep = torch.arange(0, 64, 4)
+    masked = torch.ones(1, 64, dtype=torch.bool)
+    masked[0, keep] = False
+    expected = formats.videomae_decode(checkpoint["model"], imagenet(pixels()), keep)
+    torch.testing.assert_close(model(clips, masked).logits, expected, **CLOSE)
+    features = transformers.VideoMAEModel.from_pretrained(tmp_path / "hf").eval()(clips)
+    own = autoencoder(path).forward_features(ours(pixels()))
+    torch.testing.assert_close(features.last_hidden_state, own, **CLOSE)
+
+
+SINCOS = {
+    "img_size": 32, "patch_size": 8, "num_frames": 4, "embed_dim": 48, "depth": 2, "num_heads": 4,
+    "sep_pos_embed": False, "cls_embed": False, "sincos_pos_embed": True,
+}  # fmt: skip
+DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 4, "pred_t_dim": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("no_qkv_bias", [False, True])
+def test_a_model_trained_here_has_its_features_in_transformers(tmp_path, transformers, no_qkv_bias):
+    """Their key bias is always zero; ours is random, and softmax does not see it."""
+    own = randomised(VisionTransformer(**SINCOS, num_classes=7, no_qkv_bias=no_qkv_bias))
+    own.pos_embed[0] = pos_embed.sincos_pos_embed(32, 48)
+    checkpoint = {"model": own.state_dict(), "arguments": own.arguments}
+    path = saved(tmp_path / "own.pth", checkpoint)
+    convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf"])
+    theirs, info = transformers.VideoMAEForVideoClassification.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    clips = ours(pixels(4, 32, clips=2))
+    result = theirs.eval()(clips.transpose(1, 2), output_hidden_states=True)
+    torch.testing.assert_close(result.hidden_states[-1], own.forward_features(clips), **CLOSE)
+    torch.testing.assert_close(result.logits, own(clips), **CLOSE)
+
+    back = read_weights(str(tmp_path / "hf/model.safetensors"))
+    assert back.mean is None  # the file says that it wants our normalisation
+    state = own.state_dict()
+    for name in state:
+        if not name.endswith("attn.k.bias"):
+            assert torch.equal(back.state[name], state[name]), name
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ({"cls_embed": True, "sincos_pos_embed": False}, "has a class token, VideoMAE has none"),
+        ({"sep_pos_embed": True, "sincos_pos_embed": False}, "pos_embed is not joint"),
+        ({"sincos_pos_embed": False}, "pos_embed is not VideoMAE's fixed sine-cosine table"),
+        ({"pred_t_dim": 2}, "VideoMAE predicts all.*--drop_decoder"),
+    ],
+)
+def test_what_videomae_cannot_express_is_refused(tmp_path, capsys, arguments, reason):
+    model = MaskedAutoencoderViT(**(SINCOS | DECODER | arguments))
+    path = saved(tmp_path / "own.pth", {"model": model.state_dict(), "arguments": model.arguments})
+    with pytest.raises(SystemExit):
+        convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf"])
+    err = " ".join(capsys.readouterr().err.split())
+    assert "VideoMAE cannot express this model" in err
+    assert re.search(reason, err)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_decoder_that_others_lack_can_be_left_out(tmp_path, capsys):
+    model = MaskedAutoencoderViT(**SINCOS, **DECODER)
+    torch.nn.init.ones_(model.decoder_embed.bias)
+    path = saved(tmp_path / "own.pth", {"model": model.state_dict(), "arguments": model.arguments})
+    for to in ("videomae-hf", "pyslowfast"):
+        with pytest.raises(SystemExit):
+            convert.main([path, str(tmp_path / to), "--to", to])
+    assert "decoder_embed has a bias" in capsys.readouterr().err
+    convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf", "--drop_decoder"])
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["architectures"] == ["VideoMAEModel"]
+    again = read_weights(str(tmp_path / "hf/model.safetensors"))
+    assert not again.has_decoder and torch.equal(again.state["norm.bias"], model.norm.bias)
+
+
+# --- round trips
+
+ROUND_TRIPS = {
+    "pyslowfast": (formats.pyslowfast(), "pyslowfast"),
+    "pyslowfast fine-tuned": (formats.pyslowfast(decoder=False), "pyslowfast"),
+    "reference": (formats.reference(), "mae_st"),
+    "reference fine-tuned": (formats.reference(decoder=False), "mae_st"),
+}
+
+
+@pytest.mark.parametrize("through", ["mae_st", "safetensors"])
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_round_trips_are_bitwise(tmp_path, name, through):
+    checkpoint, back = ROUND_TRIPS[name]
+    path = saved(tmp_path / "in.pth", checkpoint)
+    convert.main([path, str(tmp_path / "middle"), "--to", through])
+    convert.main([str(tmp_path / "middle"), str(tmp_path / "out.pth"), "--to", back])
+    key = "model" if back == "mae_st" else "model_state"
+    left, right = checkpoint[key], read_checkpoint(str(tmp_path / "out.pth"))[key]
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    first, last = read_weights(path), read_weights(str(tmp_path / "middle"))
+    assert first.arguments == last.arguments
+
+
+def test_fused_qkv_is_written_apart(tmp_path):
+    fused = formats.pyslowfast(fused=True)
+    path = saved(tmp_path / "in.pth", fused)
+    convert.main([path, str(tmp_path / "out.pth"), "--to", "pyslowfast"])
+    state = read_checkpoint(str(tmp_path / "out.pth"))["model_state"]
+    names = formats.pyslowfast()["model_state"]
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in names.items()}
+    joined = torch.cat([state[f"blocks.0.attn.{part}.weight"] for part in "qkv"])
+    assert torch.equal(joined, fused["model_state"]["blocks.0.attn.qkv.weight"])
+
+
+def test_videomae_here_and_back_differs_in_the_folded_patch_embedding_alone(tmp_path):
+    path = saved(tmp_path / "in.pth", formats.videomae("finetune"))
+    convert.main([path, str(tmp_path / "own.pth"), "--to", "mae_st"])
+    first, second = read_weights(path), read_weights(str(tmp_path / "own.pth"))
+    differ = [k for k in first.state if not torch.equal(first.state[k], second.state[k])]
+    assert differ == ["patch_embed.proj.weight", "patch_embed.proj.bias"]
+    clips = ours(pixels())
+    assert torch.equal(classifier(path)(clips), classifier(str(tmp_path / "own.pth"))(clips))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, "class token of its own"),
+        ({"cls_through_decoder": True}, "64 channels per head"),
+        ({"sep_pos_embed": False, "decoder_sep_pos_embed": False}, "no sum of positions in space"),
+    ],
+)
+def test_what_pyslowfast_cannot_express_is_refused(tmp_path, capsys, change, reason):
+    arguments = {"img_size": 32, "patch_size": 8, "num_frames": 4, "embed_dim": 64, "depth": 1}
+    model = MaskedAutoencoderViT(**(arguments | {"num_heads": 4} | DECODER | change))
+    path = saved(tmp_path / "own.pth", {"model": model.state_dict(), "arguments": model.arguments})
+    with pytest.raises(SystemExit):
+        convert.main([path, str(tmp_path / "out.pth"), "--to", "pyslowfast"])
+    assert reason in " ".join(capsys.readouterr().err.split())
+
+
+# --- positions and patch kernels
+
+
+def test_spatial_resizing_is_the_reference_one():
+    grid = golden.tensor("pos_embed_interp.npz", "in")[:, 1:]
+    expected = golden.tensor("pos_embed_interp.npz", "out")[:, 1:]
+    resized = pos_embed.resize_spatial(grid, (4, 4), (8, 8))
+    torch.testing.assert_close(resized, expected, rtol=0, atol=1e-6)
+    assert pos_embed.resize_spatial(grid, (4, 4), (4, 4)) is grid
+
+
+def test_temporal_resizing_is_linear():
+    ramp = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 4, 1)
+    assert pos_embed.resize_temporal(ramp, 8).flatten().tolist() == [
+        0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3,
+    ]  # fmt: skip
+
+
+def test_joint_and_separable_resizing_agree():
+    torch.manual_seed(0)
+    spatial, temporal = torch.randn(1, 16, 5), torch.randn(1, 4, 5)
+    old, new = (4, 4, 4), (6, 5, 5)
+    joint = pos_embed.resize_joint(pos_embed.join(spatial, temporal), old, new)
+    space = pos_embed.resize_spatial(spatial, (4, 4), (5, 5))
+    expected = pos_embed.join(space, pos_embed.resize_temporal(temporal, 6))
+    torch.testing.assert_close(joint, expected, rtol=0, atol=1e-5)
+    parts = pos_embed.split(joint, new)
+    torch.testing.assert_close(pos_embed.join(*parts), joint, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\d+\.\d% would be lost"):
+        pos_embed.split(torch.randn(1, 64, 5), (4, 4, 4))
+
+
+def test_sincos_table():
+    expected = formats.sinusoids(50, 6)
+    torch.testing.assert_close(pos_embed.sincos_pos_embed(50, 6), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("old, new", [(1, 2), (2, 4), (4, 2), (2, 1), (2, 3), (3, 2)])
+def test_patch_kernels_keep_the_tokens_of_still_clips(old, new):
+    kernel = torch.randn(5, 3, old, 4, 4)
+    resized = convert.resize_kernel(kernel, new)
+    assert resized.shape == (5, 3, new, 4, 4)
+    torch.testing.assert_close(resized.sum(2), kernel.sum(2), rtol=0, atol=1e-5)
+
+
+def test_other_clips_resize_positions(tmp_path, capsys):
+    path = saved(tmp_path / "in.pth", formats.reference(decoder=False))
+    weights = read_weights(path)
+    model = VisionTransformer(
+        **weights.classifier_arguments(num_frames=16, img_size=96, t_patch_size=4)
+    )
+    apply_weights(model, weights, keep_head=True)
+    out = capsys.readouterr().out
+    assert "resized: 4 x 4 x 4 -> 4 x 6 x 6 tokens: pos_embed_spatial" in out
+    assert "resized: 2 -> 4 frames: patch_embed.proj.weight" in out
+    spatial = pos_embed.resize_spatial(weights.state["pos_embed_spatial"], (4, 4), (6, 6))
+    assert torch.equal(model.pos_embed_spatial, spatial)
+    assert model(torch.zeros(1, 3, 16, 96, 96)).shape == (1, 7)
+
+
+def test_joint_positions_of_the_model(tmp_path):
+    """Separable ones become joint ones, and back; the model computes the same."""
+    path = saved(tmp_path / "in.pth", formats.reference(decoder=False))
+    clips = ours(pixels())
+    separate, joint = classifier(path), classifier(path, sep_pos_embed=False)
+    torch.testing.assert_close(joint(clips), separate(clips), **CLOSE)
+    path = saved(
+        tmp_path / "joint.pth", {"model": joint.state_dict(), "arguments": joint.arguments}
+    )
+    again = classifier(path, sep_pos_embed=True)
+    torch.testing.assert_close(again(clips), separate(clips), **CLOSE)
+    larger = classifier(path, img_size=96), classifier(path, img_size=96, sep_pos_embed=True)
+    clips = ours(pixels(side=96))
+    torch.testing.assert_close(larger[0](clips), larger[1](clips), **CLOSE)
+
+
+def test_positions_that_are_no_sum_are_not_split(tmp_path):
+    path = saved(tmp_path / "videomae.pth", formats.videomae("finetune"))
+    with pytest.raises(UserError, match=r"videomae\.pth: joint positions are no sum.*--no-sep_pos"):
+        classifier(path, sep_pos_embed=True, sincos_pos_embed=False)
+
+
+@pytest.mark.parametrize(
+    "side, frames, words",
+    [(20, 18, "3136 x 16 x 16"), (12, 20, r"may be .*20 x 192 x 192.*frames x height x width")],
+)
+def test_joint_positions_of_unknown_grids_are_not_guessed(tmp_path, side, frames, words):
+    checkpoint = formats.first_release()
+    rows = side * side * frames // 2
+    for name, width in (("pos_embed", 128), ("decoder_pos_embed", 64)):
+        checkpoint["model"][name] = torch.zeros(1, rows, width)
+    path = saved(tmp_path / "in.pth", checkpoint)
+    with pytest.raises(UserError, match=r"does not say the size of its clips"):
+        read_weights(path)
+
+
+# --- what is loaded, missing, dropped
+
+
+def test_every_tensor_is_accounted_for(tmp_path, capsys):
+    path = saved(tmp_path / "ps.pyth", formats.pyslowfast(fused=True))
+    classifier(path, keep_head=False, num_classes=5, num_frames=16)
+    out = capsys.readouterr().out
+    assert f"loaded 40 of 42 tensors from {path} (PySlowFast)" in out
+    rows = dict(line.split(": ", 1)[::-1] for line in out.splitlines()[1:])
+    counts = {text: int(row.split()[0]) for text, row in rows.items()}
+    assert sum(counts.values()) == 42 + sum("decoder" in k for k in read_weights(path).state) + 1
+    assert "missing, left as drawn: head.weight, head.bias" in out
+    assert "converted: split from qkv: blocks.*.attn.q.weight" in out
+    assert "resized: 4 x 4 x 4 -> 8 x 4 x 4 tokens: pos_embed_spatial, pos_embed_temporal" in out
+    assert "dropped: decoder_pos_embed" in out or "dropped: decoder_embed" in out
+
+
+def test_missing_encoder_weights_need_permission(tmp_path, capsys):
+    checkpoint = formats.reference(decoder=False)
+    del checkpoint["model"]["blocks.1.attn.proj.bias"]
+    path = saved(tmp_path / "in.pth", checkpoint)
+    with pytest.raises(UserError, match=r"lacks 1 weights .*blocks\.1\.attn\.proj\.bias"):
+        classifier(path)
+    model = VisionTransformer(**read_weights(path).classifier_arguments())
+    drawn = model.blocks[1].attn.proj.bias.clone()
+    load_weights(model, path, keep_head=True, allow_missing=True)
+    assert "WARNING" in capsys.readouterr().out
+    assert torch.equal(model.blocks[1].attn.proj.bias, drawn)
+    assert torch.equal(model.blocks[1].attn.proj.weight,
+                       checkpoint["model"]["blocks.1.attn.proj.weight"])  # fmt: skip
+
+
+def test_a_file_without_class_token_names_the_flag(tmp_path):
+    path = saved(tmp_path / "videomae.pth", formats.videomae("finetune"))
+    with pytest.raises(UserError, match=r"cls_token.*--no-cls_embed"):
+        classifier(path, cls_embed=True, sincos_pos_embed=False)
+
+
+def test_dropping_the_class_token(tmp_path):
+    path = saved(tmp_path / "in.pth", formats.reference(decoder=False))
+    model = classifier(path, cls_embed=False)
+    assert not hasattr(model, "cls_token")
+    assert torch.equal(model.pos_embed_spatial, read_weights(path).state["pos_embed_spatial"])
+
+
+def test_files_without_positions_or_transformers(tmp_path):
+    checkpoint = formats.reference(decoder=False)
+    state = {k: v for k, v in checkpoint["model"].items() if "pos_embed" not in k}
+    with pytest.raises(UserError, match="no position embeddings"):
+        read_weights(saved(tmp_path / "a.pth", {"model": state}))
+    with pytest.raises(UserError, match=r"b\.pth holds no vision transformer.*conv1\.weight"):
+        read_weights(saved(tmp_path / "b.pth", {"conv1.weight": torch.zeros(1)}))
+
+
+def test_heads_of_the_published_sizes():
+    assert [convert.num_heads(w) for w in (384, 768, 1024, 1280, 512, 640)] == [6, 12, 16, 16, 8, 8]
+
+
+@pytest.mark.parametrize("hidden, width", [(6144, 1408), (4096, 1024), (96, 48), (49 * 3, 49)])
+def test_hidden_widths_survive_the_ratio(hidden, width):
+    checkpoint = formats.reference(decoder=False)
+    for i in range(2):
+        checkpoint["model"][f"blocks.{i}.mlp.fc1.weight"] = torch.empty(hidden, 1)
+    checkpoint["model"]["patch_embed.proj.weight"] = torch.empty(width, 3, 2, 16, 16)
+    ratio = convert.interpret(checkpoint, "x").arguments["mlp_ratio"]
+    assert int(width * ratio) == hidden
+
+
+# --- a real size
+
+
+@pytest.mark.slow
+def test_vit_base_of_pyslowfast(tmp_path):
+    """ViT-B, 16 frames of 224 x 224: the parameters that PySlowFast's own file holds."""
+    checkpoint = formats.pyslowfast(D=768, depth=12, d=512, grid=(8, 14, 14))
+    state = checkpoint["model_state"]
+    assert sum(v.numel() for v in state.values()) == 100_596_736
+    path = saved(tmp_path / "VIT_B_16x4_MAE_PT.pyth", checkpoint)
+    weights = read_weights(path)
+    known = ("num_heads", "decoder_num_heads", "depth", "img_size", "num_frames", "pred_t_dim")
+    assert [weights.arguments[k] for k in known] == [12, 8, 12, 224, 16, 8]
+    model = MaskedAutoencoderViT(**weights.autoencoder_arguments()).eval()
+    assert sum(p.numel() for p in model.parameters()) == 100_596_736
+    apply_weights(model, weights, keep_head=False)
+    clip = ours(pixels(16, 224))
+    pred, keep = predict(model, clip, 0.9)
+    expected = formats.pyslowfast_decode(state, clip, keep)
+    torch.testing.assert_close(pred, expected, **CLOSE)
+    convert.main([path, str(tmp_path / "out.pth"), "--to", "pyslowfast"])
+    written = torch.load(tmp_path / "out.pth", weights_only=True, mmap=True)["model_state"]
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[k], state[k]) for k in state)
+
+
+# --- addresses and names
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve tmp_path/www; returns (folder, address, list of requested paths)."""
+    www, requested = tmp_path / "www", []
+    (www / "pretrain").mkdir(parents=True)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    released.fetch.cache_clear()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(www))
+
+        def log_message(self, format, *args):
+            requested.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield www / "pretrain", f"http://127.0.0.1:{httpd.server_port}/pretrain", requested
+        httpd.shutdown()
+
+
+def test_addresses_are_cached(server):
+    folder, address, requested = server
+    saved(folder / "in.pth", formats.reference(decoder=False))
+    first = read_weights(f"{address}/in.pth")
+    released.fetch.cache_clear()
+    second = read_weights(f"{address}/in.pth")
+    assert first.arguments == second.arguments
+    assert len([path for path in requested if path.endswith("in.pth")]) == 1
+    with pytest.raises(UserError, match=r"missing\.pth"):
+        read_weights(f"{address}/missing.pth")
+
+
+@pytest.mark.parametrize(
+    "name, digits",
+    [
+        ("mae_pretrain_vit_large_k400.pth", "edf3a5"),
+        ("vit_h/k700_400ep_rep4_mr9_16x4.pyth", "4c4e3c"),
+    ],
+)
+def test_released_files_must_have_their_md5(server, name, digits, monkeypatch):
+    folder, address, requested = server
+    (folder / name).parent.mkdir(exist_ok=True)
+    path = saved(folder / name, formats.pyslowfast())
+    with open(path, "rb") as file:
+        md5 = hashlib.md5(file.read()).hexdigest()
+    for _ in range(2):  # the wrong file does not stay in the cache
+        with pytest.raises(UserError, match=f"its md5 is {md5} and should start with {digits}"):
+            read_weights(f"{address}/{name}")
+    assert len([path for path in requested if path.endswith(name)]) == 2
+    size = "k400/vit_large" if "large" in name else "k700/vit_huge"
+    monkeypatch.setitem(released.MD5, size, md5[:6])
+    assert read_weights(f"{address}/{name}").source == convert.PYSLOWFAST
+
+
+def test_released_names(server, monkeypatch):
+    folder, address, _ = server
+    path = saved(folder / "mae_pretrain_vit_huge_k600.pth", formats.pyslowfast())
+    with open(path, "rb") as file:
+        monkeypatch.setitem(released.MD5, "k600/vit_huge", hashlib.md5(file.read()).hexdigest()[:6])
+    assert released.ADDRESS.startswith("https://dl.fbaipublicfiles.com/video-mae/pretrain/")
+    monkeypatch.setattr(released, "ADDRESS", f"{address}/mae_pretrain_{{size}}_{{data}}.pth")
+    assert read_weights("k600/vit_huge").source == convert.PYSLOWFAST
+    with pytest.raises(UserError, match=r"k400/vit_base is neither a file nor a released name: k4"):
+        read_weights("k400/vit_base")
+
+
+def test_a_web_page_is_not_a_checkpoint(server):
+    folder, address, _ = server
+    (folder / "page.pth").write_text("\n<!DOCTYPE html><html>Sign in</html>")
+    for path in (f"{address}/page.pth", str(folder / "page.pth")):
+        with pytest.raises(UserError, match=r"page\.pth is damaged.*it is a web page"):
+            read_weights(path)
+    saved(folder / "page.pth", formats.reference(decoder=False))  # the page was not cached
+    assert read_weights(f"{address}/page.pth").has_head
+    (folder / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="Git LFS pointer"):
+        read_weights(str(folder / "lfs.pth"))
+
+
+def test_damaged_safetensors(tmp_path):
+    content = safetensors.torch.save({"a": torch.zeros(9)})
+    (tmp_path / "a.safetensors").write_bytes(content[:-5])
+    with pytest.raises(UserError, match=r"a\.safetensors is damaged or not a checkpoint"):
+        read_checkpoint(str(tmp_path / "a.safetensors"))
+    assert not file_io.is_remote(str(tmp_path))

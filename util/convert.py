@@ -1,0 +1,865 @@
+"""Checkpoint formats of this family and its neighbours: read into our names, written from them.
+
+    python -m util.convert IN OUT --to {mae_st,pyslowfast,videomae-hf,safetensors}
+
+IN is a path, an address or the name of a released checkpoint. FINETUNE.md lists the formats.
+Shapes: C channels, T frames, L tokens, D width; kernels are [D, C, t, p, p].
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from util.errors import UserError
+from util.file_io import make_dirs, write_atomically
+from util.pos_embed import (
+    Grid,
+    join,
+    resize_joint,
+    resize_spatial,
+    resize_temporal,
+    sincos_pos_embed,
+    split,
+)
+from util.transforms import MEAN, STD
+
+OURS = "MAE"  # this project's and the reference implementation's names
+PYSLOWFAST = "PySlowFast"
+FIRST_RELEASE = "first release"
+IMAGE_MAE = "image MAE"
+VIDEOMAE = "VideoMAE"
+HF_VIDEOMAE = "Hugging Face VideoMAE"
+
+FORMATS = ("mae_st", "pyslowfast", "videomae-hf", "safetensors")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
+METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors cannot say
+
+# What checkpoints do not store and everyone assumes: clips of 16 frames of 224 x 224 pixels.
+NUM_FRAMES, IMG_SIZE, T_PATCH_SIZE = 16, 224, 2
+# Published models have 64 channels per head except for these widths.
+HEADS_OF_WIDTH = {640: 8, 1280: 16, 1408: 16}
+
+DECODER_ARGUMENTS = (
+    "decoder_embed_dim",
+    "decoder_depth",
+    "decoder_num_heads",
+    "decoder_sep_pos_embed",
+    "cls_through_decoder",
+    "strided_targets",
+    "norm_pix_loss",
+    "pred_t_dim",
+)
+
+# Other projects' names, in the order in which they are replaced.
+RENAMES = [
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        # Hugging Face VideoMAE
+        (r"^videomae\.", ""),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+        (r"\.attention\.attention\.query\.", ".attn.q."),
+        (r"\.attention\.attention\.key\.", ".attn.k."),
+        (r"\.attention\.attention\.value\.", ".attn.v."),
+        (r"\.attention\.attention\.([qv])_bias$", r".attn.\1.bias"),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"^layernorm\.", "norm."),
+        (r"^classifier\.", "head."),
+        # VideoMAE
+        (r"^encoder_to_decoder\.", "decoder_embed."),
+        (r"^decoder\.(blocks|norm)\.", r"decoder_\1."),
+        (r"^decoder\.head\.", "decoder_pred."),
+        (r"^encoder\.", ""),
+        (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+        # PySlowFast
+        (r"^pred_head\.transforms\.0\.\d+\.(weight|bias)$", r"decoder_norm.\1"),
+        (r"^pred_head\.transforms\.0\.", "decoder_blocks."),
+        (r"^pred_head\.projections\.0\.", "decoder_pred."),
+        (r"^head\.projection\.", "head."),
+        # fine-tuned image MAE and VideoMAE
+        (r"^fc_norm\.", "norm."),
+    )
+]
+OUR_NAMES = re.compile(
+    r"(decoder_)?cls_token|mask_token|(decoder_)?pos_embed(_spatial|_temporal|_class)?|"
+    r"(patch_embed\.proj|(decoder_)?norm|decoder_embed|decoder_pred|head|"
+    r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.(q|k|v|proj)|mlp\.fc[12]))\.(weight|bias)"
+)
+WRAPPERS = ("model", "model_state", "module", "state_dict")
+PREFIXES = re.compile(r"^((module|backbone|_orig_mod)\.)+")
+
+
+@dataclass
+class Weights:
+    """What a checkpoint file holds, under this project's names.
+
+    Attributes:
+        state: tensors by parameter name.
+        arguments: constructor arguments, as plain data (layer_norm_eps stands for norm_layer).
+        source: the file's format, one of the names above.
+        path: the file, for messages.
+        recorded: those arguments that the file states; the others follow from shapes or custom.
+        flags: the flags of the training run, where the file has them.
+        converted: how a tensor was made, for those that are not simply renamed.
+        unused: names in the file that have no place here.
+        mean, std: per-channel normalisation of the clips it was trained on; None: ours.
+        notes: sentences for the user.
+    """
+
+    state: dict[str, Tensor]
+    arguments: dict[str, Any]
+    source: str
+    path: str
+    recorded: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def has_decoder(self) -> bool:
+        return "decoder_depth" in self.arguments
+
+    @property
+    def has_head(self) -> bool:
+        return "num_classes" in self.arguments
+
+    @property
+    def grid(self) -> Grid:
+        """Count the tokens along t, h, w."""
+        side = self.arguments["img_size"] // self.arguments["patch_size"]
+        return self.arguments["num_frames"] // self.arguments["t_patch_size"], side, side
+
+    def autoencoder_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Return the arguments of the MaskedAutoencoderViT in the file; overrides replace some.
+
+        Another num_frames keeps the frames predicted per patch.
+        """
+        arguments = {k: v for k, v in self.arguments.items() if k != "num_classes"}
+        if "num_frames" in overrides and "pred_t_dim" in arguments:
+            scaled = arguments["pred_t_dim"] * overrides["num_frames"] / arguments["num_frames"]
+            arguments["pred_t_dim"] = int(scaled)
+        return _with_norm_layer(arguments | overrides)
+
+    def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Return the arguments of the VisionTransformer in the file; overrides replace some."""
+        arguments = {k: v for k, v in self.arguments.items() if k not in DECODER_ARGUMENTS}
+        return _with_norm_layer(arguments | overrides)
+
+    def with_our_normalisation(self) -> "Weights":
+        """Fold the file's input normalisation into the patch embedding; exact for the encoder.
+
+        The result takes clips normalised by (0.45, 0.225) and computes what the original computes
+        from the same pixels.
+        """
+        if self.mean is None or self.std is None or "patch_embed.proj.weight" not in self.state:
+            return self
+        weight = self.state["patch_embed.proj.weight"]
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
+        # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift
+        scale, shift = STD / std, (MEAN - mean) / std
+        wide = weight.double()
+        bias = self.state["patch_embed.proj.bias"]
+        folded = {
+            "patch_embed.proj.weight": (wide * scale.view(-1, 1, 1, 1)).to(weight.dtype),
+            "patch_embed.proj.bias": (bias + wide.sum((2, 3, 4)) @ shift).to(bias.dtype),
+        }
+        how = "input normalisation folded in"
+        return replace(
+            self,
+            state=self.state | folded,
+            converted=self.converted | dict.fromkeys(folded, how),
+            mean=None,
+            std=None,
+        )
+
+
+def _with_norm_layer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace layer_norm_eps by norm_layer, which is what the constructors take."""
+    arguments = dict(arguments)
+    return {"norm_layer": partial(nn.LayerNorm, eps=arguments.pop("layer_norm_eps"))} | arguments
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
+    """Take the tensors out of a checkpoint, under the file's own names less training prefixes.
+
+    Raises:
+        UserError: there are none.
+    """
+    inner = checkpoint
+    while wrapper := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
+        inner = inner[wrapper]
+    state = {PREFIXES.sub("", k): v for k, v in inner.items() if isinstance(v, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
+    return state
+
+
+def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Rename tensors to ours and split fused q, k, v; a missing key bias is zero.
+
+    Returns:
+        the tensors, and how those that are not simply renamed were made.
+    """
+    renamed: dict[str, Tensor] = {}
+    converted: dict[str, str] = {}
+    for theirs, tensor in state.items():
+        name = theirs
+        for pattern, ours in RENAMES:
+            name = pattern.sub(ours, name)
+        if ".attn.qkv." in name:
+            for part, value in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace("qkv", part)] = value
+                converted[name.replace("qkv", part)] = "split from qkv"
+        else:
+            renamed[name] = tensor
+    for name in [k for k in renamed if k.endswith(".attn.q.bias")]:
+        key_bias = name.replace(".q.", ".k.")
+        if key_bias not in renamed:
+            renamed[key_bias] = torch.zeros_like(renamed[name])
+            converted[key_bias] = "zero: the file has none"
+    return renamed, converted
+
+
+def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
+    """Extract the weights of a checkpoint under this project's parameter names.
+
+    Raises:
+        UserError: there are no tensors in it.
+    """
+    return our_names(unwrap(checkpoint, path))[0]
+
+
+def find_source(state: dict[str, Tensor]) -> str:
+    """Tell the format of a file from its names and shapes."""
+    names = " ".join(state)
+    kernel = state.get("patch_embed.proj.weight")
+    if "layernorm_before" in names:
+        return HF_VIDEOMAE
+    if "q_bias" in names or "encoder_to_decoder" in names:
+        return VIDEOMAE
+    if "pred_head." in names or "head.projection." in names:
+        return PYSLOWFAST
+    if kernel is not None and kernel.ndim == 4:
+        return IMAGE_MAE
+    if "pos_embed" in state and "cls_token" not in state and ".attn.qkv." in names:
+        return FIRST_RELEASE
+    return OURS
+
+
+def interpret(
+    checkpoint: dict[str, Any], path: str, config: dict[str, Any] | None = None
+) -> Weights:
+    """Read a checkpoint of any known format.
+
+    Args:
+        checkpoint: what the file holds (util.checkpoint.read_checkpoint).
+        path: names the file in messages; hints in its name are used where the file is silent.
+        config: Hugging Face's config.json and preprocessor_config.json beside the file, in one.
+
+    Raises:
+        UserError: it holds no video transformer, or one whose sizes cannot be told.
+    """
+    theirs = unwrap(checkpoint, path)
+    source = find_source(theirs)
+    state, converted = our_names(theirs)
+    flags = checkpoint_args(checkpoint)
+    config = config if config and source == HF_VIDEOMAE else {}
+    recorded, mean, std = _recorded(checkpoint, flags, config)
+    if mean is None and source in (IMAGE_MAE, VIDEOMAE, HF_VIDEOMAE):
+        mean, std = IMAGENET
+    weights = Weights(
+        state=state,
+        arguments={},
+        source=source,
+        path=path,
+        recorded=recorded,
+        flags=flags,
+        converted=converted,
+        mean=None if mean == (MEAN,) * 3 and std == (STD,) * 3 else mean,
+        std=None if mean == (MEAN,) * 3 and std == (STD,) * 3 else std,
+    )
+    for name in [k for k in state if not OUR_NAMES.fullmatch(k)]:
+        weights.unused.append(name)
+        del state[name]
+    if "patch_embed.proj.weight" not in state or "blocks.0.norm1.weight" not in state:
+        raise UserError(
+            f"{path} holds no vision transformer that is known here; its names are "
+            f"{', '.join(list(theirs)[:6])} ..."
+        )
+    if source == IMAGE_MAE:
+        _inflate(weights)
+    _drop_class_token_head(weights, theirs)
+    if "decoder_embed.weight" in state and "decoder_embed.bias" not in state:
+        state["decoder_embed.bias"] = torch.zeros(len(state["decoder_embed.weight"]))
+        converted["decoder_embed.bias"] = "zero: the file has none"
+    weights.arguments = _find_arguments(weights, path)
+    if source in (VIDEOMAE, HF_VIDEOMAE):
+        _add_sincos_positions(weights)
+    if weights.mean is not None:
+        weights.notes.append(
+            f"it was trained on clips normalised by mean {weights.mean} and std {weights.std}; "
+            "models here get that folded into their patch embedding"
+        )
+    return weights
+
+
+def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags a checkpoint was trained with, empty where it does not say."""
+    args = checkpoint.get("args", {})
+    return dict(args) if isinstance(args, dict) else dict(getattr(args, "__dict__", {}))
+
+
+def _recorded(
+    checkpoint: dict[str, Any], flags: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Collect what a file, or Hugging Face's config.json beside it, says about its model."""
+    own = ("num_frames", "decoder_num_heads", "norm_pix_loss")
+    recorded = {k: flags[k] for k in own if k in flags}
+    recorded |= {"img_size": flags["input_size"]} if "input_size" in flags else {}
+    theirs = {
+        "image_size": "img_size",
+        "num_frames": "num_frames",
+        "num_attention_heads": "num_heads",
+        "decoder_num_attention_heads": "decoder_num_heads",
+        "layer_norm_eps": "layer_norm_eps",
+        "norm_pix_loss": "norm_pix_loss",
+    }
+    recorded |= {ours: config[name] for name, ours in theirs.items() if name in config}
+    written = json.loads(checkpoint.get("metadata", {}).get(METADATA, "{}"))
+    recorded |= written.get("arguments", {}) | checkpoint.get("arguments", {})
+    mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
+    return recorded, mean and tuple(mean), std and tuple(std)
+
+
+def _inflate(weights: Weights) -> None:
+    """Turn an image model into one of videos that sees a still video as the image it shows."""
+    state, converted = weights.state, weights.converted
+    kernel = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = resize_kernel(kernel.unsqueeze(2), T_PATCH_SIZE)
+    converted["patch_embed.proj.weight"] = f"repeated over {T_PATCH_SIZE} frames and divided"
+    for prefix in ("", "decoder_"):
+        joint = state.pop(f"{prefix}pos_embed", None)
+        if joint is None:
+            continue
+        cls = int("cls_token" in state)
+        parts = {"spatial": joint[:, cls:]}
+        parts["temporal"] = joint.new_zeros(1, NUM_FRAMES // T_PATCH_SIZE, joint.shape[-1])
+        if cls:
+            parts["class"] = joint[:, :1]
+        for part, value in parts.items():
+            state[f"{prefix}pos_embed_{part}"] = value
+            how = "zero: all frames as the image" if part == "temporal" else "from the image's"
+            converted[f"{prefix}pos_embed_{part}"] = how
+
+
+def resize_kernel(kernel: Tensor, t: int) -> Tensor:
+    """Resize a patch kernel [D, C, t, p, p] in time so that still clips keep their tokens.
+
+    Frames are repeated and averaged, and scaled so that the sum over time stays.
+    """
+    old = kernel.shape[2]
+    if old == t:
+        return kernel
+    steps = math.lcm(old, t)
+    fine = kernel.repeat_interleave(steps // old, dim=2) / (steps // old)
+    return fine.unflatten(2, (t, steps // t)).sum(dim=3)
+
+
+def _drop_class_token_head(weights: Weights, theirs: dict[str, Tensor]) -> None:
+    """Leave out heads that read the first token: ours reads the mean of the patches."""
+    pools_tokens = "fc_norm.weight" in theirs or weights.source not in (IMAGE_MAE, HF_VIDEOMAE)
+    if "head.weight" in weights.state and not pools_tokens:
+        for name in ("head.weight", "head.bias"):
+            weights.state.pop(name, None)
+            weights.unused.append(name)
+        weights.notes.append(
+            "its head reads one token, not the mean over the patches, and is left out"
+        )
+
+
+def num_heads(width: int) -> int:
+    """Return the heads of a published transformer of this width."""
+    return HEADS_OF_WIDTH.get(width, max(1, width // 64))
+
+
+def _find_arguments(weights: Weights, path: str) -> dict[str, Any]:
+    """Tell the constructor arguments from names and shapes, and from what the file records."""
+    state, source = weights.state, weights.source
+    kernel = state["patch_embed.proj.weight"]
+    D, C, t_patch, p, _ = kernel.shape
+    t, side = _find_grid(weights, path)
+    hidden = len(state["blocks.0.mlp.fc1.weight"])
+    arguments = {
+        "img_size": side * p,
+        "patch_size": p,
+        "in_chans": C,
+        "embed_dim": D,
+        "depth": _count_blocks(state, "blocks"),
+        "num_heads": num_heads(D),
+        # nextafter: constructors truncate the product
+        "mlp_ratio": hidden / D if int(hidden / D * D) == hidden else math.nextafter(hidden / D, 9),
+        "layer_norm_eps": 1e-12 if source == HF_VIDEOMAE else 1e-6,
+        "num_frames": t * t_patch,
+        "t_patch_size": t_patch,
+        "no_qkv_bias": "blocks.0.attn.q.bias" not in state,
+        "sep_pos_embed": "pos_embed_spatial" in state,
+        "cls_embed": "cls_token" in state,
+        "sincos_pos_embed": source in (VIDEOMAE, HF_VIDEOMAE, FIRST_RELEASE),
+    }
+    if "head.weight" in state:
+        arguments["num_classes"] = len(state["head.weight"])
+    if "decoder_embed.weight" in state:
+        width = len(state["decoder_embed.weight"])
+        sixteen = source in (OURS, FIRST_RELEASE, IMAGE_MAE) and width % 16 == 0
+        frames = len(state["decoder_pred.weight"]) // (p * p * C)  # per patch
+        raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
+        arguments |= {
+            "decoder_embed_dim": width,
+            "decoder_depth": _count_blocks(state, "decoder_blocks"),
+            "decoder_num_heads": 16 if sixteen else num_heads(width),
+            "decoder_sep_pos_embed": "decoder_pos_embed_spatial" in state,
+            "cls_through_decoder": "cls_token" in state and "decoder_cls_token" not in state,
+            "strided_targets": source == PYSLOWFAST,
+            "norm_pix_loss": not raw_pixels,
+            "pred_t_dim": frames * t,
+        }
+    from_shapes = ("img_size", "num_frames", "num_classes", "embed_dim", "depth")
+    said = {k: v for k, v in weights.recorded.items() if k in arguments and k not in from_shapes}
+    return arguments | {k: v for k, v in said.items() if v is not None}
+
+
+def _count_blocks(state: dict[str, Tensor], name: str) -> int:
+    return len({k.split(".")[1] for k in state if k.startswith(name + ".")})
+
+
+def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
+    """Tell the grid of tokens: steps in time, and patches along a side.
+
+    Raises:
+        UserError: the file has no positions, or joint ones that fit several grids.
+    """
+    state, recorded = weights.state, weights.recorded
+    _, _, t_patch, p, _ = state["patch_embed.proj.weight"].shape
+    if "pos_embed_spatial" in state:
+        patches = state["pos_embed_spatial"].shape[1]
+        if math.isqrt(patches) ** 2 != patches:
+            raise UserError(f"{path} has {patches} spatial positions: its frames are not square")
+        if "pos_embed_temporal" not in state:
+            raise UserError(f"{path} lacks pos_embed_temporal: it has positions in space alone")
+        return state["pos_embed_temporal"].shape[1], math.isqrt(patches)
+    frames, pixels = recorded.get("num_frames"), recorded.get("img_size")
+    said = (frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p
+    if "pos_embed" not in state:
+        if weights.source in (VIDEOMAE, HF_VIDEOMAE):  # they compute their positions
+            if frames is None or pixels is None:
+                weights.notes.append(
+                    "it stores neither positions nor the size of its clips, which are taken to be "
+                    f"{said[0] * t_patch} frames of {said[1] * p} x {said[1] * p} pixels"
+                )
+            return said
+        raise UserError(f"{path} has no position embeddings; without them it cannot be used")
+    patches = state["pos_embed"].shape[1] - int("cls_token" in state)
+    sides = [g for g in range(1, math.isqrt(patches) + 1) if patches % (g * g) == 0]
+    grids = [(patches // (g * g), g) for g in sides]
+    likely = (
+        [grid for grid in grids if grid == said]
+        or [grid for grid in grids if grid[1] * p == IMG_SIZE]
+        or [grid for grid in grids if grid[0] * t_patch == NUM_FRAMES]
+        or grids
+    )
+    if len(likely) != 1:
+        sizes = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
+        raise UserError(
+            f"{path} has {patches} joint positions and does not say the size of its clips; it may "
+            f"be {sizes} (frames x height x width)"
+        )
+    return likely[0]
+
+
+def _add_sincos_positions(weights: Weights) -> None:
+    """Write out the positions that VideoMAE computes."""
+    how = "VideoMAE's sine-cosine table"
+    tokens = math.prod(weights.grid)
+    for prefix, width in (("", "embed_dim"), ("decoder_", "decoder_embed_dim")):
+        if width in weights.arguments and f"{prefix}pos_embed" not in weights.state:
+            table = sincos_pos_embed(tokens, weights.arguments[width]).unsqueeze(0)
+            weights.state[f"{prefix}pos_embed"] = table
+            weights.converted[f"{prefix}pos_embed"] = how
+
+
+# --- fitting to a model --------------------------------------------------------------------------
+
+
+def fit_state(
+    weights: Weights, own: dict[str, Tensor], arguments: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Shape a file's tensors for a model, as far as that can be done without guessing.
+
+    Args:
+        own: the model's state dict.
+        arguments: the model's constructor arguments.
+
+    Returns:
+        those tensors that the model has, and by name how they were converted or resized.
+
+    Raises:
+        UserError: positions that cannot take the model's form.
+    """
+    state = dict(weights.state)
+    how = {name: f"converted: {text}" for name, text in weights.converted.items()}
+    target = replace(weights, arguments=arguments)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        wanted = any(k.startswith(name) for k in own)
+        if wanted and (name in state or f"{name}_spatial" in state):
+            _fit_positions(name, weights, target, state, how, own)
+    kernel = "patch_embed.proj.weight"
+    t_patch = arguments["t_patch_size"]
+    if state[kernel].shape[2] != t_patch:
+        how[kernel] = f"resized: {state[kernel].shape[2]} -> {t_patch} frames"
+        state[kernel] = resize_kernel(state[kernel], t_patch)
+    return {k: v for k, v in state.items() if k in own}, how
+
+
+def _fit_positions(
+    name: str,
+    weights: Weights,
+    target: Weights,
+    state: dict[str, Tensor],
+    how: dict[str, str],
+    own: dict[str, Tensor],
+) -> None:
+    """Bring positions in `state` to the model's grid and form, separable or joint."""
+    old, new = weights.grid, target.grid
+    is_joint, to_joint = name in state, name in own
+    if is_joint:
+        rows = state.pop(name)
+        count = int(weights.arguments["cls_embed"])
+        cls, joint = rows[:, :count], resize_joint(rows[:, count:], old, new)
+        spatial = temporal = None
+    else:
+        spatial, temporal = state.pop(f"{name}_spatial"), state.pop(f"{name}_temporal")
+        cls = state.pop(f"{name}_class", spatial[:, :0])
+        spatial = resize_spatial(spatial, old[1:], new[1:])
+        temporal = resize_temporal(temporal, new[0])
+        joint = join(spatial, temporal)
+    if not target.arguments["cls_embed"]:
+        cls = cls[:, :0]
+    if to_joint:
+        if target.arguments["cls_embed"] and not cls.shape[1]:
+            cls = own[name][:, :1]  # goes with a missing cls_token, which the caller reports
+        fitted = {name: torch.cat([cls, joint], dim=1)}
+    else:
+        if spatial is None or temporal is None:
+            try:
+                spatial, temporal = split(joint, new)
+            except ValueError as error:
+                raise UserError(f"{weights.path}: {error}") from error
+        fitted = {f"{name}_spatial": spatial, f"{name}_temporal": temporal}
+        fitted |= {f"{name}_class": cls} if cls.shape[1] else {}
+    state |= fitted
+    for key in fitted:
+        if old != new and not key.endswith("_class"):
+            how[key] = f"resized: {_times(old)} -> {_times(new)} tokens"
+        elif is_joint != to_joint:
+            how[key] = f"converted: from {'joint' if is_joint else 'separable'} positions"
+
+
+def _times(grid: Grid) -> str:
+    return " x ".join(map(str, grid))
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def drop_decoder(weights: Weights) -> Weights:
+    """Leave out the decoder."""
+    state = {k: v for k, v in weights.state.items() if not is_decoder(k)}
+    arguments = {k: v for k, v in weights.arguments.items() if k not in DECODER_ARGUMENTS}
+    return replace(weights, state=state, arguments=arguments)
+
+
+def is_decoder(name: str) -> bool:
+    """Tell whether a parameter belongs to the decoder."""
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def to_mae_st(weights: Weights) -> dict[str, Any]:
+    """Return a checkpoint in the reference implementation's and our own layout.
+
+    Its encoder and head load in the reference implementation. `arguments`, which only this project
+    reads, rebuild the model, also decoders that the reference does not have.
+    """
+    weights = weights.with_our_normalisation()
+    arguments = weights.arguments
+    flags = {k: v for k, v in arguments.items() if k in ("num_frames", "t_patch_size")}
+    flags |= {"input_size": arguments["img_size"]} | weights.flags
+    return {"model": _own_storage(weights.state), "args": flags, "arguments": arguments}
+
+
+def to_pyslowfast(weights: Weights) -> dict[str, Any]:
+    """Return a checkpoint in PySlowFast's layout: separate q, k, v and separable positions.
+
+    Raises:
+        ValueError: PySlowFast has no such model; the message says why.
+    """
+    weights = weights.with_our_normalisation()
+    arguments, reasons = weights.arguments, []
+    state = dict(weights.state)
+    cls = arguments["cls_embed"]
+    if not arguments["sep_pos_embed"]:
+        joint = state.pop("pos_embed")
+        if cls:
+            state["pos_embed_class"] = joint[:, :1]
+        try:
+            spatial, temporal = split(joint[:, int(cls) :], weights.grid)
+            state |= {"pos_embed_spatial": spatial, "pos_embed_temporal": temporal}
+        except ValueError:
+            reasons.append("its joint positions are no sum of positions in space and in time")
+    if weights.has_decoder:
+        if cls and not arguments["cls_through_decoder"]:
+            reasons.append(
+                "its decoder has a class token of its own, PySlowFast's takes the encoder's"
+            )
+        if arguments["decoder_num_heads"] != num_heads(arguments["decoder_embed_dim"]):
+            reasons.append(
+                f"its decoder has {arguments['decoder_num_heads']} heads, PySlowFast's has 64 "
+                "channels per head"
+            )
+        if arguments["decoder_sep_pos_embed"]:
+            joint = join(
+                state.pop("decoder_pos_embed_spatial"), state.pop("decoder_pos_embed_temporal")
+            )
+            first = [state.pop("decoder_pos_embed_class")] if cls else []
+            state["decoder_pos_embed"] = torch.cat([*first, joint], dim=1)
+    _refuse("PySlowFast", reasons, weights.has_decoder)
+    depth = arguments.get("decoder_depth", 0)
+    names = (
+        (r"^decoder_blocks\.", "pred_head.transforms.0."),
+        (r"^decoder_norm\.", f"pred_head.transforms.0.{depth}."),
+        (r"^decoder_pred\.", "pred_head.projections.0."),
+        (r"^head\.", "head.projection."),
+    )
+    return {"model_state": _rename(state, names)}
+
+
+def to_videomae_hf(
+    weights: Weights,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return tensors, config.json and preprocessor_config.json of a Hugging Face VideoMAE.
+
+    Key biases are left out: they add the same number to all attention scores of a query, which
+    softmax does not see.
+
+    Raises:
+        ValueError: VideoMAE has no such model; the message says why.
+    """
+    arguments, state = weights.arguments, dict(weights.state)
+    reasons = []
+    if arguments["cls_embed"]:
+        reasons.append("it has a class token, VideoMAE has none")
+    tables = [("pos_embed", "embed_dim")]
+    tables += [("decoder_pos_embed", "decoder_embed_dim")] if weights.has_decoder else []
+    for name, width in tables:
+        table = sincos_pos_embed(math.prod(weights.grid), arguments[width])
+        positions = state.pop(name, None)
+        if positions is None or positions.shape[1:] != table.shape:
+            reasons.append(f"its {name} is not joint, VideoMAE's is a fixed sine-cosine table")
+        elif not torch.allclose(positions[0].float(), table, rtol=0, atol=1e-5):
+            reasons.append(f"its {name} is not VideoMAE's fixed sine-cosine table")
+    if weights.has_decoder:
+        if arguments["pred_t_dim"] != arguments["num_frames"]:
+            reasons.append("it predicts some of the frames of a patch, VideoMAE predicts all")
+        if state.pop("decoder_embed.bias").any():
+            reasons.append("its decoder_embed has a bias, VideoMAE's has none")
+        if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
+            reasons.append("its encoder and decoder do not both have biases of q and v")
+    _refuse("VideoMAE", reasons, weights.has_decoder)
+    names = (
+        (r"\.attn\.([qv])\.bias$", r".attention.attention.\1_bias"),
+        (r"\.attn\.q\.", ".attention.attention.query."),
+        (r"\.attn\.k\.", ".attention.attention.key."),
+        (r"\.attn\.v\.", ".attention.attention.value."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"^norm\.", "fc_norm." if weights.has_head else "videomae.layernorm."),
+        (r"^head\.", "classifier."),
+        (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
+        (r"^blocks\.", "videomae.encoder.layer."),
+        (r"^decoder_blocks\.", "decoder.decoder_layers."),
+        (r"^decoder_norm\.", "decoder.norm."),
+        (r"^decoder_pred\.", "decoder.head."),
+        (r"^decoder_embed\.", "encoder_to_decoder."),
+    )
+    state = {k: v for k, v in state.items() if not k.endswith(".attn.k.bias")}
+    return _rename(state, names), _hf_config(weights), _hf_preprocessor(weights)
+
+
+def _hf_config(weights: Weights) -> dict[str, Any]:
+    arguments, state = weights.arguments, weights.state
+    architecture = "VideoMAEModel"
+    config = {
+        "model_type": "videomae",
+        "image_size": arguments["img_size"],
+        "patch_size": arguments["patch_size"],
+        "num_channels": arguments["in_chans"],
+        "num_frames": arguments["num_frames"],
+        "tubelet_size": arguments["t_patch_size"],
+        "hidden_size": arguments["embed_dim"],
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": arguments["layer_norm_eps"],
+        "qkv_bias": not arguments["no_qkv_bias"],  # its name in older versions
+        "qv_bias": not arguments["no_qkv_bias"],
+        "use_mean_pooling": weights.has_head or "norm.weight" not in state,
+    }
+    if weights.has_head:
+        architecture = "VideoMAEForVideoClassification"
+        labels = [f"LABEL_{i}" for i in range(arguments["num_classes"])]
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+    if weights.has_decoder:
+        architecture = "VideoMAEForPreTraining"
+        config |= {
+            "decoder_hidden_size": arguments["decoder_embed_dim"],
+            "decoder_num_hidden_layers": arguments["decoder_depth"],
+            "decoder_num_attention_heads": arguments["decoder_num_heads"],
+            "decoder_intermediate_size": len(state["decoder_blocks.0.mlp.fc1.weight"]),
+            "norm_pix_loss": arguments["norm_pix_loss"],
+        }
+    return {"architectures": [architecture]} | config
+
+
+def _hf_preprocessor(weights: Weights) -> dict[str, Any]:
+    size = weights.arguments["img_size"]
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": weights.mean or (MEAN,) * 3,
+        "image_std": weights.std or (STD,) * 3,
+    }
+
+
+def write(weights: Weights, path: str, to: str) -> None:
+    """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file.
+
+    Raises:
+        ValueError: that project has no such model; the message says why.
+        OSError: the file cannot be written.
+    """
+    if to == "mae_st":
+        checkpoint = to_mae_st(weights)
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    elif to == "pyslowfast":
+        checkpoint = to_pyslowfast(weights)
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    elif to == "safetensors":
+        content = to_safetensors(weights)
+        write_atomically(path, lambda file: file.write(content))
+    else:
+        state, config, preprocessor = to_videomae_hf(weights)
+        make_dirs(path)
+        for name, content in (
+            ("config.json", json.dumps(config, indent=2).encode()),
+            ("preprocessor_config.json", json.dumps(preprocessor, indent=2).encode()),
+            ("model.safetensors", safetensors_bytes(state, _metadata(weights))),
+        ):
+            write_atomically(os.path.join(path, name), lambda file, c=content: file.write(c))
+
+
+def to_safetensors(weights: Weights) -> bytes:
+    """Return a .safetensors file with our names; its header rebuilds the model."""
+    weights = weights.with_our_normalisation()
+    return safetensors_bytes(_own_storage(weights.state), _metadata(weights))
+
+
+def _metadata(weights: Weights) -> dict[str, str]:
+    """Describe the model in a .safetensors header; "format" is what transformers asks for."""
+    mean, std = weights.mean or (MEAN,) * 3, weights.std or (STD,) * 3
+    said = {"arguments": weights.arguments, "image_mean": mean, "image_std": std}
+    return {"format": "pt", METADATA: json.dumps(said)}
+
+
+def _rename(state: dict[str, Tensor], names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    renamed = {}
+    for ours, tensor in state.items():
+        name = ours
+        for pattern, theirs in names:
+            name = re.sub(pattern, theirs, name)
+        renamed[name] = tensor
+    return _own_storage(renamed)
+
+
+def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy views, which files would store with all of what they view, or refuse."""
+    return {
+        k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v.contiguous()
+        for k, v in state.items()
+    }
+
+
+def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:
+    if reasons:
+        hint = "; --drop_decoder writes the encoder alone" if has_decoder else ""
+        raise ValueError(f"{project} cannot express this model: {'; '.join(reasons)}{hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert a checkpoint file from the command line."""
+    # checkpoint.py imports this module: the reader of files is above the formats
+    from util.checkpoint import read_weights
+
+    parser = argparse.ArgumentParser(
+        prog="python -m util.convert", description="Convert a checkpoint between projects"
+    )
+    parser.add_argument("input", metavar="IN", help="path, address or name (k400/vit_large)")
+    parser.add_argument("output", metavar="OUT", help="file, or folder for videomae-hf")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
+    parser.add_argument("--drop_decoder", action="store_true", help="write the encoder alone")
+    args = parser.parse_args(argv)
+    try:
+        weights = read_weights(args.input)
+        if args.drop_decoder:
+            weights = drop_decoder(weights)
+        write(weights, args.output, args.to)
+    except (UserError, ValueError, OSError) as error:
+        parser.error(f"{args.input}: {error}" if isinstance(error, ValueError) else str(error))
+    count = sum(tensor.numel() for tensor in weights.state.values())
+    print(f"{args.input} ({weights.source}, {count:,} parameters) -> {args.output} ({args.to})")
+    for note in [*weights.notes, *(f"left out: {name}" for name in weights.unused)]:
+        print(f"  {note}")
+
+
+if __name__ == "__main__":
+    main()
