@@ -426,9 +426,9 @@ def assert_untouched(model):
 @pytest.mark.parametrize(
     "lost, flag",
     [
-        ("pos_embed_temporal", "--sep_pos_embed"),
-        ("cls_token", "--cls_embed"),
+        ("cls_token", "--no-cls_embed"),
         ("q.bias", "--no_qkv"),
+        ("mlp.fc1.bias", "--allow_missing"),
     ],
 )
 def test_missing_encoder_weights_are_named(tmp_path, lost, flag):
@@ -450,9 +450,7 @@ def test_a_missing_head_is_an_error_when_it_is_needed():
 @pytest.mark.parametrize(
     "overrides, weight, flag",
     [
-        ({"num_frames": 8}, "pos_embed_temporal", "--num_frames"),
-        ({"img_size": 64}, "pos_embed_spatial", "--input_size"),
-        ({"t_patch_size": 1}, "patch_embed.proj.weight", "--t_patch_size"),
+        ({"patch_size": 16}, "patch_embed.proj.weight", "--model"),
         ({"embed_dim": 64}, "cls_token", "--model"),
     ],
 )
