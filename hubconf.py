@@ -48,9 +48,7 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
     wanted = {k: build.keywords[k] for k in SIZES}
     found = {k: weights.arguments[k] for k in SIZES}
     if wanted != found:
-        raise errors.UserError(
-            f"{pretrained} is of another size than {name}: {found}, not {wanted}"
-        )
+        raise errors.UserError(f"{pretrained} is no {name}: it has {found}, not {wanted}")
     if name in models_mae.MODELS:
         model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments(**arguments))
         checkpoint.apply_weights(model, weights, keep_head=False)

@@ -11,17 +11,21 @@ import os
 import re
 import threading
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
+import main_finetune
+import main_test
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import formats, golden
 from util import convert, file_io, pos_embed, released
 from util.checkpoint import apply_weights, load_weights, read_checkpoint, read_weights
 from util.errors import UserError
+from util.kinetics import Kinetics, VideoIndex
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
@@ -556,6 +560,61 @@ def test_hidden_widths_survive_the_ratio(hidden, width):
     checkpoint["model"]["patch_embed.proj.weight"] = torch.empty(width, 3, 2, 16, 16)
     ratio = convert.interpret(checkpoint, "x").arguments["mlp_ratio"]
     assert int(width * ratio) == hidden
+
+
+# --- the scripts
+
+SCRIPT = "--input_size 32 --num_frames 4 --num_workers 0 --device cpu".split()
+STILL = "--lr 0 --min_lr 0 --epochs 1 --warmup_epochs 0 --batch_size 2 --repeat_aug 1".split()
+
+
+def run_script(module, *argv) -> None:
+    module.main(module.parse_args([str(a) for a in argv]))
+
+
+@pytest.mark.parametrize("keep_head, classes", [(True, 7), (True, 6), (False, 7)])
+def test_finetuning_keeps_the_head_when_asked_and_when_it_fits(
+    tmp_path, videos, keep_head, classes
+):
+    checkpoint = formats.pyslowfast(depth=4, grid=(2, 4, 4), p=8, decoder=False)
+    path = saved(tmp_path / "ps.pyth", checkpoint)
+    flags = ["--keep_head"] if keep_head else []
+    run_script(
+        main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path / "out", *SCRIPT,
+        *STILL, "--model", "vit_tiny_patch8", "--num_classes", classes, "--finetune", path, *flags,
+    )  # fmt: skip
+    trained = read_checkpoint(str(tmp_path / "out/checkpoint-00000.pth"))["model"]
+    state = convert.model_state(checkpoint, path)
+    assert all(torch.equal(trained[k], state[k]) for k in trained if not k.startswith("head."))
+    if keep_head and classes == 7:
+        assert torch.equal(trained["head.weight"], state["head.weight"])
+    else:
+        assert 0 < trained["head.weight"].abs().max() < 2e-4  # truncated normal 2e-5
+
+
+@pytest.mark.parametrize("kind", ["PySlowFast", "VideoMAE"])
+def test_multi_view_test_rebuilds_any_classifier_from_its_file_alone(tmp_path, videos, kind):
+    if kind == "PySlowFast":
+        checkpoint = formats.pyslowfast(grid=(2, 2, 2), decoder=False)
+    else:
+        checkpoint = formats.videomae("finetune", side=2, frames=4)
+    path = saved(tmp_path / "finetuned.pth", checkpoint)
+    run_script(
+        main_test, "--path_to_data_dir", videos, "--output_dir", tmp_path, "--finetune", path,
+        "--num_clips", 2, "--num_crops", 1, "--num_workers", 0, "--device", "cpu",
+        "--precision", "fp32",
+    )  # fmt: skip
+    with np.load(tmp_path / "scores.npz") as file:
+        scores = torch.from_numpy(file["scores"])
+    index = VideoIndex(str(videos / "test.csv"))
+    dataset = Kinetics(index, "test", 32, 4, 4, num_clips=2, num_crops=1)
+    clips = dataset[0, 0].clips.permute(0, 4, 1, 2, 3) / 255
+    if kind == "PySlowFast":
+        logits = formats.pyslowfast_classify(checkpoint["model_state"], ours(clips))
+    else:
+        logits = formats.videomae_classify(checkpoint["module"], imagenet(clips))
+    expected = logits.softmax(-1).sum(0)
+    torch.testing.assert_close(scores[0].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 # --- a real size
