@@ -31,17 +31,32 @@ def print0(*values: Any, **options: Any) -> None:
         print(*values, flush=True, **options)
 
 
+def adopt_slurm_step() -> None:
+    """Translate the variables of a job step (srun) of several tasks into those of torchrun."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    from submitit.slurm.slurm import SlurmJobEnvironment  # knows how node lists are written
+
+    tasks, nodes = (int(os.environ[f"SLURM_STEP_NUM_{what}"]) for what in ("TASKS", "NODES"))
+    # steps of one job that run side by side must not meet at one port
+    port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"])) % 20000
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "MASTER_ADDR": SlurmJobEnvironment().hostnames[0],
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
+    }
+
+
 def init_distributed(device_type: str, timeout_minutes: float) -> None:
     """Join the process group described by the environment, or none for a single process.
 
-    torchrun describes it by RANK, WORLD_SIZE, MASTER_ADDR ...; under srun (and submitit) it is
-    read from Slurm's variables. NCCL carries CUDA tensors, Gloo all others. A collective that
-    waits longer than the timeout ends the process with an error instead of hanging for ever.
+    It is described by RANK, WORLD_SIZE, MASTER_ADDR ...; NCCL carries CUDA tensors, Gloo all
+    others. A collective that waits longer than the timeout ends the process with an error instead
+    of hanging for ever.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",

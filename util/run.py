@@ -46,6 +46,7 @@ def start(args: Namespace) -> torch.device:
     Raises:
         UserError: the device is not there.
     """
+    dist.adopt_slurm_step()
     with usage_errors():
         device = dist.get_device(args.device)
     dist.init_distributed(device.type, args.dist_timeout)
@@ -54,8 +55,9 @@ def start(args: Namespace) -> torch.device:
     print0(" ".join(f"--{k} {v}" for k, v in flags.items()))
     if args.notice:
         print0(args.notice)
-    print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}")
-    torch.set_float32_matmul_precision("high")  # TF32 where an fp32 matrix product remains on CUDA
+    tf32 = " (fp32 matrix products in TF32)" if device.type == "cuda" else ""
+    print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}{tf32}")
+    torch.set_float32_matmul_precision("high")
     if args.output_dir and dist.is_main():
         make_dirs(args.output_dir)
     return device
@@ -77,7 +79,6 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
