@@ -677,6 +677,9 @@ def test_addresses_are_cached(server):
     assert len([path for path in requested if path.endswith("in.pth")]) == 1
     with pytest.raises(UserError, match=r"missing\.pth"):
         read_weights(f"{address}/missing.pth")
+    other_host = address.replace("127.0.0.1", "localhost")
+    saved(folder / "in.pth", formats.pyslowfast())
+    assert read_weights(f"{other_host}/in.pth").source == convert.PYSLOWFAST
 
 
 @pytest.mark.parametrize(
@@ -724,6 +727,12 @@ def test_a_web_page_is_not_a_checkpoint(server):
     (folder / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match="Git LFS pointer"):
         read_weights(str(folder / "lfs.pth"))
+
+
+@pytest.mark.skipif(file_io.HAS_S3, reason="boto3 is installed")
+def test_s3_names_what_it_needs():
+    with pytest.raises(UserError, match=r"cannot open s3://bucket/x\.pth: .*it needs `pip install"):
+        read_weights("s3://bucket/x.pth")
 
 
 def test_damaged_safetensors(tmp_path):

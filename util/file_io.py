@@ -5,8 +5,9 @@ import importlib.util
 import os
 from collections.abc import Callable
 from typing import IO, Any
+from urllib.parse import urlparse
 
-from iopath.common.file_io import HTTPURLHandler, PathManager
+from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
 from iopath.common.s3 import S3PathHandler
 
 from util.errors import UserError
@@ -15,7 +16,8 @@ path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
 HAS_S3 = importlib.util.find_spec("boto3") is not None  # not a dependency: only s3:// needs it
 if HAS_S3:
-    path_manager.register_handler(S3PathHandler())
+    # the profile of AWS's own variables and files; iopath's default is Facebook's
+    path_manager.register_handler(S3PathHandler(profile=None))
 
 
 def is_remote(path: str) -> bool:
@@ -40,10 +42,15 @@ def local_path(path: str) -> str:
     """Return a path on this machine for a path or address, downloading into a cache if needed."""
     if not is_remote(path):
         return path
+    if path.startswith("s3://") and not HAS_S3:
+        raise UserError(f"cannot fetch {path}: it needs `pip install boto3`")
+    options = {}
+    if not path.startswith("s3://"):  # the cache would take two hosts' files of one name for one
+        options["cache_dir"] = os.path.join(get_cache_dir(), urlparse(path).netloc)
     try:
-        return path_manager.get_local_path(path)
-    except OSError as error:
-        raise UserError(f"cannot fetch {path}: {error}") from error
+        return path_manager.get_local_path(path, **options)
+    except (OSError, AssertionError) as error:  # S3PathHandler asserts that the file is there
+        raise UserError(f"cannot fetch {path}: {error or 'no such file'}") from error
 
 
 def make_dirs(path: str) -> None:

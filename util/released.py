@@ -1,12 +1,13 @@
 """Released checkpoints by name, and files by path, address or name."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
 
 from util.errors import UserError
-from util.file_io import is_remote, local_path
+from util.file_io import local_path
 
 # Pre-trained on Kinetics for 800 epochs; first digits of each file's md5. Both sizes are patch 16.
 MD5 = {
@@ -38,6 +39,8 @@ def find_md5(address: str) -> str | None:
 def fetch(path: str) -> str:
     """Return a file on this machine for a path, an http(s) address (cached) or a released name.
 
+    s3:// addresses come back as they are: they are read as streams, for their contents may change.
+
     Raises:
         UserError: a failed download, another file than the released one, or a web page.
     """
@@ -48,7 +51,7 @@ def fetch(path: str) -> str:
             address = ADDRESS.format(size=size, data=data)
         elif re.fullmatch(r"k\d00/\w+", path):
             raise UserError(f"{path} is neither a file nor a released name: {', '.join(MD5)}")
-    if not is_remote(address):
+    if not address.startswith(("http://", "https://")):
         return address
     local = local_path(address)
     try:
@@ -61,7 +64,8 @@ def fetch(path: str) -> str:
                 f"{md5}; it was removed from the cache, try again"
             )
     except UserError:
-        os.remove(local)  # a cached file is never downloaded again
+        with contextlib.suppress(FileNotFoundError):  # another rank may be faster
+            os.remove(local)  # what stays in the cache is never downloaded again
         raise
     return local
 
