@@ -3,39 +3,49 @@
 Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 """
 
+import math
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from util.batch_memory import BatchMemory, can_share_memory
 from util.dist import rank, world_size
 from util.errors import UserError
 from util.file_io import is_remote, local_path, open_file
 from util.rand_augment import RandAugment
+from util.time_limit import call_within
 from util.transforms import (
     NO_BOX,
     Box,
     random_erasing_box,
     random_resized_crop_box,
-    resize,
+    resize_frame,
     short_side_size,
     uniform_crop_box,
 )
 from util.video import (
+    MAX_PIXELS,
     Video,
     VideoError,
     clip_length,
     clip_start,
     frame_indices,
     random_start,
+    segment_indices,
 )
 
 MAX_REPLACEMENTS = 10  # unreadable videos in a row before a loader gives up
 NO_LABEL = -1
+PREFETCH = 2  # batches that a worker makes ahead
 AUGMENT_SIDE = 256  # pixels: RandAugment sees no larger short side, as in the reference
 
 
@@ -84,6 +94,10 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def fingerprint(self) -> int:
+        """Return a checksum of all rows, by which a resumed run knows its data set."""
+        return zlib.crc32(self.labels.tobytes(), zlib.crc32(self._paths.tobytes()))
+
     def path(self, i: int) -> str:
         """Return the path of row i, made absolute by the prefix."""
         start = self._ends[i - 1] if i else 0
@@ -115,7 +129,7 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
 
 
 class Sample(NamedTuple):
-    """What a loader worker makes of one video; batches have the same fields with B in front."""
+    """What a loader worker makes of one video."""
 
     clips: Tensor  # uint8 [R, T, H, W, C]
     flip: Tensor  # bool [R], mirror on the device
@@ -125,26 +139,54 @@ class Sample(NamedTuple):
     error: str  # "PATH: reason" of unreadable videos met on the way, a line each
 
 
-class View(NamedTuple):
-    """A clip to cut from a video: frame numbers [T] and the box of each frame."""
-
-    frames: np.ndarray
-    box: Box
+DrawBoxes = Callable[[int, int], list[Box]]
 
 
-def cut_views(video: Video, views: list[View]) -> list[Tensor]:
-    """Cut clips from a video in one decode: a uint8 [T, h, w, C] tensor per view."""
-    clips = [torch.empty((len(v.frames), *v.box[2:], 3), dtype=torch.uint8) for v in views]
-    arrays = [clip.numpy() for clip in clips]
+def cut_views(
+    video: Video, frames: np.ndarray, draw_boxes: DrawBoxes, out: Tensor, side: int | None = None
+) -> None:
+    """Cut V clips from a video in one decode, each frame straight into its places.
+
+    Args:
+        frames: int64 [V, T], frame numbers.
+        draw_boxes: maps the frame's height and width to V boxes. Called when the first frame is
+            there: whether a video is upright is known only then.
+        out: uint8 [V, T, h, w, C], written; each box is resized to h x w.
+        side: scale frames to this short side before the boxes are drawn.
+    """
     places: dict[int, list[tuple[int, int]]] = {}
-    for v, view in enumerate(views):
-        for t, number in enumerate(view.frames.tolist()):
+    for v, numbers in enumerate(frames.tolist()):
+        for t, number in enumerate(numbers):
             places.setdefault(number, []).append((v, t))
+    targets, boxes = out.numpy(), None
     for number, frame in video.frames(sorted(places)):
+        if side is not None:
+            frame = _scale(frame, side)
+        if boxes is None:
+            boxes = draw_boxes(frame.shape[0], frame.shape[1])
         for v, t in places[number]:
-            top, left, h, w = views[v].box
-            arrays[v][t] = frame[top : top + h, left : left + w]
-    return clips
+            top, left, h, w = boxes[v]
+            resize_frame(frame[top : top + h, left : left + w], targets[v, t])
+
+
+def read_clip(video: Video, frames: np.ndarray, max_side: int) -> Tensor:
+    """Return one clip uint8 [T, H, W, C], uncropped, its short side scaled down to max_side."""
+    clip = np.empty(0, np.uint8)
+    for number, frame in video.frames(frames):
+        if min(frame.shape[:2]) > max_side:
+            frame = _scale(frame, max_side)
+        if not len(clip):
+            clip = np.empty((len(frames), *frame.shape), np.uint8)
+        clip[frames == number] = frame
+    return torch.from_numpy(clip)
+
+
+def _scale(frame: np.ndarray, side: int) -> np.ndarray:
+    """Resize a frame [H, W, C] to a short side."""
+    height, width, channels = frame.shape
+    out = np.empty((*short_side_size(height, width, side), channels), np.uint8)
+    resize_frame(frame, out)
+    return out
 
 
 class Kinetics(Dataset):
@@ -156,16 +198,20 @@ class Kinetics(Dataset):
     mode "pretrain": `repeat_aug` clips, each with its own start, crop and flip (section 4.2,
     repeated sampling). "finetune": `repeat_aug` augmentations of one random clip. "test":
     `num_clips` x `num_crops` views without randomness, time outermost; 1 x 1 (the centre) is what
-    validation uses. In training an unreadable video is replaced by another one, drawn from the
-    same generator; in testing its row comes back with zeros and an error.
+    validation uses. In training a video that cannot be read, or not in time, is replaced by another
+    one, the same in every run; in testing its row comes back with zeros and an error.
 
     Args:
         input_size: height and width of the clips, pixels.
         num_frames, sampling_rate: frames of a clip, and their distance at 30 fps.
+        sampling: "dense" clips as said, or "segments": one frame from each of num_frames equal
+            parts of the video, at random in training, evenly placed in testing (1: the centres).
         scales, ratios: range of the random crop's area (share of the frame) and aspect.
         hflip: mirror half of the training clips.
         rand_augment: applied to whole fine-tuning clips, before the crop.
         reprob: probability of random erasing in fine-tuning.
+        max_pixels: videos with larger frames (width * height) count as unreadable.
+        item_timeout: seconds that reading a video may take.
     """
 
     def __init__(
@@ -184,11 +230,15 @@ class Kinetics(Dataset):
         reprob: float = 0.0,
         num_clips: int = 1,
         num_crops: int = 1,
+        sampling: str = "dense",
+        max_pixels: int = MAX_PIXELS,
+        item_timeout: float = 60.0,
     ):
         self.index = index
         modes = {"pretrain": self._pretrain, "finetune": self._finetune, "test": self._test}
         self.load = modes[mode]
         self.training = mode != "test"
+        self.dense = sampling == "dense"
         self.input_size = input_size
         self.num_frames = num_frames
         self.sampling_rate = sampling_rate
@@ -201,28 +251,45 @@ class Kinetics(Dataset):
         self.reprob = reprob
         self.num_clips = num_clips
         self.num_crops = num_crops
+        self.max_pixels = max_pixels
+        self.item_timeout = item_timeout
         self.views = repeat_aug if self.training else num_clips * num_crops
+        self.clips_shape = (self.views, num_frames, input_size, input_size, 3)  # of a sample
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, row = key
-        rngs = [np.random.default_rng((self.seed, epoch, row, r)) for r in range(self.repeat_aug)]
+        return self.read(*key, torch.empty(self.clips_shape, dtype=torch.uint8))
+
+    def read(self, epoch: int, row: int, clips: Tensor) -> Sample:
+        """Make the sample of a row in `clips`, uint8 [R, T, H, W, C], if possible.
+
+        The sample's clips are others when a hung read was given up: it may still write to `clips`.
+        """
+        seeds = [(self.seed, epoch, row, r) for r in range(self.repeat_aug)]
+        replacements = np.random.default_rng((self.seed, epoch, row, self.repeat_aug))
         errors = []
         for _ in range(MAX_REPLACEMENTS if self.training else 1):
+            path = self.index.path(row)
+            rngs = [np.random.default_rng(seed) for seed in seeds]
+            load = partial(self._load_path, path, rngs, clips)
             try:
-                with Video(local_path(self.index.path(row))) as video:
-                    clips, flip, erase = self.load(video, rngs)
+                # The decoder looks at the clock itself and frees what it holds; a call that does
+                # not come back even then hangs in the file system.
+                flip, erase = call_within(self.item_timeout + 1, load)
             except (VideoError, UserError) as error:
                 errors.append(" ".join(str(error).split()))
-                row = int(rngs[0].integers(len(self.index))) if self.training else row
-                continue
-            label = int(self.index.labels[row])
-            return Sample(clips, flip, erase, label, row, "\n".join(errors))
-        shape = (self.views, self.num_frames, self.input_size, self.input_size, 3)
+            except TimeoutError:
+                errors.append(f"{path}: does not answer within {self.item_timeout:g} seconds")
+                clips = torch.empty_like(clips)
+            else:
+                label = int(self.index.labels[row])
+                return Sample(clips, flip, erase, label, row, "\n".join(errors))
+            if self.training:
+                row = int(replacements.integers(len(self.index)))
         return Sample(
-            torch.zeros(shape, dtype=torch.uint8),
+            clips.zero_(),
             torch.zeros(self.views, dtype=torch.bool),
             torch.zeros((self.views, 4), dtype=torch.int64),
             int(self.index.labels[row]),
@@ -230,75 +297,80 @@ class Kinetics(Dataset):
             "\n".join(errors),
         )
 
-    def _clip_length(self, video: Video) -> float:
-        return clip_length(self.num_frames, self.sampling_rate, video.fps)
+    def _load_path(
+        self, path: str, rngs: list[np.random.Generator], clips: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with Video(local_path(path), self.max_pixels, self.item_timeout) as video:
+            return self.load(video, rngs, clips)
 
     def _random_frames(self, video: Video, rng: np.random.Generator) -> np.ndarray:
-        length = self._clip_length(video)
-        start = random_start(video.num_frames, length, rng)
-        return frame_indices(start, length, self.num_frames, video.num_frames)
+        total = video.num_frames
+        if not self.dense:
+            return segment_indices(total, self.num_frames, rng.random(self.num_frames))
+        length = clip_length(self.num_frames, self.sampling_rate, video.fps)
+        start = random_start(total, length, rng)
+        return frame_indices(start, length, self.num_frames, total)
+
+    def _test_frames(self, video: Video, clip: int) -> np.ndarray:
+        total = video.num_frames
+        if not self.dense:
+            return segment_indices(total, self.num_frames, (clip + 0.5) / self.num_clips)
+        length = clip_length(self.num_frames, self.sampling_rate, video.fps)
+        start = clip_start(total, length, clip, self.num_clips)
+        return frame_indices(start, length, self.num_frames, total)
 
     def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         return random_resized_crop_box(height, width, self.scales, self.ratios, rng)
+
+    def _random_boxes(self, rngs: list[np.random.Generator], height: int, width: int) -> list[Box]:
+        return [self._random_box(height, width, rng) for rng in rngs]
 
     def _flip(self, rng: np.random.Generator) -> bool:
         return bool(rng.random() < 0.5) and self.hflip
 
     def _pretrain(
-        self, video: Video, rngs: list[np.random.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        height, width = video.height, video.width
-        views = [
-            View(self._random_frames(video, rng), self._random_box(height, width, rng))
-            for rng in rngs
-        ]
-        flip = torch.tensor([self._flip(g) for g in rngs])
-        size = (self.input_size, self.input_size)
-        clips = torch.stack([resize(clip, size) for clip in cut_views(video, views)])
-        return clips, flip, torch.tensor([NO_BOX] * len(rngs))
+        self, video: Video, rngs: list[np.random.Generator], clips: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        frames = np.stack([self._random_frames(video, rng) for rng in rngs])
+
+        cut_views(video, frames, partial(self._random_boxes, rngs), clips)
+        flip = torch.tensor([self._flip(rng) for rng in rngs])
+        return flip, torch.tensor([NO_BOX] * len(rngs))
 
     def _finetune(
-        self, video: Video, rngs: list[np.random.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, video: Video, rngs: list[np.random.Generator], clips: Tensor
+    ) -> tuple[Tensor, Tensor]:
         frames = self._random_frames(video, rngs[0])
-        (whole,) = cut_views(video, [View(frames, (0, 0, video.height, video.width))])
-        if self.rand_augment is not None and min(whole.shape[1:3]) > AUGMENT_SIDE:
-            whole = resize(whole, short_side_size(*whole.shape[1:3], AUGMENT_SIDE))
-        height, width = whole.shape[1:3]
-        clips, flip, erase = [], [], []
-        for rng in rngs:
-            clip = whole if self.rand_augment is None else self.rand_augment(whole, rng)
-            top, left, h, w = self._random_box(height, width, rng)
-            crop = clip[:, top : top + h, left : left + w]
-            clips.append(resize(crop, (self.input_size, self.input_size)))
-            flip.append(self._flip(rng))
-            erase.append(random_erasing_box(self.input_size, self.input_size, rng, self.reprob))
-        return torch.stack(clips), torch.tensor(flip), torch.tensor(erase)
+        if self.rand_augment is None:
+            repeated = np.stack([frames] * len(rngs))
+            cut_views(video, repeated, partial(self._random_boxes, rngs), clips)
+        else:
+            whole = read_clip(video, frames, AUGMENT_SIDE)
+            for rng, out in zip(rngs, clips.numpy(), strict=True):
+                clip = self.rand_augment(whole, rng).numpy()
+                top, left, h, w = self._random_box(clip.shape[1], clip.shape[2], rng)
+                for frame, target in zip(clip, out, strict=True):
+                    resize_frame(frame[top : top + h, left : left + w], target)
+        flip = torch.tensor([self._flip(rng) for rng in rngs])
+        size = self.input_size
+        erase = [random_erasing_box(size, size, rng, self.reprob) for rng in rngs]
+        return flip, torch.tensor(erase)
 
-    def _test(self, video: Video, rngs: list[np.random.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        length, total = self._clip_length(video), video.num_frames
-        starts = [clip_start(total, length, k, self.num_clips) for k in range(self.num_clips)]
-        frames = np.stack([frame_indices(s, length, self.num_frames, total) for s in starts])
-        numbers, place = np.unique(frames, return_inverse=True)
-        # every frame is decoded and resized once; all views are crops of these
-        (whole,) = cut_views(video, [View(numbers, (0, 0, video.height, video.width))])
-        height, width = short_side_size(video.height, video.width, self.input_size)
-        whole = resize(whole, (height, width))
-        place = torch.from_numpy(place.reshape(frames.shape))
-        clips = []
-        for k in range(self.num_clips):
-            clip = whole[place[k]]
-            for s in range(self.num_crops):
-                top, left, h, w = uniform_crop_box(
-                    height, width, self.input_size, s, self.num_crops
-                )
-                clips.append(clip[:, top : top + h, left : left + w])
-        views = len(clips)
-        return (
-            torch.stack(clips),
-            torch.zeros(views, dtype=torch.bool),
-            torch.zeros((views, 4), dtype=torch.int64),
-        )
+    def _test(
+        self, video: Video, rngs: list[np.random.Generator], clips: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        views = [(k, s) for k in range(self.num_clips) for s in range(self.num_crops)]
+        frames = [self._test_frames(video, k) for k in range(self.num_clips)]
+
+        def draw_boxes(height: int, width: int) -> list[Box]:
+            size, crops = self.input_size, self.num_crops
+            return [uniform_crop_box(height, width, size, s, crops) for _, s in views]
+
+        # every frame is decoded and scaled once; all views are crops of these
+        numbers = np.stack([frames[k] for k, _ in views])
+        cut_views(video, numbers, draw_boxes, clips, side=self.input_size)
+        flip = torch.zeros(self.views, dtype=torch.bool)
+        return flip, torch.zeros((self.views, 4), dtype=torch.int64)
 
 
 class EpochSampler(Sampler):
@@ -314,6 +386,7 @@ class EpochSampler(Sampler):
         self.training = training
         self.seed = seed
         self.epoch = 0
+        self.start = 0  # rows of this rank to skip, when an epoch is continued
         joint = batch_size * world_size()
         self.used_rows = num_rows // joint * joint if training else num_rows
 
@@ -324,12 +397,87 @@ class EpochSampler(Sampler):
         order = np.arange(self.num_rows)
         if self.training:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
-        for row in order[: self.used_rows][rank() :: world_size()]:
+        for row in order[: self.used_rows][rank() :: world_size()][self.start :]:
             yield self.epoch, int(row)
+
+
+class Batch(NamedTuple):
+    """The fields of B samples, as the loader gives them."""
+
+    clips: Tensor  # uint8 [B, R, T, H, W, C]
+    flip: Tensor  # bool [B, R]
+    erase: Tensor  # int64 [B, R, 4]
+    label: Tensor  # int64 [B]
+    row: Tensor  # int64 [B], always on the host
+    error: list[str]
+
+
+class _MadeBatch(NamedTuple):
+    """A batch as a worker sends it: clips in a slot of the shared memory, or as a tensor."""
+
+    slot: int | None
+    clips: Tensor | None
+    flip: np.ndarray
+    erase: np.ndarray
+    label: np.ndarray
+    row: np.ndarray
+    error: list[str]
+
+
+class _BatchRequests(Sampler):
+    """Group the keys of a sampler to batches, each with the slot that it shall be written to."""
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, memory: BatchMemory):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.memory = memory
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
+        self.memory.reclaim()  # DataLoader starts here when its workers have nothing left to do
+        keys = iter(self.sampler)
+        while batch := list(islice(keys, self.batch_size)):
+            yield self.memory.take(), batch
+
+
+class _BatchReader(Dataset):
+    """Make the batches that are requested; runs in the workers."""
+
+    def __init__(self, dataset: Kinetics, memory: BatchMemory):
+        self.dataset = dataset
+        self.memory = memory
+
+    def __getitem__(self, request: tuple[int | None, list[tuple[int, int]]]) -> _MadeBatch:
+        slot, keys = request
+        shape = len(keys), *self.dataset.clips_shape
+        clips = torch.empty(shape, dtype=torch.uint8) if slot is None else self.memory.view(slot)
+        places = list(clips[: len(keys)])
+        samples = [self.dataset.read(*key, place) for key, place in zip(keys, places, strict=True)]
+        in_place = all(x.clips is place for x, place in zip(samples, places, strict=True))
+        if not in_place:
+            clips = torch.stack([x.clips for x in samples])
+        return _MadeBatch(
+            slot,
+            None if in_place and slot is not None else clips,
+            np.stack([x.flip.numpy() for x in samples]),
+            np.stack([x.erase.numpy() for x in samples]),
+            np.array([x.label for x in samples]),
+            np.array([x.row for x in samples]),
+            [x.error for x in samples],
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class VideoLoader:
     """Batches of a data set for this rank, with a record of unreadable videos.
+
+    On CUDA the next batch is on its way to
+    the device, on a stream of its own, while the caller works on the one it has.
 
     Args:
         batch_size: videos per batch of this rank.
@@ -349,7 +497,10 @@ class VideoLoader:
         device: torch.device,
     ):
         self.dataset = dataset
+        self.batch_size = batch_size
+        self.batch_size = batch_size
         self.max_bad_share = max_bad_share
+        self.device = device
         self.bad: set[str] = set()
         self.sampler = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
         if dataset.training and self.sampler.used_rows == 0:
@@ -358,12 +509,17 @@ class VideoLoader:
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
         workers = default_num_workers() if num_workers is None else num_workers
+        # Batches asked for ahead, the one on its way to the device, the caller's, and one to spare.
+        slots = workers * PREFETCH + 3 if can_share_memory(workers) else 0
+        shape = (batch_size, *dataset.clips_shape)
+        self.memory = BatchMemory(slots, shape, page_lock=device.type == "cuda")
         self.loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=self.sampler,
+            _BatchReader(dataset, self.memory),
+            batch_size=None,  # a request is for a whole batch
+            sampler=_BatchRequests(self.sampler, batch_size, self.memory),
+            collate_fn=_as_it_is,
             num_workers=workers,
-            pin_memory=device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
         )
@@ -371,16 +527,31 @@ class VideoLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and clips the next iteration gives."""
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch whose order and clips the next iteration gives, from a step on."""
         self.sampler.epoch = epoch
+        self.sampler.start = start_step * self.batch_size
 
-    def __iter__(self) -> Iterator[Sample]:
-        for batch in self.loader:
-            self._record(batch)
-            yield batch
+    def __iter__(self) -> Iterator[Batch]:
+        batches = map(self._receive, self.loader)
+        return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _record(self, batch: Sample) -> None:
+    def _receive(self, made: "_MadeBatch") -> Batch:
+        """Make tensors of what a worker sent."""
+        if made.clips is None:
+            assert made.slot is not None
+            clips = self.memory.lease(made.slot)[: len(made.row)]
+        else:
+            clips = made.clips
+            if made.slot is not None:
+                self.memory.abandon(made.slot)
+        flip, erase = torch.from_numpy(made.flip), torch.from_numpy(made.erase)
+        label, row = torch.from_numpy(made.label), torch.from_numpy(made.row)
+        batch = Batch(clips, flip, erase, label, row, made.error)
+        self._record(batch)
+        return batch
+
+    def _record(self, batch: Batch) -> None:
         """Report unreadable videos once each, and stop when they are too many."""
         for line in "\n".join(batch.error).split("\n"):
             if line and line not in self.bad:
@@ -403,13 +574,52 @@ class VideoLoader:
             )
 
 
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy batches to a CUDA device one ahead, on a stream of its own; rows stay on the host."""
+    stream = torch.cuda.Stream(device)
+
+    def arrive(batch: Batch, host: Batch, copied: torch.Event) -> Iterator[Batch]:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for tensor in (batch.clips, batch.flip, batch.erase, batch.label):
+            tensor.record_stream(current)
+        yield batch
+        copied.synchronize()  # long past; from here on workers may write to the memory of `host`
+
+    waiting = None
+    for host in batches:
+        with torch.cuda.stream(stream):
+            batch = host._replace(
+                clips=host.clips.to(device, non_blocking=True),
+                flip=host.flip.pin_memory().to(device, non_blocking=True),
+                erase=host.erase.pin_memory().to(device, non_blocking=True),
+                label=host.label.pin_memory().to(device, non_blocking=True),
+            )
+            copied = stream.record_event()
+        if waiting is not None:
+            yield from arrive(*waiting)
+        waiting = batch, host, copied
+    if waiting is not None:
+        yield from arrive(*waiting)
+
+
 def default_num_workers() -> int:
     """Return the CPUs that this process may use, shared among the ranks of this machine."""
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
     else:
         cpus = os.cpu_count() or 1
-    return max(1, min(16, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    cpus = min(cpus, _cpu_quota())
+    return max(1, min(16, int(cpus) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _cpu_quota() -> float:
+    """Return the CPUs that a container's limit amounts to (cgroup v2), else infinity."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return math.inf if quota == "max" else max(1.0, int(quota) / int(period))
+    except (OSError, ValueError):
+        return math.inf
 
 
 def _start_worker(_: int) -> None:

@@ -90,25 +90,35 @@ def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def resize(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a uint8 clip [T, H, W, C], or a crop view of one, bilinearly to [T, *size, C].
+    """Resize a uint8 clip [T, H, W, C], or a crop view of one, to [T, *size, C] as resize_frame.
+
+    A clip that has the size is returned.
+    """
+    if tuple(clip.shape[1:3]) == size:
+        return clip
+    out = clip.new_empty(len(clip), *size, clip.shape[3])
+    for source, target in zip(clip.numpy(), out.numpy(), strict=True):
+        resize_frame(source, target)
+    return out
+
+
+def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
+    """Resize a uint8 frame [H, W, C], or a crop view of one, bilinearly into `out` [h, w, C].
 
     Half-pixel centres, no antialiasing up to a reduction by 2 (the result is within one level of
     float bilinear interpolation); beyond that plain bilinear would skip pixels and shimmer from
-    frame to frame, so the filter widens with the reduction. A clip that has the size is returned.
+    frame to frame, so the filter widens with the reduction.
     """
-    _, H, W, _ = clip.shape
-    h, w = size
+    (H, W), (h, w) = frame.shape[:2], out.shape[:2]
     if (h, w) == (H, W):
-        return clip
-    if max(H / h, W / w) > 2:
-        channels_last = clip.permute(0, 3, 1, 2)
-        out = F.interpolate(channels_last, (h, w), mode="bilinear", antialias=True)
-        return out.permute(0, 2, 3, 1).contiguous()
-    # OpenCV rounds once where F.interpolate rounds after each axis, and reads crops in place.
-    out = clip.new_empty(len(clip), h, w, clip.shape[3])
-    for source, target in zip(clip.numpy(), out.numpy(), strict=True):
-        cv2.resize(source, (w, h), dst=target, interpolation=cv2.INTER_LINEAR)
-    return out
+        out[...] = frame
+    elif max(H / h, W / w) <= 2:
+        # OpenCV rounds once where F.interpolate rounds after each axis, and reads crops in place.
+        cv2.resize(frame, (w, h), dst=out, interpolation=cv2.INTER_LINEAR)
+    else:
+        channels_last = torch.from_numpy(frame)[None].permute(0, 3, 1, 2)
+        small = F.interpolate(channels_last, (h, w), mode="bilinear", antialias=True)
+        out[...] = small[0].permute(1, 2, 0).numpy()
 
 
 def random_erasing_box(

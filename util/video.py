@@ -7,6 +7,7 @@ little as the wanted frames need.
 """
 
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -19,9 +20,8 @@ from av.stream import Discard
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-MAX_PIXELS = (
-    8192 * 8192
-)  # width * height: above 8K footage (7680 x 4320), below a decompression bomb
+# width * height: above 8K footage (7680 x 4320), below a decompression bomb
+MAX_PIXELS = 8192 * 8192
 MAX_HOLD = 8  # frames: the longest hole that the frame before it may fill
 
 # Decoders that may be told to drop the frames to which no other refers: these formats mark them for
@@ -47,15 +47,21 @@ class Video:
     Args:
         path: local path.
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
+        time_limit: seconds from now on after which reading and decoding raise; None for no limit.
+            Looked at between packets: a single read that never returns is not interrupted.
 
     Raises:
         VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
     """
 
-    def __init__(self, path: str, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self, path: str, max_pixels: int = MAX_PIXELS, time_limit: float | None = None
+    ) -> None:
         self.path = path
+        self._time_limit = time_limit
+        self._deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
         if not os.path.isfile(path):
-            raise VideoError(f"{path}: {'a folder' if os.path.isdir(path) else 'no such file'}")
+            raise VideoError(f"{path}: {_not_a_file(path)}")
         try:
             # An absolute path cannot be read as a protocol ("http:name.mp4"); the whitelist keeps
             # playlists off the network; decoders obey max_pixels wherever a stream changes size.
@@ -111,7 +117,10 @@ class Video:
         self._packets: list[av.Packet] = []
         try:
             # Empty packets hold no frame, and a decoder takes one for the end of the stream.
-            self._packets.extend(p for p in self._container.demux(stream) if p.size)
+            for packet in self._container.demux(stream):
+                self._check_time()
+                if packet.size:
+                    self._packets.append(packet)
         except av.FFmpegError:
             pass  # a file that breaks off has the packets before the break
         shown = [k for k, packet in enumerate(self._packets) if not packet.is_discard]
@@ -241,6 +250,7 @@ class Video:
         decoder = self._restarted_decoder()
         try:
             for k in range(first, last + 1):
+                self._check_time()
                 if droppable:
                     decoder.skip_frame = "DEFAULT" if k in wanted else "NONREF"
                 yield from decoder.decode(self._packets[k])
@@ -272,6 +282,7 @@ class Video:
         decoder = self._restarted_decoder()
         count = 0
         for packet in [*self._packets, None]:
+            self._check_time()
             try:
                 frames = decoder.decode(packet)
             except av.FFmpegError:
@@ -281,6 +292,10 @@ class Video:
                 count += 1
                 if number is not None:
                     yield number, frame
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise VideoError(f"{self.path}: not read within {self._time_limit:g} seconds")
 
     def _restarted_decoder(self) -> av.VideoCodecContext:
         self._decoder.flush_buffers()
@@ -335,6 +350,21 @@ def frame_indices(start: float, clip_len: float, num_frames: int, total: int) ->
     """
     numbers = torch.linspace(start, start + clip_len - 1, num_frames)
     return numbers.clamp(0, total - 1).long().numpy()
+
+
+def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> np.ndarray:
+    """Return int64 [num_frames] frame numbers, one from each of num_frames equal segments.
+
+    `place` in [0, 1) is where in its segment a frame is taken, one for all or one for each.
+    """
+    numbers = (np.arange(num_frames) + place) * (total / num_frames)
+    return np.minimum(numbers.astype(np.int64), total - 1)
+
+
+def _not_a_file(path: str) -> str:
+    if os.path.isdir(path):
+        return "a folder"
+    return "not a regular file" if os.path.exists(path) else "no such file"
 
 
 def _reason(error: Exception) -> str:
