@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -137,10 +138,13 @@ def main(args: argparse.Namespace) -> None:
     device = run.start(args)
 
     folder = run.data_dir(args, "finetune")
-    sizes = {
+    sizes: dict[str, Any] = {
         "input_size": args.input_size,
         "num_frames": args.num_frames,
         "sampling_rate": args.sampling_rate,
+        "sampling": args.sampling,
+        "max_pixels": args.max_pixels,
+        "item_timeout": args.item_timeout,
         "seed": args.seed,
     }
     train_set = Kinetics(

@@ -30,6 +30,7 @@ MODEL_FLAGS = (
     "input_size",
     "num_frames",
     "sampling_rate",
+    "sampling",
     "t_patch_size",
     "sep_pos_embed",
     "sincos_pos_embed",
@@ -98,6 +99,9 @@ def main(args: argparse.Namespace) -> None:
         input_size=args.input_size,
         num_frames=args.num_frames,
         sampling_rate=args.sampling_rate,
+        sampling=args.sampling,
+        max_pixels=args.max_pixels,
+        item_timeout=args.item_timeout,
         num_clips=args.num_clips,
         num_crops=args.num_crops,
     )

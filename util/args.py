@@ -16,6 +16,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """Parse a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 class Parser(ArgumentParser):
     """ArgumentParser with defaults in --help and @FILE holding more flags (recipes/*.args)."""
 
@@ -54,6 +62,24 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
         type=float,
         default=0.1,
         help="stop when more than this share of a csv's videos cannot be read",
+    )
+    group.add_argument(
+        "--item_timeout",
+        type=positive_float,
+        default=60.0,
+        help="seconds after which a video that is still being read counts as unreadable",
+    )
+    group.add_argument(
+        "--max_pixels",
+        type=positive_int,
+        default=8192 * 8192,
+        help="width x height above which a video counts as unreadable",
+    )
+    group.add_argument(
+        "--sampling",
+        choices=("dense", "segments"),
+        default="dense",
+        help="frames: every --sampling_rate-th, or one from each of --num_frames equal segments",
     )
     if jitter_scales:
         group.add_argument(
@@ -205,6 +231,18 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
         "--checkpoint_period", type=positive_int, default=1, help="epochs between checkpoints"
+    )
+    group.add_argument(
+        "--checkpoint_minutes",
+        type=float,
+        default=30,
+        help="also save within an epoch, after so many minutes; 0: never",
+    )
+    group.add_argument(
+        "--keep_last", type=int, default=0, help="finished epochs whose checkpoints stay; 0: all"
+    )
+    group.add_argument(
+        "--keep_every", type=int, default=0, help="keep every n-th epoch's checkpoint anyway"
     )
     group.add_argument(
         "--resume",

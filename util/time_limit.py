@@ -22,7 +22,7 @@ def call_within(seconds: float, function: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True)  # a hung one must not keep the process
     thread.start()
-    thread.join(seconds)
+    thread.join(min(seconds, threading.TIMEOUT_MAX))
     if errors:
         raise errors[0]
     if not result:
