@@ -11,6 +11,7 @@ from util.kinetics import VideoLoader
 from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x
 from util.optim import autocast, grad_sync, optim_step
+from util.resume import Checkpoints
 from util.transforms import augment_on_device
 
 
@@ -20,14 +21,15 @@ def train_one_epoch(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     device: torch.device,
-    epoch: int,
+    checkpoints: Checkpoints,
     log: RunLog,
     args: Namespace,
 ) -> dict[str, float]:
-    """Train over every batch of the loader once.
+    """Train over every batch of the loader once, from where checkpoints.progress says.
 
     A step takes B videos with R clips each, uint8 [B, R, T, H, W, C]; every accum_iter of them
-    make an update. What is left over at the end of an epoch is not applied.
+    make an update. What is left over at the end of an epoch is not applied. Signals end the loop
+    early, after the same update on every rank.
 
     Returns:
         the epoch's mean metrics over all ranks.
@@ -38,15 +40,15 @@ def train_one_epoch(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps, lr = len(loader), 0.0
+    epoch, steps, lr = checkpoints.progress.epoch, len(loader), 0.0
     clips_per_step = args.batch_size * args.repeat_aug * world_size()
 
     def x_axis(step: float) -> int:
         return epoch_1000x(epoch + step / steps, args.repeat_aug)
 
-    loader.set_epoch(epoch)
+    loader.set_epoch(epoch, checkpoints.progress.step)
     header = f"Epoch [{epoch}/{args.epochs}]"
-    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis):
+    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, checkpoints):
         seed_step(args.seed, epoch, step, rank())  # masks depend on the step alone
         update = (step + 1) % args.accum_iter == 0
         if step % args.accum_iter == 0:

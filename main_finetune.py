@@ -22,19 +22,17 @@ from util import run
 from util.checkpoint import (
     apply_weights,
     has_head_for,
-    newest_checkpoint,
     read_weights,
-    resume,
-    save_checkpoint,
 )
 from util.dist import print0, seed_step, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.lr_decay import param_groups_lrd
-from util.meters import NonFiniteError, RunLog, epoch_1000x
+from util.meters import NonFiniteError, epoch_1000x
 from util.mixup import Mixup
 from util.optim import make_optimizer, make_scaler
 from util.rand_augment import RandAugment
+from util.resume import Checkpoints, find_checkpoint
 
 
 def get_args_parser() -> flags.Parser:
@@ -180,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
             drop_path_rate=args.drop_path_rate,
             sincos_pos_embed=args.sincos_pos_embed,
         )
-    checkpoint = args.resume or newest_checkpoint(args.output_dir)
+    checkpoint = find_checkpoint(args)
     if args.finetune and not checkpoint:
         weights = read_weights(args.finetune)
         keep_head = args.keep_head and has_head_for(weights, model)
@@ -201,38 +199,39 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)
 
-    start_epoch, step = 0, 0
+    checkpoints = Checkpoints(args, model, optimizer, scaler, train_set.index.fingerprint())
     if checkpoint:
-        start_epoch, step = resume(checkpoint, model, optimizer, scaler, args)
+        checkpoints.resume(checkpoint)
+    progress = checkpoints.progress
 
-    log = RunLog(args.output_dir, run.log_dir(args), args.print_freq, device)
+    log = run.open_log(args, device, progress, len(train_loader))
     if args.eval:
         if not checkpoint:
             raise UserError("--eval needs weights: give --resume CHECKPOINT")
         print0(evaluate(model, val_loader, device, args.precision, log))
         return
     ddp_model = run.distribute(model, device)
-    started, best = time.time(), 0.0
-    for epoch in range(start_epoch, args.epochs):
+    started = time.time()
+    while progress.epoch < args.epochs:
         try:
             stats = train_one_epoch(
-                ddp_model, mixup, train_loader, optimizer, scaler, device, epoch, log, args
+                ddp_model, mixup, train_loader, optimizer, scaler, device, checkpoints, log, args
             )
         except NonFiniteError as error:
-            raise run.non_finite_report(error, epoch, train_set.index, args.output_dir) from error
-        step += len(train_loader) // args.accum_iter
-        if (epoch + 1) % args.checkpoint_period == 0 or epoch + 1 == args.epochs:
-            save_checkpoint(args.output_dir, epoch, step, model, optimizer, scaler, args)
+            raise run.non_finite_report(error, checkpoints, train_set.index) from error
+        checkpoints.stop_if_told()
         val = evaluate(model, val_loader, device, args.precision, log)
-        best = max(best, val["acc1"])
+        best = max([line["val_acc1"] for line in progress.log] + [val["acc1"]])
         print0(
             f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
             f"loss {val['loss']:.4f}  best top-1 {best:.2f} %"
         )
         for name, value in val.items():
-            log.scalar(f"val/{name}", value, epoch_1000x(epoch + 1, args.repeat_aug))
-        record = {"epoch": epoch} | {f"train_{k}": v for k, v in stats.items()}
-        log.epoch_line(record | {f"val_{k}": v for k, v in val.items()})
+            log.scalar(f"val/{name}", value, epoch_1000x(progress.epoch + 1, args.repeat_aug))
+        record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
+        record |= {f"val_{k}": v for k, v in val.items()}
+        checkpoints.finish_epoch(record, len(train_loader), best=val["acc1"] == best)
+    checkpoints.wait()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")
 

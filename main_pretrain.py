@@ -16,11 +16,11 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import args as flags
 from util import run
-from util.checkpoint import newest_checkpoint, resume, save_checkpoint
 from util.dist import print0, seed_step, world_size
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
-from util.meters import NonFiniteError, RunLog
+from util.meters import NonFiniteError
 from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
+from util.resume import Checkpoints, find_checkpoint
 
 
 def get_args_parser() -> flags.Parser:
@@ -127,23 +127,26 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)
 
-    start_epoch, step = 0, 0
-    checkpoint = args.resume or newest_checkpoint(args.output_dir)
+    checkpoints = Checkpoints(args, model, optimizer, scaler, index.fingerprint())
+    checkpoint = find_checkpoint(args)
     if checkpoint:
-        start_epoch, step = resume(checkpoint, model, optimizer, scaler, args)
+        checkpoints.resume(checkpoint)
+    progress = checkpoints.progress
 
-    log = RunLog(args.output_dir, run.log_dir(args), args.print_freq, device)
+    log = run.open_log(args, device, progress, len(loader))
     ddp_model = run.distribute(model, device)
     started = time.time()
-    for epoch in range(start_epoch, args.epochs):
+    while progress.epoch < args.epochs:
         try:
-            stats = train_one_epoch(ddp_model, loader, optimizer, scaler, device, epoch, log, args)
+            stats = train_one_epoch(
+                ddp_model, loader, optimizer, scaler, device, checkpoints, log, args
+            )
         except NonFiniteError as error:
-            raise run.non_finite_report(error, epoch, index, args.output_dir) from error
-        step += len(loader) // args.accum_iter
-        if (epoch + 1) % args.checkpoint_period == 0 or epoch + 1 == args.epochs:
-            save_checkpoint(args.output_dir, epoch, step, model, optimizer, scaler, args)
-        log.epoch_line({"epoch": epoch, **{f"train_{k}": v for k, v in stats.items()}})
+            raise run.non_finite_report(error, checkpoints, index) from error
+        checkpoints.stop_if_told()
+        record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
+        checkpoints.finish_epoch(record, len(loader))
+    checkpoints.wait()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")
 

@@ -25,6 +25,7 @@ from util.errors import UserError
 from util.file_io import write_atomically
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.meters import RunLog, topk_correct
+from util.resume import append_log
 
 MODEL_FLAGS = (
     "input_size",
@@ -130,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
         return
     model.to(device)
 
-    log = RunLog("", "", args.print_freq, device)
+    log = RunLog("", args.print_freq, device)
     result = test(model, loader, device, args.precision, args.batch_size, args.ensemble, log)
     if is_main():
         report(result, index, args)
@@ -162,9 +163,9 @@ def report(result: VideoScores, index: VideoIndex, args: argparse.Namespace) -> 
         os.path.join(args.output_dir, "scores.npz"),
         lambda file: np.savez(file, scores=result.scores, labels=index.labels),
     )
-    log = RunLog(args.output_dir, "", args.print_freq, torch.device("cpu"))
     bad = len(result.errors)
-    log.epoch_line({"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": bad})
+    record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": bad}
+    append_log(args.output_dir, record)
     if result.errors:
         print(f"{bad} unreadable videos, counted as wrong:")
         print("\n".join(f"  {error}" for error in result.errors))

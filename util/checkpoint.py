@@ -1,9 +1,7 @@
-"""Saving, resuming and loading weights.
+"""Reading checkpoint files and loading weights.
 
-A training checkpoint is a plain dict: model, optimizer, scaler (state dicts), epoch (the last one
-finished), step (optimiser steps done), args (a dict of flags) and arguments (of the model's
-constructor). Files are read with weights_only, so that loading never runs code from them; those
-of other projects go through util/convert.py.
+Files are read with weights_only, so that loading never runs code from them; those of other projects
+go through util/convert.py. util/resume.py writes the checkpoints of a run.
 """
 
 import argparse
@@ -16,62 +14,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from util.convert import Weights, checkpoint_args, fit_state, interpret, model_state
-from util.dist import is_main, print0
+from util.convert import Weights, fit_state, interpret
+from util.dist import print0
 from util.errors import UserError
-from util.file_io import is_remote, make_dirs, open_file, path_manager, write_atomically
+from util.file_io import is_remote, open_file
 from util.released import fetch, refuse_other_kinds
-
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)\.pth")
-PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
-
-
-def save_checkpoint(
-    output_dir: str,
-    epoch: int,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    args: argparse.Namespace,
-) -> None:
-    """Write output_dir/checkpoint-EPOCH.pth atomically, from the main process.
-
-    A write that fails (full disk, lost folder) is reported loudly, leaves the older files as they
-    are, and lets training go on.
-    """
-    if not is_main():
-        return
-    path = os.path.join(output_dir, f"checkpoint-{epoch:05d}.pth")
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "epoch": epoch,
-        "step": step,
-        "args": vars(args),
-        "arguments": getattr(model, "arguments", {}),  # of its constructor
-    }
-    try:
-        make_dirs(output_dir)
-        write_atomically(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError, UserError) as error:  # torch's zip writer raises RuntimeError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print0(f"WARNING: could not save {path}: {reason}; training goes on without it")
-    else:
-        print0(f"saved {path}")
-
-
-def newest_checkpoint(output_dir: str) -> str | None:
-    """Return the path of the checkpoint with the highest epoch in a folder, or None."""
-    if not output_dir or not path_manager.isdir(output_dir):
-        return None
-    found = [m for m in map(CHECKPOINT_NAME.fullmatch, path_manager.ls(output_dir)) if m]
-    if not found:
-        return None
-    return os.path.join(output_dir, max(found, key=lambda m: int(m[1]))[0])
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -234,42 +182,3 @@ def _some(names: list[str], count: int = 4, joint: str = ", ") -> str:
     """Join the first few names."""
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return (joint.join(names[:count]) or "none") + rest
-
-
-def resume(
-    path: str,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    args: argparse.Namespace,
-) -> tuple[int, int]:
-    """Continue from a training checkpoint.
-
-    Returns:
-        the epoch to train next and the optimiser steps done.
-
-    Raises:
-        UserError: the file is not a training checkpoint of this model.
-    """
-    checkpoint = read_checkpoint(path)
-    for key in ("model", "optimizer", "epoch"):
-        if key not in checkpoint:
-            raise UserError(
-                f"{path} is not a training checkpoint (no {key!r}); "
-                "start from its weights with --finetune instead of --resume"
-            )
-    trained = checkpoint_args(checkpoint).get("model")
-    if trained not in (None, args.model):
-        raise UserError(f"{path} is of --model {trained}, not {args.model}; use another output_dir")
-    try:
-        model.load_state_dict(model_state(checkpoint, path))
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = optimizer.defaults["fused"]  # as suits this device, not the last one
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit the model: {detail[:400]}") from error
-    if checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    print0(f"resumed from {path} (epoch {checkpoint['epoch']} done)")
-    return checkpoint["epoch"] + 1, checkpoint.get("step", 0)

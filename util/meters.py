@@ -1,6 +1,5 @@
-"""Meters, progress lines and the log of a run (TensorBoard, log.txt)."""
+"""Meters, progress lines and TensorBoard."""
 
-import os
 import resource
 import sys
 import time
@@ -8,14 +7,14 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import simplejson
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from util.dist import all_reduce_mean, is_main, print0
 from util.errors import UserError
-from util.file_io import make_dirs, open_file
+from util.file_io import make_dirs
+from util.resume import Checkpoints, Progress
 
 
 class NonFiniteError(UserError):
@@ -39,11 +38,11 @@ class Meters:
     `flush`, which is where a non-finite value is noticed.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, progress: Progress | None = None):
         self.device = device
         self.pending: list[tuple[int, Tensor, dict[str, Tensor | float]]] = []
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self.sums = dict(progress.sums) if progress else {}
+        self.counts = dict(progress.counts) if progress else {}
         self.latest: dict[str, float] = {}
 
     def update(self, step: int, samples: Tensor, **metrics: Tensor | float) -> None:
@@ -90,10 +89,17 @@ def _is_finite(value: float) -> bool:
 
 
 class RunLog:
-    """The log of a run: progress on the screen, scalars for TensorBoard, epochs in log.txt."""
+    """The log of a run: progress on the screen and scalars for TensorBoard.
 
-    def __init__(self, output_dir: str, log_dir: str, print_freq: int, device: torch.device):
-        self.output_dir = output_dir
+    Args:
+        log_dir: TensorBoard's folder; empty for none.
+        print_freq: steps between printed lines.
+        purge_step: drop what an earlier, killed process wrote from this place of the x axis on.
+    """
+
+    def __init__(
+        self, log_dir: str, print_freq: int, device: torch.device, purge_step: int | None = None
+    ):
         self.print_freq = print_freq
         self.device = device
         self.meters = Meters(device)
@@ -102,7 +108,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; one rank needs it
 
             make_dirs(log_dir)
-            self.writer = SummaryWriter(log_dir)
+            self.writer = SummaryWriter(log_dir, purge_step=purge_step)
 
     def every(
         self,
@@ -111,6 +117,7 @@ class RunLog:
         num_steps: int,
         clips_per_step: int,
         x_axis: Callable[[float], int] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch), printing a line every print_freq steps, or a live bar on a terminal.
 
@@ -118,25 +125,32 @@ class RunLog:
             num_steps: length of the loop.
             clips_per_step: clips that all ranks together take in per step, for clips/s.
             x_axis: maps a step to TensorBoard's x axis; None logs no scalars.
+            checkpoints: says where in the epoch to start, may save after a printed line, and ends
+                the loop early when the run is to stop.
 
         Raises:
             NonFiniteError: see Meters.flush.
         """
-        self.meters = Meters(self.device)
+        first = checkpoints.progress.step if checkpoints else 0
+        self.meters = Meters(self.device, checkpoints.progress if checkpoints else None)
 
         def scalar(name: str, value: float, step: int) -> None:
             if x_axis is not None:
                 self.scalar(name, value, x_axis(step))
 
         live = is_main() and sys.stderr.isatty()
-        bar = tqdm(total=num_steps, desc=header, disable=not live, dynamic_ncols=True)
+        bar = tqdm(
+            total=num_steps, initial=first, desc=header, disable=not live, dynamic_ncols=True
+        )
         start = last = time.perf_counter()
-        data_time, data_start, last_step = 0.0, start, -1
-        for step, batch in enumerate(loader):
+        data_time, data_start, last_step, stopping = 0.0, start, first - 1, False
+        for step, batch in enumerate(loader, first):
             data_time += time.perf_counter() - data_start
             yield step, batch
             bar.update()
-            if (step + 1) % self.print_freq == 0 or step + 1 == num_steps:
+            if checkpoints is not None:
+                stopping = checkpoints.is_stopping(step)
+            if stopping or (step + 1) % self.print_freq == 0 or step + 1 == num_steps:
                 for number, row in self.meters.flush():
                     for name, value in row.items():
                         scalar(f"train/{name}", value, number)
@@ -157,6 +171,10 @@ class RunLog:
                     text = "  ".join(f"{name} {value}" for name, value in line.items())
                     print0(f"{header}  [{step + 1}/{num_steps}]  eta {eta}  {text}")
                 last, last_step, data_time = now, step, 0.0
+                if checkpoints is not None:
+                    checkpoints.after_line(step, self.meters.sums, self.meters.counts)
+            if stopping:
+                break
             data_start = time.perf_counter()
         bar.close()
         elapsed = timedelta(seconds=int(time.perf_counter() - start))
@@ -166,14 +184,6 @@ class RunLog:
         """Write one TensorBoard scalar."""
         if self.writer is not None:
             self.writer.add_scalar(name, value, x)
-
-    def epoch_line(self, record: dict[str, Any]) -> None:
-        """Append one JSON line to log.txt."""
-        if is_main() and self.output_dir:
-            with open_file(os.path.join(self.output_dir, "log.txt"), "a") as file:
-                file.write(simplejson.dumps(record) + "\n")
-            if self.writer is not None:
-                self.writer.flush()
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import dist
-from util.checkpoint import newest_checkpoint
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import make_dirs
 from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
-from util.meters import NonFiniteError
+from util.meters import NonFiniteError, RunLog, epoch_1000x
 from util.optim import choose_precision
+from util.resume import Checkpoints, Progress, newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,16 +141,27 @@ def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
     print0(f"{gflops:.1f} GFLOPs per clip forward (multiply-adds counted once); dry run: stopping")
 
 
+def open_log(
+    args: Namespace, device: torch.device, progress: Progress, steps_per_epoch: int
+) -> RunLog:
+    """Open the log of a training run; TensorBoard drops what a killed process wrote after it."""
+    done = progress.epoch + progress.step / steps_per_epoch
+    purge_step = epoch_1000x(done, args.repeat_aug) if done else None
+    return RunLog(log_dir(args), args.print_freq, device, purge_step)
+
+
 def non_finite_report(
-    error: NonFiniteError, epoch: int, index: VideoIndex, output_dir: str
+    error: NonFiniteError, checkpoints: Checkpoints, index: VideoIndex
 ) -> UserError:
     """Name the step, the files of the batch and the last good checkpoint; call it on every rank."""
     own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
+    checkpoints.wait()
+    last = newest_checkpoint(checkpoints.args.output_dir)
     files = [path for paths in dist.gather_objects(own) for path in paths]
     return UserError(
-        f"the loss or gradient of epoch {epoch}, step {error.step} is not finite; videos of the "
-        f"batch: {', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good "
-        f"checkpoint: {newest_checkpoint(output_dir) or 'none'}; nothing was saved since. Try a "
+        f"the loss or gradient of epoch {checkpoints.progress.epoch}, step {error.step} is not "
+        f"finite; videos of the batch: {', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good "
+        f"checkpoint: {last or 'none'}; nothing was saved since. Try a "
         "smaller --blr, --clip_grad, or --precision fp32",
         status=1,
     )
