@@ -6,18 +6,19 @@ their positions, their speed and the drift of the background, is drawn independe
 Both layers wrap around the frame's edges, so a shape's position is uniform in every single frame,
 the first and the last included: one frame says nothing about the class.
 
-    python -m util.synthetic OUT            # then: main_pretrain.py --path_to_data_dir OUT/pretrain
+    python -m util.synthetic OUT
+    python main_pretrain.py --path_to_data_dir OUT/pretrain @recipes/synthetic_pretrain.args
 
 writes the Kinetics layout::
 
-    OUT/videos/CLASS/ID_000000_000001.mp4   every video, ID = train000017 or test_000003
+    OUT/videos/CLASS/ID_000000_000002.mp4   every video, ID = train000017, val__000003, test_000003
     OUT/classes.txt                         one class a line, in the order of the labels
     OUT/pretrain/train.csv                  every training video
     OUT/finetune/train.csv                  the small labelled part of them
-    OUT/finetune/val.csv, test.csv          held-out videos (the same in both)
+    OUT/finetune/val.csv, test.csv          held-out videos: a few to watch training, the others
     OUT/dataset.json                        the parameters, written last
 
-Shapes: T frames, H W pixels (H = W = size), K textures or layers.
+Shapes: T frames, H W pixels (H = W = size), K layers.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 MARKER = "dataset.json"
+SPLITS = ("train", "val__", "test_")  # five letters: with the number, an ID of eleven
 FORMAT = 1  # raised when the same parameters would give other videos
 
 
@@ -85,27 +87,29 @@ MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def natural_texture(rng: np.random.Generator, size: int, slope: float = 1.4) -> np.ndarray:
-    """Draw a periodic colour texture [3, H, W] of mean 0 with the statistics of photographs.
+def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw a periodic colour texture [3, H, W] of mean 0 and luminance deviation 1.
 
-    The amplitude falls with the spatial frequency f as f ** -slope (natural images: 1 to 1.5), and
-    most variance lies in luminance, less in blue-yellow, least in red-green.
+    Its details measure a quarter of the frame and more. So little of a removed patch can be guessed
+    from its neighbours in space, and none of it can be copied from the frame before without moving
+    it: a masked autoencoder has to see motion. Colours are spread as in photographs: most in
+    luminance, less in blue-yellow, least in red-green.
     """
     rows = np.fft.fftfreq(size)[:, None] * size
     columns = np.fft.rfftfreq(size) * size
-    frequency = np.hypot(rows, columns)
-    frequency[0, 0] = np.inf  # no mean: the caller chooses the colour
-    spectrum = np.fft.rfft2(rng.standard_normal((3, size, size))) * frequency**-slope
+    frequency = np.hypot(rows, columns)  # cycles per frame
+    amplitude = frequency / (1 + (frequency / 3) ** 6)
+    spectrum = np.fft.rfft2(rng.standard_normal((3, size, size))) * amplitude
     texture = np.fft.irfft2(spectrum, s=(size, size))
     texture /= texture.std(axis=(1, 2), keepdims=True)
-    opponent = np.array([[1.0, 1.0, 1.0], [0.42, 0.0, -0.42], [0.09, -0.18, 0.09]])
+    opponent = np.array([[1.0, 1.0, 1.0], [0.25, 0.0, -0.25], [0.06, -0.12, 0.06]])
     return np.einsum("kyx,kc->cyx", texture, opponent)  # (3, H, W)
 
 
 def random_blob(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw the opacity [H, W] in [0, 1] of one smooth shape at a uniform place, edges wrapping."""
     centre = rng.uniform(0, size, 2)
-    radius = rng.uniform(0.14, 0.22) * size
+    radius = rng.uniform(0.22, 0.34) * size
     grid = np.arange(size) + 0.5
     y = ((grid - centre[0] + size / 2) % size - size / 2)[:, None]
     x = ((grid - centre[1] + size / 2) % size - size / 2)[None, :]
@@ -118,7 +122,7 @@ def random_blob(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
     """Draw a shift of colour [3, 1, 1] in 8-bit levels, mostly of brightness."""
-    return (rng.normal(0, 45) + rng.normal(0, 18, 3))[:, None, None]
+    return (rng.normal(0, 28) + rng.normal(0, 14, 3))[:, None, None]
 
 
 def shift(layers: np.ndarray, path: np.ndarray) -> np.ndarray:
@@ -137,20 +141,20 @@ def shift(layers: np.ndarray, path: np.ndarray) -> np.ndarray:
 def render_video(rng: np.random.Generator, movement: str, size: int, num_frames: int) -> np.ndarray:
     """Draw one video of a class as uint8 [T, H, W, 3].
 
-    The shapes go 1.5 to 3 pixels a frame (at size 64), the background at most 0.5 in any direction.
+    The shapes go 2.3 to 3.3 pixels a frame (at size 64), the background at most 0.5 anywhere.
     """
     unit = size / 64
-    background = rng.uniform(24, 36) * natural_texture(rng, size) + 115 + random_colour(rng)
-    foreground = rng.uniform(40, 60) * natural_texture(rng, size) + 115
+    background = rng.uniform(24, 36) * smooth_texture(rng, size) + 115 + random_colour(rng)
+    foreground = rng.uniform(40, 60) * smooth_texture(rng, size) + 115
     opacity = np.zeros((size, size))
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(3, 6)):
         blob = random_blob(rng, size)
         foreground += blob * random_colour(rng)
         opacity += blob * (1 - opacity)
 
     time = np.arange(num_frames)
     turn = 2 * np.pi * (rng.uniform() + time / rng.uniform(8, 12))
-    path = MOVEMENTS[movement](rng.uniform(1.5, 3.0) * unit * time, turn)
+    path = MOVEMENTS[movement](rng.uniform(2.3, 3.3) * unit * time, turn)
     drift_speed = 0.5 * unit * math.sqrt(rng.uniform())
     drift = straight(rng.uniform(0, 360), drift_speed * time, turn)
 
@@ -181,10 +185,11 @@ def write_dataset(
     out: str | os.PathLike[str],
     *,
     num_videos: int = 2048,
-    num_labelled: int = 512,
+    num_labelled: int = 40,
+    num_val: int = 64,
     num_test: int = 512,
     num_classes: int = 8,
-    size: int = 64,
+    size: int = 48,
     num_frames: int = 20,
     fps: int = 15,
     seed: int = 0,
@@ -199,7 +204,8 @@ def write_dataset(
     Args:
         num_videos: training videos, the labelled ones included.
         num_labelled: training videos that the fine-tuning csv lists.
-        num_test: held-out videos, in finetune/val.csv and finetune/test.csv.
+        num_val: held-out videos in finetune/val.csv.
+        num_test: other held-out videos, in finetune/test.csv.
         num_classes: movements used, 2 to 12.
         size: height and width in pixels, even, at least 32.
         num_frames: frames of a video.
@@ -210,6 +216,7 @@ def write_dataset(
     parameters = {
         "num_videos": num_videos,
         "num_labelled": num_labelled,
+        "num_val": num_val,
         "num_test": num_test,
         "num_classes": num_classes,
         "size": size,
@@ -243,6 +250,7 @@ def write_dataset(
 def _check(
     num_videos: int,
     num_labelled: int,
+    num_val: int,
     num_test: int,
     num_classes: int,
     size: int,
@@ -254,8 +262,8 @@ def _check(
         raise ValueError(f"num_classes must be 2 to {len(MOVEMENTS)}, not {num_classes}")
     if not 1 <= num_labelled <= num_videos:
         raise ValueError(f"num_labelled must be 1 to num_videos={num_videos}, not {num_labelled}")
-    if num_test < 1:
-        raise ValueError(f"num_test must be at least 1, not {num_test}")
+    if num_val < 1 or num_test < 1:
+        raise ValueError(f"num_val and num_test must be at least 1, not {num_val} and {num_test}")
     if size < 32 or size % 2:
         raise ValueError(f"size must be an even number of at least 32 pixels, not {size}")
     if num_frames < 2 or fps < 1:
@@ -296,6 +304,7 @@ def _write_files(
     *,
     num_videos: int,
     num_labelled: int,
+    num_val: int,
     num_test: int,
     num_classes: int,
     size: int,
@@ -311,17 +320,17 @@ def _write_files(
 
     end = math.ceil(num_frames / fps)
 
-    def write_one(job: tuple[str, int]) -> str:
+    def write_one(job: tuple[int, int]) -> str:
         """Write one video and return its line in a csv. Labels go round: any part is balanced."""
         split, index = job
         label = index % num_classes
-        rng = np.random.default_rng((seed, split == "test_", index))
-        path = f"videos/{classes[label]}/{split}{index:06d}_000000_{end:06d}.mp4"
+        rng = np.random.default_rng((seed, split, index))
+        path = f"videos/{classes[label]}/{SPLITS[split]}{index:06d}_000000_{end:06d}.mp4"
         write_video(root / path, render_video(rng, classes[label], size, num_frames), fps)
         return f"../{path} {label}\n"
 
-    jobs = [("train", index) for index in range(num_videos)]
-    jobs += [("test_", index) for index in range(num_test)]
+    counts = (num_videos, num_val, num_test)
+    jobs = [(split, index) for split, count in enumerate(counts) for index in range(count)]
     # Threads do: FFT and encoder release the interpreter's lock.
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
         try:
@@ -332,11 +341,14 @@ def _write_files(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
             raise
-    train, test = lines[:num_videos], lines[num_videos:]
-    (root / "pretrain/train.csv").write_text("".join(train))
-    (root / "finetune/train.csv").write_text("".join(train[:num_labelled]))
-    for name in ("val", "test"):
-        (root / f"finetune/{name}.csv").write_text("".join(test))
+    train, held_out = lines[:num_videos], lines[num_videos:]
+    for name, part in {
+        "pretrain/train.csv": train,
+        "finetune/train.csv": train[:num_labelled],
+        "finetune/val.csv": held_out[:num_val],
+        "finetune/test.csv": held_out[num_val:],
+    }.items():
+        (root / name).write_text("".join(part))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -351,7 +363,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     for name, text in {
         "num_videos": "training videos, the labelled ones included",
         "num_labelled": "labelled training videos",
-        "num_test": "held-out videos (finetune/val.csv = test.csv)",
+        "num_val": "held-out videos of finetune/val.csv",
+        "num_test": "held-out videos of finetune/test.csv",
         "num_classes": f"movements, 2 to {len(MOVEMENTS)}",
         "size": "height and width in pixels",
         "num_frames": "frames of a video",
@@ -370,7 +383,9 @@ def main() -> None:
         out = write_dataset(**vars(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{out} holds {args.num_videos} training and {args.num_test} held-out videos")
+    print(
+        f"{out} holds {args.num_videos} training videos, {args.num_val} + {args.num_test} held out"
+    )
 
 
 if __name__ == "__main__":
