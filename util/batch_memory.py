@@ -10,6 +10,7 @@ import math
 import mmap
 import multiprocessing
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,6 @@ class BatchMemory:
 def _lock_pages(memory: mmap.mmap) -> None:
     """Page-lock a mapping for CUDA until it is unmapped."""
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    cuda = torch.cuda.cudart()
+    cuda: Any = torch.cuda.cudart()
     torch.cuda.check_error(cuda.cudaHostRegister(address, len(memory), 0))
     weakref.finalize(memory, cuda.cudaHostUnregister, address).atexit = False

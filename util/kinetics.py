@@ -476,8 +476,8 @@ def _as_it_is(batch: Any) -> Any:
 class VideoLoader:
     """Batches of a data set for this rank, with a record of unreadable videos.
 
-    On CUDA the next batch is on its way to
-    the device, on a stream of its own, while the caller works on the one it has.
+    On CUDA the next batch is on its way to the device, on a stream of its own, while the caller
+    works on the one it has.
 
     Args:
         batch_size: videos per batch of this rank.
@@ -497,7 +497,6 @@ class VideoLoader:
         device: torch.device,
     ):
         self.dataset = dataset
-        self.batch_size = batch_size
         self.batch_size = batch_size
         self.max_bad_share = max_bad_share
         self.device = device
