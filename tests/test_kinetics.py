@@ -1,7 +1,10 @@
 """The data set: csv rows, samples, determinism, sampler and unreadable videos."""
 
+import os
+import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +12,20 @@ import pytest
 import torch
 
 from tests.conftest import read_number
+from tests.video_files import write_video
 from util.errors import UserError
-from util.kinetics import EpochSampler, Kinetics, VideoIndex, VideoLoader, cut_views
+from util.kinetics import (
+    EpochSampler,
+    Kinetics,
+    VideoIndex,
+    VideoLoader,
+    cut_views,
+    default_num_workers,
+)
 from util.rand_augment import RandAugment
+from util.time_limit import call_within
 from util.transforms import random_resized_crop_box, resize
-from util.video import Video, clip_length, frame_indices, random_start
+from util.video import Video, VideoError, clip_length, frame_indices, random_start
 
 SIZES = {"input_size": 32, "num_frames": 4, "sampling_rate": 4}
 CPU = torch.device("cpu")
@@ -306,6 +318,209 @@ def test_testing_keeps_the_row_of_a_broken_video(broken):
     samples = list(loader_of(dataset, 1))
     assert [int(s.row) for s in samples] == list(range(8))
     assert [bool(s.error[0]) for s in samples] == [False] * 6 + [True] * 2
+
+
+# --- time limit, pixel limit ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A pipe to which nobody writes: opening it to read does not return."""
+    path = tmp_path / "pipe.mp4"
+    os.mkfifo(path)
+    yield path
+    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # let threads that wait for it go
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_never_answers_is_replaced(videos, pipe, tmp_path, monkeypatch, workers):
+    real = os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: str(path) == str(pipe) or real(path))
+    rows = f"{videos}/v0.mp4 0\n{pipe} 1\n{videos}/v2.mp4 2\n{videos}/v3.mp4 0\n" * 2
+    index = VideoIndex(write_csv(tmp_path, rows))
+    dataset = Kinetics(index, "pretrain", **SIZES, item_timeout=0.2)
+    loader = loader_of(dataset, 4, workers)
+    batches = list(loader)
+    assert [line.split(": ")[0] for line in loader.bad] == [str(pipe)]
+    assert "does not answer within 0.2 seconds" in next(iter(loader.bad))
+    assert (
+        len(loader.memory.free) < loader.memory.capacity
+    )  # what a thread may write to is kept away
+    for batch in batches:
+        for clips, row, label in zip(batch.clips, batch.row, batch.label, strict=True):
+            assert int(row) not in (1, 5) and int(label) == int(index.labels[row])
+            assert 0 < read_number(clips[0, 0]) < 60
+    del batches, batch, clips
+    # What the hung threads of rows 1 and 5 may still write to is kept out of use.
+    assert 1 <= loader.memory.capacity - len(loader.memory.free) <= 2
+
+
+def test_a_pipe_is_refused_unopened(pipe):
+    with pytest.raises(VideoError, match=r"pipe\.mp4: not a regular file"):
+        Video(str(pipe))
+
+
+def test_decoding_stops_at_the_time_limit(videos):
+    with pytest.raises(VideoError, match=r"v0\.mp4: not read within 1e-09 seconds"):
+        Video(str(videos / "v0.mp4"), time_limit=1e-9)
+    with Video(str(videos / "v0.mp4"), time_limit=0.3) as video:
+        time.sleep(0.35)
+        for numbers in ([0], range(60)):
+            with pytest.raises(VideoError, match=r"not read within 0\.3 seconds"):
+                list(video.frames(numbers))
+
+
+def test_call_within():
+    assert call_within(5, lambda: 7) == 7
+    assert call_within(float("inf"), lambda: None) is None
+    with pytest.raises(ZeroDivisionError):
+        call_within(5, lambda: 1 // 0)
+    with pytest.raises(TimeoutError):
+        call_within(0.05, lambda: time.sleep(0.5))
+
+
+def test_pixel_limit_reaches_the_decoder(videos):
+    index = VideoIndex(str(videos / "train.csv"))
+    sample = Kinetics(index, "test", **SIZES, max_pixels=1000)[0, 3]
+    assert "v3.mp4: 64 x 48 pixels are more than max_pixels 1000" in sample.error
+    assert not sample.clips.any()
+
+
+# --- segments ------------------------------------------------------------------------------------
+
+
+def test_segments_give_one_frame_each(videos):
+    index = VideoIndex(str(videos / "train.csv"))
+    seen = set()
+    for epoch in range(8):
+        sample = Kinetics(index, "pretrain", **SIZES, sampling="segments", repeat_aug=2)[epoch, 0]
+        for clip in sample.clips:
+            numbers = [read_number(frame) for frame in clip]
+            assert [n // 15 for n in numbers] == [0, 1, 2, 3]
+            seen.add(tuple(numbers))
+    assert len(seen) == 16
+    centre = Kinetics(index, "test", **SIZES, sampling="segments")[0, 0].clips[0]
+    assert [read_number(frame) for frame in centre] == [7, 22, 37, 52]
+    views = Kinetics(index, "test", **SIZES, sampling="segments", num_clips=3)[0, 0].clips
+    assert [read_number(clip[0]) for clip in views] == [2, 7, 12]
+
+
+def test_fine_tuning_repeats_share_segments(videos):
+    index = VideoIndex(str(videos / "train.csv"))
+    dataset = Kinetics(
+        index, "finetune", **SIZES, sampling="segments", repeat_aug=2, hflip=False,
+        rand_augment=RandAugment("rand-m0-n1-p0"),
+    )  # fmt: skip
+    first, second = ([read_number(f) for f in clip] for clip in dataset[1, 4].clips)
+    assert first == second and [n // 15 for n in first] == [0, 1, 2, 3]
+
+
+# --- large frames --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(2160, 3840), (1920, 1080), (31, 33)])
+def test_frames_of_any_size_give_the_same_clips(tmp_path, height, width):
+    """The same picture in 4K, upright or tiny makes nearly the same views."""
+    y, x = np.mgrid[:height, :width] / [[[height]], [[width]]]
+    frame = np.stack([255 * y, 255 * x, 0 * x + 99], axis=-1).astype(np.uint8)
+    write_video(tmp_path / "v.mp4", [frame] * 3, pix_fmt="yuv444p", options={"preset": "ultrafast"})
+    index = VideoIndex(write_csv(tmp_path, "v.mp4 0\n"))
+    for mode in ("pretrain", "finetune"):
+        augment = RandAugment("rand-m5") if mode == "finetune" else None
+        dataset = Kinetics(index, mode, **SIZES, scales=(1, 1), rand_augment=augment)
+        sample = dataset[0, 0]
+        assert not sample.error and sample.clips.shape == (1, 4, 32, 32, 3)
+    if min(height, width) < 32:
+        return
+    clips = Kinetics(index, "test", **SIZES, num_crops=3)[0, 0].clips.float()
+    spread = (clips[:, 0, :, :, 0].mean(2)[:, 31] - clips[:, 0, :, :, 0].mean(2)[:, 0]).tolist()
+    short = min(height, width) / max(height, width)
+    assert spread == pytest.approx([255 * (short if height > width else 1)] * 3, abs=14)
+
+
+# --- memory of batches ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_kept_are_not_written_over(videos, workers):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    loader = loader_of(dataset, 1, workers)
+    kept = []
+    for epoch in range(3):  # 18 batches: more than there are slots
+        loader.set_epoch(epoch)
+        kept += [(epoch, batch) for batch in loader]
+    assert not loader.memory.free
+    for epoch, batch in kept:
+        assert torch.equal(batch.clips[0], dataset[epoch, int(batch.row)].clips)
+    del kept, batch
+    assert len(loader.memory.free) == loader.memory.capacity
+
+
+def test_slots_are_used_again_and_given_back(videos):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    loader = loader_of(dataset, 1, 2)
+    places = set()
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        for step, batch in enumerate(loader):
+            places.add(batch.clips.data_ptr())
+            assert torch.equal(batch.clips[0], dataset[epoch, int(batch.row)].clips)
+            if epoch == 1 and step == 2:
+                break  # what workers have under way is not waited for
+    assert len(places) <= loader.memory.capacity
+    del batch
+    assert len(loader.memory.free) == loader.memory.capacity
+
+
+def test_without_fork_batches_travel_as_tensors(videos, monkeypatch):
+    monkeypatch.setattr("util.batch_memory.multiprocessing.get_start_method", lambda: "spawn")
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    loader = loader_of(dataset, 4, 1)
+    assert loader.memory.capacity == 0
+    pickle.dumps(loader.loader.dataset)  # what such workers start from
+    for batch in loader:
+        for clips, row in zip(batch.clips, batch.row, strict=True):
+            assert torch.equal(clips, dataset[0, int(row)].clips)
+
+
+def test_the_last_batch_of_a_test_may_be_smaller(videos):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "test", **SIZES)
+    assert [len(batch.clips) for batch in loader_of(dataset, 4, 1)] == [4, 2]
+
+
+def test_a_continued_epoch_gives_the_remaining_batches(videos):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    loader = loader_of(dataset, 2)
+    whole = [batch.clips for batch in loader]
+    loader.set_epoch(0, 1)
+    rest = [batch.clips for batch in loader]
+    assert len(rest) == 2 and all(map(torch.equal, rest, whole[1:]))
+
+
+@pytest.mark.slow
+def test_memory_of_a_worker_is_flat_over_2000_videos(videos, tmp_path):
+    rows = (videos / "train.csv").read_text().replace("v", f"{videos}/v")
+    dataset = Kinetics(VideoIndex(write_csv(tmp_path, rows * 334)), "pretrain", **SIZES)
+    loader = loader_of(dataset, 4, 1)
+    resident = []
+    for step, _ in enumerate(loader):
+        if step % 50 == 49:
+            worker = loader.loader._iterator._workers[0].pid
+            pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert step == 500
+    assert max(resident[1:]) - resident[1] < 8, resident  # MiB
+
+
+def test_workers_by_the_cpus_of_the_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr("util.kinetics._cpu_quota", lambda: float("inf"))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_num_workers() == 12
+    monkeypatch.setattr("util.kinetics._cpu_quota", lambda: 4.5)  # a container's limit
+    assert default_num_workers() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_num_workers() == 1
 
 
 def test_fewer_videos_than_a_batch(videos):

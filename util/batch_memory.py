@@ -37,6 +37,7 @@ class BatchMemory:
         self.shape = shape
         self.page_lock = page_lock
         self.maps = [mmap.mmap(-1, math.prod(shape)) for _ in range(slots)]
+        self.capacity = slots
         self.free = list(range(slots))  # a stack: what was used last is in the caches
         self.taken: set[int] = set()
         self.locked: set[int] = set()

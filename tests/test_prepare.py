@@ -1,0 +1,287 @@
+"""Lists from what data sets come with; copies that are cheap to decode; broken videos."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.video_files import moving_frames, read_counter, write_counter_video, write_video
+from util import prepare_kinetics
+from util.errors import UserError
+from util.kinetics import VideoIndex
+from util.prepare_kinetics import find_damage, transcode
+from util.video import Video, VideoError
+
+
+def prepare(*words) -> int:
+    return prepare_kinetics.main(prepare_kinetics.get_args_parser().parse_args(map(str, words)))
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+@pytest.fixture
+def kinetics(tmp_path) -> Path:
+    """Annotations in the official form, with videos in class folders and flat."""
+    header = "label,youtube_id,time_start,time_end,split\n"
+    (tmp_path / "train.csv").write_text(
+        header + "zumba,aaa,10,20,train\nplaying tuba,b-b,0,10,train\nzumba,gone,5,15,train\n"
+    )
+    (tmp_path / "validate.csv").write_text(header + '"abseiling, fast",_cc,123,133,validate\n')
+    touch(tmp_path / "videos/train/zumba/aaa_000010_000020.mp4")
+    touch(tmp_path / "videos/b-b_000000_000010.mkv")
+    touch(tmp_path / "videos/val/abseiling/_cc_000123_000133.mp4")
+    touch(tmp_path / "videos/val/other/not_listed.mp4")
+    return tmp_path
+
+
+def test_kinetics_lists(kinetics, capsys):
+    annotations = kinetics / "train.csv", kinetics / "validate.csv"
+    out = kinetics / "lists"
+    assert prepare("kinetics", kinetics / "videos", out, "--annotations", *annotations) == 0
+    assert lines(out / "classes.txt") == ["abseiling, fast", "playing tuba", "zumba"]
+    assert lines(out / "train.csv") == [
+        f"{kinetics}/videos/train/zumba/aaa_000010_000020.mp4 2",
+        f"{kinetics}/videos/b-b_000000_000010.mkv 1",
+    ]
+    assert lines(out / "val.csv") == [f"{kinetics}/videos/val/abseiling/_cc_000123_000133.mp4 0"]
+    assert lines(out / "test.csv") == lines(out / "val.csv")
+    assert lines(out / "missing.txt") == ["train gone_000005_000015"]
+    assert "2 train, 1 val" in capsys.readouterr().out
+    index = VideoIndex(str(out / "train.csv"), num_classes=3)
+    assert os.path.exists(index.path(0)) and index.labels.tolist() == [2, 1]
+
+
+def test_lists_beside_the_videos_are_relative(kinetics):
+    prepare("kinetics", kinetics / "videos", kinetics, "--annotations", kinetics / "validate.csv")
+    assert lines(kinetics / "val.csv") == ["videos/val/abseiling/_cc_000123_000133.mp4 0"]
+
+
+def test_a_test_part_without_labels_is_left_out(kinetics):
+    (kinetics / "test.csv").write_text("youtube_id,time_start,time_end,split\naaa,10,20,test\n")
+    annotations = kinetics / "validate.csv", kinetics / "test.csv"
+    prepare("kinetics", kinetics / "videos", kinetics / "o", "--annotations", *annotations)
+    assert lines(kinetics / "o/test.csv") == lines(kinetics / "o/val.csv") != []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("label,id\nx,y\n", "no column time_end, time_start, youtube_id"),
+        ("label,youtube_id,time_start,time_end,split\nx,aaa,ten,20,train\n", "line 2: its times"),
+        ("label,youtube_id,time_start,time_end,split\nx,aaa,10,20,odd\n", "train, val or test"),
+        ("label,youtube_id,time_start,time_end,split\nx,zzz,1,2,train\n", "such as train zzz_00"),
+    ],
+)
+def test_bad_annotations_are_named(kinetics, text, words):
+    path = kinetics / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        prepare("kinetics", kinetics / "videos", kinetics / "o", "--annotations", path)
+    assert not (kinetics / "o").exists()
+
+
+def test_folder_without_videos(kinetics):
+    (kinetics / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        with pytest.raises(UserError, match=folder):
+            prepare("folders", kinetics / folder, kinetics / "o")
+
+
+def test_ucf101_and_hmdb51_lists(tmp_path):
+    for name in ("Archery/v_Archery_g01_c01", "Archery/v_Archery_g02_c01", "Bowling/v_Bowling_g01"):
+        touch(tmp_path / f"videos/{name}.avi")
+    (tmp_path / "trainlist01.txt").write_text("Archery/v_Archery_g02_c01.avi 1\n")
+    (tmp_path / "testlist01.txt").write_text(
+        "Archery/v_Archery_g01_c01.avi\nBowling/v_Bowling_g01.avi\n"
+    )
+    splits = (
+        "--train_list",
+        tmp_path / "trainlist01.txt",
+        "--test_list",
+        tmp_path / "testlist01.txt",
+    )
+    prepare("folders", tmp_path / "videos", tmp_path, *splits)
+    assert lines(tmp_path / "train.csv") == ["videos/Archery/v_Archery_g02_c01.avi 0"]
+    assert lines(tmp_path / "val.csv") == [
+        "videos/Archery/v_Archery_g01_c01.avi 0",
+        "videos/Bowling/v_Bowling_g01.avi 1",
+    ]
+    (tmp_path / "Archery_test_split2.txt").write_text(
+        "v_Archery_g01_c01.avi 1 \nv_Archery_g02_c01.avi 0 \n"
+    )
+    (tmp_path / "Bowling_test_split2.txt").write_text("v_Bowling_g01.avi 2 \n")
+    prepare("folders", tmp_path / "videos", tmp_path, "--hmdb_splits", tmp_path, "--hmdb_split", 2)
+    assert lines(tmp_path / "train.csv") == ["videos/Archery/v_Archery_g01_c01.avi 0"]
+    assert lines(tmp_path / "val.csv") == ["videos/Bowling/v_Bowling_g01.avi 1"]
+
+
+def test_folders_without_lists(tmp_path):
+    for c in "ab":
+        for i in range(10):
+            touch(tmp_path / f"plain/{c}/{i}.mp4")
+            touch(tmp_path / f"parts/{'val' if i < 3 else 'train'}/{c}/{i}.mp4")
+    prepare("folders", tmp_path / "plain", tmp_path, "--val_share", 0.3)
+    first = [lines(tmp_path / f"{split}.csv") for split in ("train", "val")]
+    assert [len(rows) for rows in first] == [14, 6]
+    assert sum(row.endswith(" 1") for row in first[1]) == 3  # of each class
+    prepare("folders", tmp_path / "plain", tmp_path, "--val_share", 0.3)
+    assert [lines(tmp_path / f"{split}.csv") for split in ("train", "val")] == first
+    prepare("folders", tmp_path / "parts", tmp_path)
+    assert lines(tmp_path / "val.csv")[0] == "parts/val/a/0.mp4 0"
+    assert len(lines(tmp_path / "val.csv")) == 6
+    touch(tmp_path / "plain/lost.mp4")
+    with pytest.raises(UserError, match=r"lost\.mp4 is in no class folder"):
+        prepare("folders", tmp_path / "plain", tmp_path)
+
+
+def test_something_something_lists(tmp_path):
+    labels = {"Holding something": "1", "Dropping something onto something": "0"}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    entry = {"id": "78687", "label": "holding a cup", "template": "Holding [something]"}
+    other = {"id": "5", "template": "Dropping [something] onto [something]", "placeholders": []}
+    (tmp_path / "something-something-v2-train.json").write_text(json.dumps([entry]))
+    (tmp_path / "something-something-v2-validation.json").write_text(json.dumps([other]))
+    (tmp_path / "something-something-v2-test.json").write_text(json.dumps([{"id": "9"}]))
+    for name in ("78687", "5", "9"):
+        touch(tmp_path / f"20bn/{name}.webm")
+    annotations = [tmp_path / f"something-something-v2-{x}.json" for x in ("train", "validation")]
+    words = "--labels", tmp_path / "labels.json", "--annotations", *annotations
+    prepare("ssv2", tmp_path / "20bn", tmp_path, *words)
+    assert lines(tmp_path / "train.csv") == ["20bn/78687.webm 1"]
+    assert lines(tmp_path / "val.csv") == ["20bn/5.webm 0"]
+    assert lines(tmp_path / "classes.txt") == [
+        "Dropping something onto something",
+        "Holding something",
+    ]
+
+
+# --- re-encoding --------------------------------------------------------------------------------
+
+
+def key_frames(path: str) -> list[int]:
+    with av.open(path) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    return [i for i, packet in enumerate(packets) if packet.is_keyframe]
+
+
+def test_transcoding_keeps_frames_and_times(tmp_path):
+    stamps = np.cumsum([1, 2, 1, 3] * 15).tolist()
+    source = write_counter_video(
+        tmp_path / "a.mkv", 60, 100, 140, codec="mpeg4", fps=60, stamps=stamps
+    )
+    target = str(tmp_path / "b.mp4")
+    assert transcode(source, target, short_side=50, gop=8) == 60
+    with Video(source) as old, Video(target) as new:
+        assert (new.height, new.width, new.num_frames) == (50, 70, 60)
+        assert new.fps == pytest.approx(old.fps, rel=0.02)
+        assert [read_counter(image) for _, image in new.frames(range(60))] == list(range(60))
+    keys = key_frames(target)
+    assert max(np.diff([*keys, 60])) <= 8
+    with av.open(target) as container:
+        times = [float(f.time or 0) for f in container.decode(video=0)]
+        assert not container.streams.audio
+    expected = (np.array(stamps) - stamps[0]) / 60
+    np.testing.assert_allclose(times, expected, atol=0.002)  # Matroska keeps milliseconds
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_transcoding_keeps_frames_upright_and_small_ones_small(tmp_path, rotation):
+    frames = moving_frames(4, height=63, width=101)
+    source = write_video(tmp_path / "a.mkv", frames, pix_fmt="yuv444p", rotation=rotation)
+    target = str(tmp_path / "b.mp4")
+    transcode(source, target, short_side=256, crf=1)
+    with Video(source) as old, Video(target) as new:
+        even = (round(old.height / 2) * 2, round(old.width / 2) * 2)
+        assert (new.height, new.width) == even
+        ((_, a),), ((_, b),) = old.frames([2]), new.frames([2])
+        a, b = (x[:60, :60].mean((0, 1)) for x in (a, b))
+        assert np.abs(a - b).max() < 12  # colours in the corner: not turned, not swapped
+
+
+def write_broken(path: Path) -> str:
+    """A video that opens and breaks off: its index promises more than there is."""
+    options = {"movflags": "faststart"}
+    write_video(path, moving_frames(60), container_options=options)
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    return str(path)
+
+
+def test_nothing_good_is_replaced_by_something_bad(tmp_path):
+    broken = write_broken(tmp_path / "broken.mp4")
+    target = tmp_path / "out.mp4"
+    target.write_bytes(b"what stood here")
+    (tmp_path / "empty.mp4").touch()
+    for source in (str(tmp_path / "empty.mp4"), str(tmp_path / "missing.mp4"), broken):
+        with pytest.raises(VideoError, match=source):
+            transcode(source, str(target))
+    assert target.read_bytes() == b"what stood here"
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_reencode_lists_the_copies_and_resumes(tmp_path, monkeypatch, capsys):
+    for c in "ab":
+        (tmp_path / "videos" / c).mkdir(parents=True)
+        for i in range(3):
+            write_counter_video(tmp_path / f"videos/{c}/{i}.avi", 20, 64, 96, codec="mpeg4")
+    (tmp_path / "videos/a/bad.avi").write_bytes(b"no video")
+    words = "folders", tmp_path / "videos", tmp_path, "--reencode", tmp_path / "small"
+    words = *words, "--short_side", 32, "--val_share", 0, "--workers", 2
+    done, lock, real = [], threading.Lock(), transcode
+
+    def stop_after_two(source, target, **options):
+        with lock:
+            done.append(source)
+        if len(done) > 2:
+            raise KeyboardInterrupt
+        return real(source, target, **options)
+
+    monkeypatch.setattr(prepare_kinetics, "transcode", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(*words)
+    assert not (tmp_path / "train.csv").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small").rglob("*.mp4")}
+    assert before
+    monkeypatch.setattr(prepare_kinetics, "transcode", real)
+    assert prepare(*words) == 1  # one is broken, and said to be
+    assert "bad.avi" in capsys.readouterr().out
+    rows = lines(tmp_path / "train.csv")
+    assert rows == [f"small/{c}/{i}.mp4 {'ab'.index(c)}" for c in "ab" for i in range(3)]
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())  # done once
+    with Video(str(tmp_path / "small/b/2.mp4")) as video:
+        assert (video.height, video.width, video.num_frames) == (32, 48, 20)
+
+
+def test_reencode_never_writes_over_the_source(tmp_path):
+    (tmp_path / "v/a").mkdir(parents=True)
+    write_counter_video(tmp_path / "v/a/0.mp4", 3)
+    with pytest.raises(UserError, match=r"would overwrite .*0\.mp4"):
+        prepare("folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "v")
+
+
+def test_verify_lists_the_broken(tmp_path, capsys):
+    (tmp_path / "v/a").mkdir(parents=True)
+    good = write_counter_video(tmp_path / "v/a/good.mp4", 30, bframes=2)
+    broken = write_broken(tmp_path / "v/a/short.mp4")
+    content = bytearray(Path(good).read_bytes())
+    middle = content.index(b"mdat") + 400
+    content[middle : middle + 300] = b"\xff" * 300
+    damaged = tmp_path / "v/a/damaged.mp4"
+    damaged.write_bytes(content)
+    assert find_damage(good) == ""
+    assert find_damage(broken).startswith(f"{broken}: ")
+    assert find_damage(str(damaged)).startswith(f"{damaged}: ")
+    assert prepare("folders", tmp_path / "v", tmp_path, "--verify", "--val_share", 0) == 1
+    out = capsys.readouterr().out
+    assert "2 broken" in out and "short.mp4" in out and "damaged.mp4" in out
+    assert "good.mp4" not in out
