@@ -43,8 +43,11 @@ class MaskedAutoencoderViT(nn.Module):
         cls_through_decoder: the encoder's class token goes on through the decoder, in place of
             one of the decoder's own.
         strided_targets: predict every (num_frames / pred_t_dim)-th frame, from the first on.
+        pos_embed_std: deviation of fresh position embeddings. At the paper's 0.02 a small model
+            takes thousands of updates to tell places apart; a larger one shortens that.
 
-    The last four are how some published checkpoints were trained (util/convert.py).
+    sincos_pos_embed to strided_targets are how some published checkpoints were trained
+    (util/convert.py).
 
     Raises:
         ValueError: sizes that do not divide; the message names the arguments.
@@ -75,12 +78,14 @@ class MaskedAutoencoderViT(nn.Module):
         decoder_sep_pos_embed: bool | None = None,
         cls_through_decoder: bool = False,
         strided_targets: bool = False,
+        pos_embed_std: float = 0.02,
     ):
         super().__init__()
         self.arguments = constructor_arguments(locals())
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
         self.trunc_init = trunc_init
+        self.pos_embed_std = pos_embed_std
         self.cls_embed = cls_embed
         self.pred_t_dim = pred_t_dim
         self.cls_through_decoder = cls_through_decoder
@@ -146,7 +151,9 @@ class MaskedAutoencoderViT(nn.Module):
                     nn.init.zeros_(module.bias)
         draw(self.patch_embed.proj.weight.view(len(self.patch_embed.proj.weight), -1))
         for name, parameter in self.named_parameters(recurse=False):
-            if parameter.requires_grad and ("pos_embed" in name or name == "cls_token"):
+            if "pos_embed" in name and parameter.requires_grad:
+                nn.init.trunc_normal_(parameter, std=self.pos_embed_std)
+            elif name == "cls_token":
                 nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -319,6 +326,7 @@ mae_vit_tiny_patch8 = partial(
     decoder_embed_dim=64,
     decoder_depth=2,
     decoder_num_heads=4,
+    pos_embed_std=0.4,
 )
 
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
