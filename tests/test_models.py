@@ -558,3 +558,13 @@ def test_mask_ratio_at_its_limits(ratio):
     model = golden.build(MaskedAutoencoderViT, SEP1_CLS1)
     loss, _, mask = model(mae_video(SEP1_CLS1), mask_ratio=ratio)
     assert mask.sum() == 2 * 32 * ratio and loss.isfinite()
+
+
+def test_tiny_autoencoder_starts_with_large_positions_and_the_others_with_the_papers():
+    for name, std in (("mae_vit_tiny_patch8", 0.4), ("mae_vit_base_patch16", 0.02)):
+        torch.manual_seed(0)
+        model = models_mae.MODELS[name](img_size=96, num_frames=8, pred_t_dim=4)
+        for prefix in ("", "decoder_"):
+            positions = model.get_parameter(f"{prefix}pos_embed_spatial")
+            assert positions.std().item() == pytest.approx(std, rel=0.1)
+        assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
