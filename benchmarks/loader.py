@@ -228,7 +228,7 @@ class Split:
             (Video, "close", "open"),
             (Video, "_to_rgb", "convert"),
             (util.kinetics, "resize_frame", "crop+resize"),
-            (RandAugment, "__call__", "augment"),
+            (util.kinetics, "augment", "augment"),
             (util.kinetics, "cut_views", "decode"),
             (util.kinetics, "read_clip", "decode"),
         ]

@@ -56,7 +56,7 @@ def fuzz(folder: Path, count: int, seed: int, originals: Path | None = None) -> 
             write_video(path, moving_frames(24), **options)
             files.append(path)
     else:
-        files = sorted(p for p in originals.rglob("*") if p.stat().st_size < 700_000)
+        files = sorted(p for p in originals.rglob("*.*") if p.stat().st_size < 700_000)
     contents = [path.read_bytes() for path in files]
     good = write_video(folder / "good.mp4", moving_frames(24))
 

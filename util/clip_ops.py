@@ -2,14 +2,19 @@
 
 Every function does to each frame what Pillow (ImageOps, ImageEnhance, Image.transform) does to an
 image of that frame: equal bit for bit, except that a few warped pixels differ by one level. Clips
-are not changed in place. Meant for frames with a short side of about 256; a warp needs some 50
-times the memory of a frame for 16 frames.
+are not changed in place. Meant for frames with a short side of about 256; a warp needs 64 times
+the memory of a frame for 16 frames, and keeps it for the next one.
+
+A crop often follows. Operations on single pixels (POINTWISE) can as well come after it; the others
+take the `box` of the crop, look at the whole frames, and compute no more than the box.
 
 T frames, H W pixels, C = 3 channels.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
 import cv2
 import numpy as np
@@ -17,16 +22,29 @@ import torch
 import torch.nn.functional as F
 
 FILL = 128  # level of pixels that a warp brings in from outside the frame
+BLOCK = 8192  # pixels that a warp makes at a time, in memory that stays in the caches
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+_free_tables: list[torch.Tensor] = []  # see _scratch_table
 
 cv2.setNumThreads(0)  # loader workers are the parallelism
 
 
-def auto_contrast(clip: np.ndarray) -> np.ndarray:
-    return _map_by_histogram(clip, _auto_contrast_table)
+def crop(clip: np.ndarray, box: Box | None) -> np.ndarray:
+    """Return the part of a clip inside the box, or all of it; not a copy."""
+    if box is None:
+        return clip
+    top, left, h, w = box
+    return clip[:, top : top + h, left : left + w]
 
 
-def equalize(clip: np.ndarray) -> np.ndarray:
-    return _map_by_histogram(clip, _equalize_table)
+def auto_contrast(clip: np.ndarray, box: Box | None = None) -> np.ndarray:
+    return _map_channels(clip, _auto_contrast_tables, box)
+
+
+def equalize(clip: np.ndarray, box: Box | None = None) -> np.ndarray:
+    return _map_channels(clip, _equalize_tables, box)
 
 
 def invert(clip: np.ndarray) -> np.ndarray:
@@ -51,47 +69,55 @@ def color(clip: np.ndarray, factor: float) -> np.ndarray:
     return _blend((cv2.cvtColor(_gray(x), cv2.COLOR_GRAY2RGB) for x in clip), clip, factor)
 
 
-def contrast(clip: np.ndarray, factor: float) -> np.ndarray:
+def contrast(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
     means = [int(_gray(frame).mean() + 0.5) for frame in clip]
-    return np.stack(
-        [_look_up(x, _blend_table(m, factor)) for x, m in zip(clip, means, strict=True)]
-    )
+    frames = zip(crop(clip, box), means, strict=True)
+    return np.stack([_look_up(x, _blend_table(m, factor)) for x, m in frames])
 
 
 def brightness(clip: np.ndarray, factor: float) -> np.ndarray:
     return _look_up(clip, _blend_table(0, factor))
 
 
-def sharpness(clip: np.ndarray, factor: float) -> np.ndarray:
-    return _blend(map(_smooth, clip), clip, factor)
+def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
+    _, H, W, _ = clip.shape
+    top, left, h, w = box or (0, 0, H, W)
+    # one pixel more on the sides where there is one
+    y, x = max(top - 1, 0), max(left - 1, 0)
+    clip = clip[:, y : top + h + 1, x : left + w + 1]
+    return crop(_blend(map(_smooth, clip), clip, factor), (top - y, left - x, h, w))
 
 
-def shear_x(clip: np.ndarray, factor: float) -> np.ndarray:
-    return warp(clip, (1, factor, 0, 0, 1, 0))
+def shear_x(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
+    return warp(clip, (1, factor, 0, 0, 1, 0), box)
 
 
-def shear_y(clip: np.ndarray, factor: float) -> np.ndarray:
-    return warp(clip, (1, 0, 0, factor, 1, 0))
+def shear_y(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
+    return warp(clip, (1, 0, 0, factor, 1, 0), box)
 
 
-def translate_x(clip: np.ndarray, share: float) -> np.ndarray:
-    return warp(clip, (1, 0, share * clip.shape[2], 0, 1, 0))
+def translate_x(clip: np.ndarray, share: float, box: Box | None = None) -> np.ndarray:
+    return warp(clip, (1, 0, share * clip.shape[2], 0, 1, 0), box)
 
 
-def translate_y(clip: np.ndarray, share: float) -> np.ndarray:
-    return warp(clip, (1, 0, 0, 0, 1, share * clip.shape[1]))
+def translate_y(clip: np.ndarray, share: float, box: Box | None = None) -> np.ndarray:
+    return warp(clip, (1, 0, 0, 0, 1, share * clip.shape[1]), box)
 
 
-def rotate(clip: np.ndarray, degrees: float) -> np.ndarray:
+def rotate(clip: np.ndarray, degrees: float, box: Box | None = None) -> np.ndarray:
     """Rotate counter-clockwise about the centre."""
     _, H, W, _ = clip.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x = W / 2 - (cos * W / 2 - sin * H / 2)
     y = H / 2 - (sin * W / 2 + cos * H / 2)
-    return warp(clip, (cos, -sin, x, sin, cos, y))
+    return warp(clip, (cos, -sin, x, sin, cos, y), box)
 
 
-def warp(clip: np.ndarray, matrix: tuple[float, float, float, float, float, float]) -> np.ndarray:
+def warp(
+    clip: np.ndarray,
+    matrix: tuple[float, float, float, float, float, float],
+    box: Box | None = None,
+) -> np.ndarray:
     """Resample a clip [T, H, W, C] bicubically through PIL's affine matrix (a, b, c, d, e, f).
 
     The centre (x, y) of an output pixel takes its value from (ax + by + c, dx + ey + f) of the
@@ -101,41 +127,96 @@ def warp(clip: np.ndarray, matrix: tuple[float, float, float, float, float, floa
     # embedding bag over pixels whose embedding is their T * C values. This is exact where
     # OpenCV's warp rounds positions to 1/32 pixel and has another cubic, and it is faster.
     T, H, W, C = clip.shape
-    border = (2, 2, 2, 2)
-    padded = np.stack([cv2.copyMakeBorder(x, *border, cv2.BORDER_REPLICATE) for x in clip])
-    width, num_pixels = W + 4, (H + 4) * (W + 4)
-    table = torch.empty(num_pixels + 1, C * T)
-    table[:-1].view(-1, T).copy_(torch.from_numpy(cv2.transpose(padded.reshape(T, -1))))
-    table[-1] = FILL
+    top, left, h, w = box or (0, 0, H, W)
+    source = _source_rectangle(matrix, (top, left, h, w), H, W)
+    out = np.empty((T, h, w, C), np.uint8)
+    if source is None:
+        out[...] = FILL
+        return out
+    with _scratch_table(clip, source) as table:
+        rows = max(1, BLOCK // w)
+        for y in range(0, h, rows):
+            part = top + y, left, min(rows, h - y), w
+            index, weights = _neighbours(matrix, part, source, H, W)
+            pixels = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights).numpy()
+            # Clip to uint8 and truncate as PIL does: OpenCV rounds, so shift down by a half, less
+            # what float32 sums may fall short of a whole level.
+            levels = cv2.addWeighted(pixels, 1, pixels, 0, -0.4998, dtype=cv2.CV_8U)  # (h w, C T)
+            out[:, y : y + rows] = cv2.transpose(levels.reshape(-1, T)).reshape(T, -1, w, C)
+    return out
 
+
+def _source_rectangle(matrix: tuple[float, ...], box: Box, H: int, W: int) -> Box | None:
+    """Return the pixels that a warp to a box needs, of frames with 2 more on every side."""
     a, b, c, d, e, f = matrix
-    x, y = np.arange(W) + 0.5, np.arange(H)[:, None] + 0.5
-    u, v = (a * x + b * y + c).ravel(), (d * x + e * y + f).ravel()  # (H W)
-    outside = (u < 0) | (u >= W) | (v < 0) | (v >= H)
-    left, top = np.floor(u - 0.5), np.floor(v - 0.5)
-    u_weights = _cubic_weights((u - 0.5 - left).astype(np.float32))  # (4, H W)
-    v_weights = _cubic_weights((v - 0.5 - top).astype(np.float32))
-    # Shears and translations move along one axis: three of four rows or columns weigh nothing.
-    columns, rows = u_weights.any(1).nonzero()[0], v_weights.any(1).nonzero()[0]
-    weights = (v_weights[rows, None] * u_weights[columns]).reshape(-1, H * W)
-    first = ((top + 1) * width + left + 1).astype(np.int32)
-    index = first[:, None] + (rows[:, None] * width + columns).ravel().astype(np.int32)
-    index[outside] = num_pixels
-
-    out = F.embedding_bag(
-        torch.from_numpy(index),  # (H W, 1, 4 or 16)
-        table,
-        mode="sum",
-        per_sample_weights=torch.from_numpy(cv2.transpose(weights)),
+    top, left, h, w = box
+    x, y = np.array([left, left + w]), np.array([[top], [top + h]])  # corners are extremes
+    u, v = np.clip(a * x + b * y + c, 0, W), np.clip(d * x + e * y + f, 0, H)
+    first_u, last_u, first_v, last_v = (
+        int(np.floor(z)) for z in (u.min() - 0.5, u.max() - 0.5, v.min() - 0.5, v.max() - 0.5)
     )
-    # Clip to uint8 and truncate as PIL does: OpenCV rounds, so shift down by a half, less what
-    # float32 sums may fall short of a whole level.
-    out = cv2.addWeighted(out.numpy(), 1, out.numpy(), 0, -0.4998, dtype=cv2.CV_8U)  # (H W, C T)
-    return cv2.transpose(out.reshape(-1, T)).reshape(clip.shape)
+    if u.min() == u.max() or v.min() == v.max():  # all of it comes from outside
+        return None
+    # Neighbours lie at -1 to +2; the border makes that +1 to +4.
+    first_u, first_v = first_u + 1, first_v + 1
+    last_u, last_v = min(last_u + 4, W + 3), min(last_v + 4, H + 3)
+    return first_v, first_u, last_v - first_v + 1, last_u - first_u + 1
+
+
+@contextlib.contextmanager
+def _scratch_table(clip: np.ndarray, source: Box) -> Iterator[torch.Tensor]:
+    """Give the pixels of a rectangle of the bordered clip as rows of C * T floats, then FILL."""
+    T, _, _, C = clip.shape
+    top, left, h, w = source
+    bordered = [cv2.copyMakeBorder(x, 2, 2, 2, 2, cv2.BORDER_REPLICATE) for x in clip]
+    # Fresh memory of this size costs more, in page faults, than what is done with it.
+    memory = _free_tables.pop() if _free_tables else torch.empty(0)
+    if len(memory) < (h * w + 1) * C * T:
+        memory = torch.empty((h * w + 1) * C * T)
+    table = memory[: (h * w + 1) * C * T].view(-1, C * T)
+    rows = max(1, BLOCK // w)
+    for y in range(0, h, rows):
+        end = min(y + rows, h)
+        pixels = np.stack([x[top + y : top + end, left : left + w] for x in bordered])
+        values = torch.from_numpy(cv2.transpose(pixels.reshape(T, -1)))
+        table[y * w : end * w].view(-1, T).copy_(values)
+    table[-1] = FILL
+    yield table
+    _free_tables.append(memory)
+
+
+def _neighbours(
+    matrix: tuple[float, ...], box: Box, source: Box, H: int, W: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the table's rows that make up each pixel of a box, with weights: [h w, 1 to 16]."""
+    a, b, c, d, e, f = matrix
+    top, left, h, w = box
+    x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
+    # Shears and translations leave columns or rows alike: then u is (1, w), or v is (h, 1).
+    u = a * x[None] + b * y + c if b else a * x[None] + c
+    v = d * x + e * y + f if d else e * y + f
+    outside = ((u < 0) | (u >= W)) | ((v < 0) | (v >= H))  # (h, w)
+    first_u, first_v = np.floor(u - 0.5), np.floor(v - 0.5)
+    u_weights = _cubic_weights((u - 0.5 - first_u).astype(np.float32))
+    v_weights = _cubic_weights((v - 0.5 - first_v).astype(np.float32))
+    # They also move along one axis: three of four rows or columns weigh nothing.
+    rows = [i for i in range(4) if v_weights[i].any()]
+    columns = [i for i in range(4) if u_weights[i].any()]
+    weights = np.empty((len(rows) * len(columns), h, w), np.float32)
+    offsets = np.empty((len(weights), 1), np.int32)
+    for k, (i, j) in enumerate(product(rows, columns)):
+        np.multiply(v_weights[i], u_weights[j], out=weights[k])
+        offsets[k] = i * source[3] + j
+    row = first_v.astype(np.int32) + (1 - source[0])
+    column = first_u.astype(np.int32) + (1 - source[1])
+    index = cv2.transpose((row * source[3] + column).reshape(1, -1) + offsets)
+    index[outside.ravel()] = source[2] * source[3]
+    weights = cv2.transpose(weights.reshape(len(weights), -1))
+    return torch.from_numpy(index), torch.from_numpy(weights)
 
 
 def _cubic_weights(d: np.ndarray) -> np.ndarray:
-    """Weigh the four neighbours of points [N] that lie `d` beyond the second one: [4, N]."""
+    """Weigh the four neighbours of points that lie `d` beyond the second one: [4, *d.shape]."""
     d2 = d * d
     d3 = d2 * d
     return np.stack([2 * d2 - d - d3, 1 - 2 * d2 + d3, d + d2 - d3, d3 - d2])
@@ -146,31 +227,41 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(pixels.reshape(len(pixels), -1), table).reshape(pixels.shape)
 
 
-def _map_by_histogram(
-    clip: np.ndarray, make_table: Callable[[np.ndarray], np.ndarray]
+def _map_channels(
+    clip: np.ndarray, make_tables: Callable[[np.ndarray], np.ndarray], box: Box | None
 ) -> np.ndarray:
-    """Map every channel of every frame by the table made from its histogram."""
-    out = np.empty_like(clip)
-    for frame, target in zip(clip, out, strict=True):
-        counts = [cv2.calcHist([frame], [i], None, [256], [0, 256]).ravel() for i in range(3)]
-        tables = np.stack([make_table(x.astype(np.int64)) for x in counts], axis=-1)
-        target[...] = cv2.LUT(frame, np.clip(tables, 0, 255).astype(np.uint8)[None])
+    """Map every channel of every frame by the tables [3, 256] made from the whole frame."""
+    part = crop(clip, box)
+    out = np.empty(part.shape, np.uint8)
+    for frame, source, target in zip(clip, part, out, strict=True):
+        tables = np.clip(make_tables(frame), 0, 255).astype(np.uint8)
+        target[...] = cv2.LUT(source, np.ascontiguousarray(tables.T)[None])
     return out
 
 
-def _auto_contrast_table(counts: np.ndarray) -> np.ndarray:
-    low, high = counts.nonzero()[0][[0, -1]]
-    if low == high:
-        return np.arange(256)
-    scale = 255.0 / (high - low)
-    return (np.arange(256) * scale + -low * scale).astype(np.int64)
+def _auto_contrast_tables(frame: np.ndarray) -> np.ndarray:
+    H, W, C = frame.shape
+    rows = frame.reshape(H, W * C)  # along rows of this length numpy is fastest
+    levels = np.arange(256)
+    tables = []
+    for low, high in zip(
+        rows.min(0).reshape(W, C).min(0).tolist(),
+        rows.max(0).reshape(W, C).max(0).tolist(),
+        strict=True,
+    ):
+        scale = 255.0 / max(high - low, 1)
+        stretched = (levels * scale + -low * scale).astype(np.int64)
+        tables.append(stretched if low < high else levels)
+    return np.stack(tables)
 
 
-def _equalize_table(counts: np.ndarray) -> np.ndarray:
-    step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
-    if step == 0:
-        return np.arange(256)
-    return (step // 2 + counts.cumsum() - counts) // step
+def _equalize_tables(frame: np.ndarray) -> np.ndarray:
+    tables = []
+    for channel in range(frame.shape[2]):
+        counts = cv2.calcHist([frame], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
+        tables.append((step // 2 + counts.cumsum() - counts) // step if step else np.arange(256))
+    return np.stack(tables)
 
 
 def _gray(frame: np.ndarray) -> np.ndarray:

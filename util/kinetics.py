@@ -22,6 +22,7 @@ from util.dist import rank, world_size
 from util.errors import UserError
 from util.file_io import is_remote, local_path, open_file
 from util.rand_augment import RandAugment
+from util.rand_augment import apply as augment
 from util.time_limit import call_within
 from util.transforms import (
     NO_BOX,
@@ -169,7 +170,7 @@ def cut_views(
             resize_frame(frame[top : top + h, left : left + w], targets[v, t])
 
 
-def read_clip(video: Video, frames: np.ndarray, max_side: int) -> Tensor:
+def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
     """Return one clip uint8 [T, H, W, C], uncropped, its short side scaled down to max_side."""
     clip = np.empty(0, np.uint8)
     for number, frame in video.frames(frames):
@@ -178,7 +179,7 @@ def read_clip(video: Video, frames: np.ndarray, max_side: int) -> Tensor:
         if not len(clip):
             clip = np.empty((len(frames), *frame.shape), np.uint8)
         clip[frames == number] = frame
-    return torch.from_numpy(clip)
+    return clip
 
 
 def _scale(frame: np.ndarray, side: int) -> np.ndarray:
@@ -347,10 +348,10 @@ class Kinetics(Dataset):
         else:
             whole = read_clip(video, frames, AUGMENT_SIDE)
             for rng, out in zip(rngs, clips.numpy(), strict=True):
-                clip = self.rand_augment(whole, rng).numpy()
-                top, left, h, w = self._random_box(clip.shape[1], clip.shape[2], rng)
-                for frame, target in zip(clip, out, strict=True):
-                    resize_frame(frame[top : top + h, left : left + w], target)
+                drawn = self.rand_augment.draw(rng)
+                box = self._random_box(whole.shape[1], whole.shape[2], rng)
+                for frame, target in zip(augment(whole, drawn, box), out, strict=True):
+                    resize_frame(frame, target)
         flip = torch.tensor([self._flip(rng) for rng in rngs])
         size = self.input_size
         erase = [random_erasing_box(size, size, rng, self.reprob) for rng in rngs]

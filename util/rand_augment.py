@@ -16,6 +16,8 @@ from torch import Tensor
 from util import clip_ops
 from util.errors import UserError
 
+Drawn = tuple[str, tuple[float, ...]]  # an operation with its arguments
+
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "AutoContrast": clip_ops.auto_contrast,
     "Equalize": clip_ops.equalize,
@@ -33,6 +35,9 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "TranslateX": clip_ops.translate_x,
     "TranslateY": clip_ops.translate_y,
 }
+
+# Operations on single pixels give the same before and after a crop.
+POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
 
 # timm's weights of operations that are not drawn equally often.
 WEIGHTS = {
@@ -114,12 +119,9 @@ class RandAugment:
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """Return the augmented uint8 clip [T, H, W, 3]; the given one is left as it is."""
-        frames = clip.numpy()
-        for name, arguments in self.draw(rng):
-            frames = OPERATIONS[name](frames, *arguments)
-        return torch.from_numpy(frames)
+        return torch.from_numpy(apply(clip.numpy(), self.draw(rng)))
 
-    def draw(self, rng: np.random.Generator) -> list[tuple[str, tuple[float, ...]]]:
+    def draw(self, rng: np.random.Generator) -> list[Drawn]:
         """Draw the operations that happen to one clip, with their arguments, in order."""
         c = self.config
         drawn = []
@@ -136,6 +138,17 @@ class RandAugment:
             arguments = operation_arguments(name, magnitude, lambda: _sign(rng), c.increasing)
             drawn.append((name, arguments))
         return drawn
+
+
+def apply(clip: np.ndarray, drawn: list[Drawn], box: clip_ops.Box | None = None) -> np.ndarray:
+    """Do operations to a uint8 clip [T, H, W, 3], then crop it; what the crop drops is not made."""
+    last = max((i for i, (name, _) in enumerate(drawn) if name not in POINTWISE), default=-1)
+    if last < 0:
+        clip = clip_ops.crop(clip, box)
+    for i, (name, arguments) in enumerate(drawn):
+        cropping = {"box": box} if i == last else {}
+        clip = OPERATIONS[name](clip, *arguments, **cropping)
+    return clip
 
 
 def operation_arguments(
