@@ -1,5 +1,6 @@
 """The data set: csv rows, samples, determinism, sampler and unreadable videos."""
 
+import gc
 import os
 import pickle
 import subprocess
@@ -481,6 +482,38 @@ def test_without_fork_batches_travel_as_tensors(videos, monkeypatch):
     for batch in loader:
         for clips, row in zip(batch.clips, batch.row, strict=True):
             assert torch.equal(clips, dataset[0, int(row)].clips)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_to_the_device_ahead_from_page_locked_memory(videos, workers):
+    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES, repeat_aug=2)
+    loader = VideoLoader(dataset, 2, workers, 0.5, torch.device("cuda"))
+    received = []
+    real = loader._receive
+
+    def receive(made):
+        batch = real(made)
+        received.append(batch.clips.is_pinned())
+        return batch
+
+    loader._receive = receive
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        for step, batch in enumerate(loader):
+            assert len(received) == min(step + 2, 3) + 3 * epoch  # the next one is under way
+            assert batch.clips.is_cuda and batch.label.is_cuda and not batch.row.is_cuda
+            busy = torch.rand(4000, 4000, device="cuda")
+            for _ in range(20):
+                busy = busy @ busy  # the device lags behind while slots are written again
+            for clips, flip, row in zip(batch.clips, batch.flip, batch.row, strict=True):
+                expected = dataset[epoch, int(row)]
+                assert torch.equal(clips.cpu(), expected.clips)
+                assert torch.equal(flip.cpu(), expected.flip)
+    assert all(received)
+    del batch, loader
+    gc.collect()
 
 
 def test_the_last_batch_of_a_test_may_be_smaller(videos):
