@@ -11,8 +11,9 @@ from PIL import Image
 from timm.data import auto_augment
 
 from tests import golden
+from util.clip_ops import crop
 from util.errors import UserError
-from util.rand_augment import OPERATIONS, RandAugment, operation_arguments, parse_config
+from util.rand_augment import OPERATIONS, RandAugment, apply, operation_arguments, parse_config
 
 GOLDEN = golden.table("randaug.json")
 WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -209,3 +210,29 @@ def test_zero_probability_changes_nothing(clips):
     clip = torch.from_numpy(clips[0])
     assert torch.equal(RandAugment("rand-m9-p0")(clip, np.random.default_rng(0)), clip)
     assert math.isinf(parse_config("rand-mstd1000").magnitude_std)
+
+
+@pytest.mark.parametrize("config", ["rand-m7-n1-p1-mstd0.5-inc1", "rand-m10-n3-p0.8-inc1"])
+def test_only_the_crop_is_made_and_it_is_the_same(clips, config):
+    augment, seen = RandAugment(config), set()
+    for seed in range(120):
+        clip = clips[seed % 4]
+        rng = np.random.default_rng(seed)
+        _, height, width, _ = clip.shape
+        top, left = int(rng.integers(height)) * (seed % 3 > 0), int(rng.integers(width))
+        h, w = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
+        box = top, left, h, w
+        drawn = augment.draw(rng)
+        seen |= {name for name, _ in drawn}
+        before = clip.copy()
+        cropped = apply(clip, drawn, box)
+        np.testing.assert_array_equal(cropped, crop(apply(clip, drawn), box), f"{drawn} {box}")
+        np.testing.assert_array_equal(clip, before)
+    assert seen == set(OPERATIONS)
+
+
+def test_warps_of_nothing_but_the_outside_are_filled(clips):
+    for clip in clips:
+        box = (0, 0, clip.shape[1], 5)
+        out = OPERATIONS["TranslateX"](clip, -1.0, box=box)
+        assert out.shape == crop(clip, box).shape and (out == 128).all()
