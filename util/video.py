@@ -11,6 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import av
 import numpy as np
@@ -22,6 +23,8 @@ from av.video.reformatter import VideoReformatter
 
 # width * height: above 8K footage (7680 x 4320), below a decompression bomb
 MAX_PIXELS = 8192 * 8192
+# titles in unknown encodings are no reason to refuse a video (the argument is gone in PyAV 19)
+LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # frames: the longest hole that the frame before it may fill
 
 # Decoders that may be told to drop the frames to which no other refers: these formats mark them for
@@ -69,7 +72,7 @@ class Video:
                 os.path.abspath(path),
                 options={"max_pixels": str(max_pixels)},
                 container_options={"protocol_whitelist": "file"},
-                metadata_errors="replace",
+                **LENIENT,
             )
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({_reason(error)})") from error
