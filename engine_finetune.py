@@ -1,6 +1,7 @@
 """Fine-tuning, validation and multi-view testing of a classifier."""
 
 from argparse import Namespace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x, topk_correct
 from util.mixup import Mixup
 from util.optim import autocast, grad_sync, optim_step
-from util.resume import Checkpoints
+from util.resume import Checkpoints, Interruption
 from util.transforms import augment_on_device
 
 
@@ -40,7 +41,7 @@ def train_one_epoch(
         the epoch's mean metrics over all ranks.
 
     Raises:
-        NonFiniteError: on every rank, when a loss or gradient is not finite.
+        BadStepError: on every rank, when a loss or gradient is not finite, or the loss leaps.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -79,24 +80,38 @@ def train_one_epoch(
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             scaler.scale(loss / args.accum_iter).backward()
         metrics = {"loss": loss.detach(), "lr": lr}
+        log.guard.observe(step, batch.row, loss)
         if update:
-            metrics["grad_norm"] = optim_step(optimizer, scaler, parameters, args.clip_grad)
+            allows = partial(log.guard.allows, step)
+            norm = optim_step(optimizer, scaler, parameters, args.clip_grad, allows)
+            metrics["grad_norm"] = norm
         log.meters.update(step, batch.row, **metrics)
     return log.meters.means()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: VideoLoader, device: torch.device, precision: str, log: RunLog
+    model: nn.Module,
+    loader: VideoLoader,
+    device: torch.device,
+    precision: str,
+    log: RunLog,
+    interruption: Interruption | None = None,
 ) -> dict[str, float]:
     """Classify the centre view of every video, each on one rank.
+
+    Args:
+        interruption: ends the loop early, alike on every rank; the result is then of no use.
 
     Returns:
         loss, acc1 and acc5 in percent, over all readable videos; bad, the number of the others.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, videos
-    for _, batch in log.every(loader, "Validate", len(loader), len(loader)):
+    common_steps = len(loader.dataset) // world_size() // loader.batch_size  # of all ranks
+    for step, batch in log.every(loader, "Validate", len(loader), len(loader)):
+        if interruption and step < common_steps and interruption.after_step():
+            break
         good = torch.tensor([not error for error in batch.error])
         if not good.any():
             continue

@@ -1,6 +1,7 @@
 """One epoch of masked-autoencoder pre-training."""
 
 from argparse import Namespace
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def train_one_epoch(
         the epoch's mean metrics over all ranks.
 
     Raises:
-        NonFiniteError: on every rank, when a loss or gradient is not finite.
+        BadStepError: on every rank, when a loss or gradient is not finite, or the loss leaps.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -65,7 +66,10 @@ def train_one_epoch(
                 loss, _, _ = model(clips, mask_ratio=args.mask_ratio)
             scaler.scale(loss / args.accum_iter).backward()
         metrics = {"loss": loss.detach(), "lr": lr}
+        log.guard.observe(step, batch.row, loss)
         if update:
-            metrics["grad_norm"] = optim_step(optimizer, scaler, parameters, args.clip_grad)
+            allows = partial(log.guard.allows, step)
+            norm = optim_step(optimizer, scaler, parameters, args.clip_grad, allows)
+            metrics["grad_norm"] = norm
         log.meters.update(step, batch.row, **metrics)
     return log.meters.means()

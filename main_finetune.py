@@ -28,7 +28,7 @@ from util.dist import print0, seed_step, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.lr_decay import param_groups_lrd
-from util.meters import NonFiniteError, epoch_1000x
+from util.meters import BadStepError, epoch_1000x
 from util.mixup import Mixup
 from util.optim import make_optimizer, make_scaler
 from util.rand_augment import RandAugment
@@ -69,6 +69,7 @@ def get_args_parser() -> flags.Parser:
     parser.add_argument(
         "--layer_decay", type=float, default=0.75, help="factor of the rate from layer to layer"
     )
+    flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     parser.add_argument(
         "--finetune",
@@ -178,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
             drop_path_rate=args.drop_path_rate,
             sincos_pos_embed=args.sincos_pos_embed,
         )
-    checkpoint = find_checkpoint(args)
+    checkpoint = args.resume if args.eval else find_checkpoint(args)
     if args.finetune and not checkpoint:
         weights = read_weights(args.finetune)
         keep_head = args.keep_head and has_head_for(weights, model)
@@ -217,10 +218,13 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(
                 ddp_model, mixup, train_loader, optimizer, scaler, device, checkpoints, log, args
             )
-        except NonFiniteError as error:
-            raise run.non_finite_report(error, checkpoints, train_set.index) from error
+        except BadStepError as error:
+            raise run.bad_step_report(error, checkpoints, train_set.index) from error
         checkpoints.stop_if_told()
-        val = evaluate(model, val_loader, device, args.precision, log)
+        checkpoints.before_validation()
+        stop = checkpoints.interruption
+        val = evaluate(model, val_loader, device, args.precision, log, stop)
+        checkpoints.stop_if_told()
         best = max([line["val_acc1"] for line in progress.log] + [val["acc1"]])
         print0(
             f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
@@ -228,10 +232,11 @@ def main(args: argparse.Namespace) -> None:
         )
         for name, value in val.items():
             log.scalar(f"val/{name}", value, epoch_1000x(progress.epoch + 1, args.repeat_aug))
+        log.flush()
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         record |= {f"val_{k}": v for k, v in val.items()}
         checkpoints.finish_epoch(record, len(train_loader), best=val["acc1"] == best)
-    checkpoints.wait()
+    checkpoints.close()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")
 

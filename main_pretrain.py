@@ -18,7 +18,7 @@ from util import args as flags
 from util import run
 from util.dist import print0, seed_step, world_size
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
-from util.meters import NonFiniteError
+from util.meters import BadStepError
 from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
 from util.resume import Checkpoints, find_checkpoint
 
@@ -45,6 +45,7 @@ def get_args_parser() -> flags.Parser:
     )
     flags.add_optim_args(parser)
     parser.add_argument("--bias_wd", action="store_true", help="decay norm weights too")
+    flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     flags.add_run_args(parser, output_dir="./output/pretrain")
     parser.set_defaults(
@@ -141,12 +142,12 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(
                 ddp_model, loader, optimizer, scaler, device, checkpoints, log, args
             )
-        except NonFiniteError as error:
-            raise run.non_finite_report(error, checkpoints, index) from error
+        except BadStepError as error:
+            raise run.bad_step_report(error, checkpoints, index) from error
         checkpoints.stop_if_told()
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         checkpoints.finish_epoch(record, len(loader))
-    checkpoints.wait()
+    checkpoints.close()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")
 

@@ -12,9 +12,10 @@ import main_pretrain
 from engine_pretrain import train_one_epoch
 from models_mae import MaskedAutoencoderViT
 from tests.test_scripts import FINETUNE, PRETRAIN, call, weights
-from util.kinetics import Sample
+from util.kinetics import Batch
 from util.meters import RunLog
 from util.optim import autocast, make_optimizer, make_scaler, param_groups_weight_decay
+from util.resume import Checkpoints
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,9 +60,9 @@ def test_steps_between_printed_lines_do_not_wait_for_the_device(tmp_path, precis
     model = small_mae().to(device)
     args = Namespace(
         batch_size=2, repeat_aug=2, accum_iter=1, seed=0, lr=1e-3, min_lr=0.0, warmup_epochs=1,
-        epochs=2, mask_ratio=0.9, precision=precision, clip_grad=0.02,
+        epochs=2, mask_ratio=0.9, precision=precision, clip_grad=0.02, checkpoint_minutes=0,
     )  # fmt: skip
-    batch = Sample(
+    batch = Batch(
         torch.randint(0, 256, (2, 2, 8, 32, 32, 3), dtype=torch.uint8),
         torch.tensor([[True, False], [False, True]]),
         torch.zeros(2, 2, 4, dtype=torch.int64),
@@ -82,15 +83,15 @@ def test_steps_between_printed_lines_do_not_wait_for_the_device(tmp_path, precis
                 yield pinned
             torch.cuda.set_sync_debug_mode("default")
 
-        def set_epoch(self, epoch):
+        def set_epoch(self, epoch, start_step):
             pass
 
     optimizer = make_optimizer(param_groups_weight_decay(model, 0.05), (0.9, 0.95), device)
-    log = RunLog("", "", print_freq=7, device=device)
+    scaler = make_scaler(device, precision)
+    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint=0)
+    log = RunLog("", print_freq=7, device=device)
     try:
-        stats = train_one_epoch(
-            model, Loader(), optimizer, make_scaler(device, precision), device, 0, log, args
-        )
+        stats = train_one_epoch(model, Loader(), optimizer, scaler, device, checkpoints, log, args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 < stats["loss"] < 10

@@ -1,6 +1,5 @@
-"""Tests of util/meters.py: averages, errors, printed lines, TensorBoard and log.txt."""
+"""Tests of util/meters.py: averages, errors, printed lines and TensorBoard."""
 
-import json
 import math
 import os
 import re
@@ -85,8 +84,8 @@ def test_memory_is_that_of_this_process():
 # --- progress lines
 
 
-def run_log(folder="", log_dir="", print_freq=2):
-    return RunLog(str(folder), str(log_dir), print_freq, CPU)
+def run_log(log_dir="", print_freq=2, **options):
+    return RunLog(str(log_dir), print_freq, CPU, **options)
 
 
 def run_epoch(log, steps, epoch=0, repeat_aug=1, **every):
@@ -181,20 +180,10 @@ def test_tensorboard_runs_over_thousandths_of_an_epoch(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("val/acc1")] == [(4000, 12.5)]
 
 
-def test_log_txt_has_a_json_line_per_epoch(tmp_path):
-    records = [{"epoch": 0, "train_loss": 0.5, "note": "é\n"}, {"epoch": 1, "train_loss": 1e-7}]
-    for record in records:  # a resumed run appends
-        log = run_log(folder=tmp_path)
-        log.epoch_line(record)
-        log.close()
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == records
-
-
 def test_tensorboard_is_on_disk_after_every_epoch(tmp_path):
-    log = run_log(folder=tmp_path, log_dir=tmp_path / "board")
+    log = run_log(log_dir=tmp_path / "board")
     log.scalar("train/loss", 1.0, 7)
-    log.epoch_line({"epoch": 0})
+    log.flush()
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 1.0)]
@@ -206,6 +195,6 @@ def test_nothing_is_written_without_folders(tmp_path, monkeypatch):
     log = run_log()
     run_epoch(log, steps=2)
     log.scalar("train/loss", 1.0, 0)
-    log.epoch_line({"epoch": 0})
+    log.flush()
     log.close()
     assert os.listdir(tmp_path) == []

@@ -16,7 +16,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
 from util.dist import seed_step
-from util.kinetics import Sample
+from util.kinetics import Batch
 from util.lr_decay import layer_id, param_groups_lrd
 from util.lr_sched import learning_rate, scaled_lr, set_learning_rate
 from util.meters import NonFiniteError, RunLog
@@ -29,6 +29,7 @@ from util.optim import (
     optim_step,
     param_groups_weight_decay,
 )
+from util.resume import Checkpoints
 
 CPU = torch.device("cpu")
 SCHEDULE = golden.table("lr_schedule.json")
@@ -130,22 +131,23 @@ class GivenBatches:
     def __len__(self):
         return self.steps
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, start_step=0):
         self.epoch = epoch
+        assert start_step == 0
 
     def __iter__(self):
         for step, clips in enumerate(self.batches):  # (B, R, C, T, H, W)
             B, R = clips.shape[:2]
             rows = torch.arange(B) + 100 * step
             flip, erase = torch.zeros(B, R, dtype=torch.bool), torch.zeros(B, R, 4)
-            yield Sample(clips, flip, erase, torch.zeros(B, dtype=torch.int64), rows, [""] * B)
+            yield Batch(clips, flip, erase, torch.zeros(B, dtype=torch.int64), rows, [""] * B)
 
 
 class RecordingLog(RunLog):
     """Keep every scalar that a run writes."""
 
     def __init__(self, print_freq=1):
-        super().__init__("", "", print_freq, CPU)
+        super().__init__("", print_freq, CPU)
         self.record = {}
 
     def scalar(self, name, value, x):
@@ -161,9 +163,16 @@ def clips_as_given(monkeypatch):
 
 def engine_args(schedule, **overrides):
     defaults = {"seed": 0, "batch_size": 4, "repeat_aug": 1, "accum_iter": 1, "precision": "fp32"}
-    defaults |= {"mask_ratio": 0.9, "reprob": 0.0, "smoothing": 0.1}
+    defaults |= {"mask_ratio": 0.9, "reprob": 0.0, "smoothing": 0.1, "checkpoint_minutes": 0}
     schedule = {k: v for k, v in schedule.items() if k != "epoch_of_step"}
     return argparse.Namespace(**(defaults | schedule | overrides))
+
+
+def at_epoch(epoch, model, optimizer, scaler, args):
+    """Stand where an epoch begins."""
+    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint=0)
+    checkpoints.progress.epoch = epoch
+    return checkpoints
 
 
 def scaler_for(scaled):
@@ -207,7 +216,9 @@ def test_pretraining_trajectory(scaled):
     with golden.masking_noise(*noises):
         for epoch in range(3):  # two steps an epoch, as the schedule says; one in the last
             loader = GivenBatches(videos[2 * epoch : 2 * epoch + 2], steps=2)
-            engine_pretrain.train_one_epoch(model, loader, optimizer, scaler, CPU, epoch, log, args)
+            state = model, loader, optimizer, scaler, CPU
+            checkpoints = at_epoch(epoch, model, optimizer, scaler, args)
+            engine_pretrain.train_one_epoch(*state, checkpoints, log, args)
             assert loader.epoch == epoch
     assert_trajectory(log, case)
     distances = case["final_param_max_abs_diff_fp32_vs_fp64"]
@@ -238,8 +249,9 @@ def test_finetuning_trajectory(scaled):
     for epoch in range(3):
         loader = GivenBatches(videos[2 * epoch : 2 * epoch + 2], steps=2)
         engine_finetune.train_one_epoch(
-            model, mixup, loader, optimizer, scaler, CPU, epoch, log, args
-        )
+            model, mixup, loader, optimizer, scaler, CPU,
+            at_epoch(epoch, model, optimizer, scaler, args), log, args,
+        )  # fmt: skip
     assert_trajectory(log, case)
     np.testing.assert_allclose(rates, case["group_lrs"], rtol=1e-12)
     distances = case["final_param_max_abs_diff_fp32_vs_fp64"]
@@ -263,8 +275,9 @@ def test_pretraining_with_accumulation():
         for epoch in epochs:
             loader = GivenBatches(videos[5 * epoch : 5 * epoch + 5])
             stats = engine_pretrain.train_one_epoch(
-                model, loader, optimizer, no_scaler(), CPU, epoch, log, args
-            )
+                model, loader, optimizer, no_scaler(), CPU,
+                at_epoch(epoch, model, optimizer, no_scaler(), args), log, args,
+            )  # fmt: skip
             expected = ACCUM["epoch_stats"][epoch]
             assert stats["loss"] == pytest.approx(expected["loss"], rel=5e-7)
             assert stats["lr"] == pytest.approx(expected["lr"], rel=1e-6)
@@ -303,7 +316,10 @@ def test_accumulated_gradient_is_that_of_the_joint_batch(engine):
             training, noise = (model, None), ()
         with golden.masking_noise(*noise):
             loader = GivenBatches(videos)
-            engine.train_one_epoch(*training, loader, optimizer, no_scaler(), CPU, 0, log, args)
+            scaler = no_scaler()
+            checkpoints = at_epoch(0, model, optimizer, scaler, args)
+            state = loader, optimizer, scaler, CPU, checkpoints
+            engine.train_one_epoch(*training, *state, log, args)
         norms += log.record["grad_norm"]
     assert len(norms) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-5)
 
@@ -313,8 +329,10 @@ def pretrain_briefly(videos, precision="fp32", scaler=None, **overrides):
     args = engine_args(TRAJECTORIES["mae"]["schedule"], clip_grad=0.02, precision=precision)
     vars(args).update(overrides)
     log = RecordingLog()
+    scaler = scaler or no_scaler()
+    checkpoints = at_epoch(1, model, optimizer, scaler, args)
     engine_pretrain.train_one_epoch(
-        model, GivenBatches(videos), optimizer, scaler or no_scaler(), CPU, 1, log, args
+        model, GivenBatches(videos), optimizer, scaler, CPU, checkpoints, log, args
     )
     return log.record
 

@@ -239,7 +239,7 @@ def test_non_finite_loss_stops_every_rank(videos, pretrained, tmp_path):
     before = path.read_bytes()
     out = finish(spawn("main_pretrain.py", "--path_to_data_dir", videos, "--output_dir", tmp_path,
                        "--epochs", 3, *PRETRAIN, "--batch_size", 1, ranks=2), status=1)  # fmt: skip
-    assert out.count("epoch 1, step 0 is not finite") == 2
+    assert out.count("epoch 1: the loss or gradient of step 0 is not finite") == 2
     assert f"last good checkpoint: {path}" in out
     assert sum(f"v{i}.mp4" in out for i in range(6)) == 2  # the joint batch
     assert path.read_bytes() == before

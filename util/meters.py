@@ -1,5 +1,6 @@
 """Meters, progress lines and TensorBoard."""
 
+import contextlib
 import resource
 import sys
 import time
@@ -17,13 +18,63 @@ from util.file_io import make_dirs
 from util.resume import Checkpoints, Progress
 
 
-class NonFiniteError(UserError):
-    """A loss or gradient that is not a number; every rank raises it for the same step."""
+class BadStepError(UserError):
+    """A step that ends the run; every rank raises it for the same step."""
 
-    def __init__(self, step: int, samples: Tensor | None):
-        super().__init__(f"the loss or gradient of step {step} is not finite", status=1)
+    def __init__(self, step: int, samples: Tensor | None, problem: str):
+        super().__init__(problem, status=1)
         self.step = step
         self.samples = samples  # this rank's batch, if its own loss is at fault
+        self.problem = problem
+
+
+class NonFiniteError(BadStepError):
+    """A loss or gradient that is not a number."""
+
+    def __init__(self, step: int, samples: Tensor | None):
+        super().__init__(step, samples, f"the loss or gradient of step {step} is not finite")
+
+
+class UpdateGuard:
+    """Skip updates whose loss or gradient is not finite, up to `limit` in a row, on every rank.
+
+    With a limit of 0 nothing is skipped, nothing read from the device, and Meters.flush raises.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.in_a_row = 0
+        self.bad: tuple[int, Tensor | None] | None = None  # the first bad micro-step of the update
+
+    def observe(self, step: int, samples: Tensor, loss: Tensor) -> None:
+        """Look at the loss of a micro-step, on all ranks together."""
+        if self.limit and self.bad is None:
+            own = loss.detach().float()
+            if not _is_finite(all_reduce_mean(own.clone()).item()):
+                self.bad = step, samples if not _is_finite(own.item()) else None
+
+    def allows(self, step: int, grad_norm: Tensor) -> bool:
+        """Tell whether to apply an update, given the gradient norm that all ranks share.
+
+        Raises:
+            NonFiniteError: it is one more in a row than the limit.
+        """
+        if not self.limit:
+            return True
+        if self.bad is None and not _is_finite(grad_norm.item()):
+            self.bad = step, None
+        if self.bad is None:
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        (first, samples), self.bad = self.bad, None
+        if self.in_a_row > self.limit:
+            raise NonFiniteError(first, samples)
+        print0(
+            f"WARNING: the loss or gradient of step {first} is not finite: update skipped, "
+            f"{self.in_a_row} of --skip_nonfinite {self.limit} in a row"
+        )
+        return False
 
 
 def epoch_1000x(epoch: float, repeat_aug: int) -> int:
@@ -38,8 +89,16 @@ class Meters:
     `flush`, which is where a non-finite value is noticed.
     """
 
-    def __init__(self, device: torch.device, progress: Progress | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        progress: Progress | None = None,
+        kill_loss_factor: float = 0.0,
+        skip_nonfinite: bool = False,
+    ):
         self.device = device
+        self.kill_loss_factor = kill_loss_factor
+        self.skip_nonfinite = skip_nonfinite
         self.pending: list[tuple[int, Tensor, dict[str, Tensor | float]]] = []
         self.sums = dict(progress.sums) if progress else {}
         self.counts = dict(progress.counts) if progress else {}
@@ -56,7 +115,9 @@ class Meters:
         """Read the steps noted since the last flush, averaged over ranks.
 
         Raises:
-            NonFiniteError: on every rank, for the first step with a value that is not finite.
+            NonFiniteError: on every rank, for the first step with a value that is not finite,
+                unless UpdateGuard has dealt with such steps already.
+            BadStepError: a loss above kill_loss_factor times the mean of the loop before it.
         """
         if not self.pending:
             return []
@@ -71,13 +132,28 @@ class Meters:
             for name in metrics:
                 row[name], own = next(values)
                 if not _is_finite(row[name]):
+                    if self.skip_nonfinite:
+                        continue  # its update was skipped; it is in no mean either
                     raise NonFiniteError(step, samples if not _is_finite(own) else None)
+                if name == "loss":
+                    self._check_spike(step, samples, row[name])
                 self.sums[name] = self.sums.get(name, 0.0) + row[name]
                 self.counts[name] = self.counts.get(name, 0) + 1
             steps.append((step, row))
         self.latest = steps[-1][1]
         self.pending.clear()
         return steps
+
+    def _check_spike(self, step: int, samples: Tensor, loss: float) -> None:
+        count = self.counts.get("loss", 0)
+        if self.kill_loss_factor and count:
+            mean = self.sums["loss"] / count
+            if loss > self.kill_loss_factor * mean:
+                problem = (
+                    f"the loss of step {step}, {loss:.4g}, is more than --kill_loss_factor "
+                    f"{self.kill_loss_factor:g} times the epoch's mean before it, {mean:.4g}"
+                )
+                raise BadStepError(step, samples, problem)
 
     def means(self) -> dict[str, float]:
         """Return each metric's mean over the steps flushed so far."""
@@ -95,13 +171,23 @@ class RunLog:
         log_dir: TensorBoard's folder; empty for none.
         print_freq: steps between printed lines.
         purge_step: drop what an earlier, killed process wrote from this place of the x axis on.
+        skip_nonfinite: see UpdateGuard.
+        kill_loss_factor: see Meters.flush; 0 for none.
     """
 
     def __init__(
-        self, log_dir: str, print_freq: int, device: torch.device, purge_step: int | None = None
+        self,
+        log_dir: str,
+        print_freq: int,
+        device: torch.device,
+        purge_step: int | None = None,
+        skip_nonfinite: int = 0,
+        kill_loss_factor: float = 0.0,
     ):
         self.print_freq = print_freq
         self.device = device
+        self.kill_loss_factor = kill_loss_factor
+        self.guard = UpdateGuard(skip_nonfinite)
         self.meters = Meters(device)
         self.writer = None
         if is_main() and log_dir:
@@ -132,7 +218,12 @@ class RunLog:
             NonFiniteError: see Meters.flush.
         """
         first = checkpoints.progress.step if checkpoints else 0
-        self.meters = Meters(self.device, checkpoints.progress if checkpoints else None)
+        self.meters = Meters(
+            self.device,
+            checkpoints.progress if checkpoints else None,
+            self.kill_loss_factor,
+            self.guard.limit > 0,
+        )
 
         def scalar(name: str, value: float, step: int) -> None:
             if x_axis is not None:
@@ -172,7 +263,8 @@ class RunLog:
                     print0(f"{header}  [{step + 1}/{num_steps}]  eta {eta}  {text}")
                 last, last_step, data_time = now, step, 0.0
                 if checkpoints is not None:
-                    checkpoints.after_line(step, self.meters.sums, self.meters.counts)
+                    self.flush()  # what a checkpoint counts as done must be on the disk
+                    checkpoints.after_line(step, num_steps, self.meters.sums, self.meters.counts)
             if stopping:
                 break
             data_start = time.perf_counter()
@@ -182,13 +274,30 @@ class RunLog:
 
     def scalar(self, name: str, value: float, x: int) -> None:
         """Write one TensorBoard scalar."""
-        if self.writer is not None:
-            self.writer.add_scalar(name, value, x)
+        with self._writing() as writer:
+            if writer is not None:
+                writer.add_scalar(name, value, x)
+
+    def flush(self) -> None:
+        """Write TensorBoard's scalars to the disk."""
+        with self._writing() as writer:
+            if writer is not None:
+                writer.flush()
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""
-        if self.writer is not None:
-            self.writer.close()
+        with self._writing() as writer:
+            if writer is not None:
+                writer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """Go on without TensorBoard when its file cannot be written: training matters more."""
+        try:
+            yield self.writer
+        except OSError as error:
+            print0(f"WARNING: TensorBoard's file cannot be written, going on without: {error}")
+            self.writer = None
 
 
 def memory_mib(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """Optimiser groups, precision, and one optimiser step: scale, synchronise, clip, step."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,8 +73,12 @@ def optim_step(
     scaler: torch.amp.GradScaler,
     parameters: list[nn.Parameter],
     clip_grad: float | None,
+    allows: Callable[[Tensor], bool] = lambda norm: True,
 ) -> Tensor:
     """Unscale, clip by global norm, step and clear the gradients.
+
+    Args:
+        allows: tells, given the gradient norm, whether to step at all (see UpdateGuard).
 
     Returns:
         the gradient norm before clipping, a scalar on the device (reading it waits for the GPU); 0
@@ -87,7 +92,8 @@ def optim_step(
     if scaler.is_enabled():
         # An overflow is no failure of the run: the scaler skips the step and lowers its scale.
         norm = torch.where(norm.isfinite(), norm, 0.0)
-    scaler.step(optimizer)
+    if allows(norm):
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -36,6 +36,7 @@ from util.file_io import is_remote, make_dirs, open_file, path_manager, write_at
 
 # checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13 are
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+# the later ones win when several arrive: a scheduler's warning by SIGUSR may ask for a requeue
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again
 
@@ -50,6 +51,7 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch's metrics
     counts: dict[str, int] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt so far
+    best_epoch: int | None = None
 
     def finish_epoch(self, record: dict[str, Any], updates: int) -> None:
         """Note the line that log.txt gets for the epoch, and move on to the next."""
@@ -64,6 +66,12 @@ def checkpoint_order(name: str) -> tuple[int, float] | None:
     if match is None:
         return None
     return int(match[1]), float(match[2]) if match[2] else float("inf")
+
+
+def is_epoch_end(path: str) -> bool:
+    """Tell the checkpoints of finished epochs by name."""
+    order = checkpoint_order(os.path.basename(path))
+    return order is not None and order[1] == float("inf")
 
 
 def list_checkpoints(output_dir: str) -> list[str]:
@@ -81,6 +89,36 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return found[-1] if found else None
 
 
+def superfluous(
+    paths: list[str], newest: str, keep_last: int, keep_every: int, best_epoch: int | None
+) -> list[str]:
+    """Choose the checkpoints to delete now that the newest is on the disk.
+
+    In mid-epoch the newest and the one before it stay. Of finished epochs the last keep_last do
+    (0: all), with every keep_every-th and the best.
+
+    Args:
+        paths: of one folder, oldest first; those beyond the newest are another run's and stay.
+    """
+    paths = paths[: paths.index(newest)]
+    mid_epoch = [path for path in paths if not is_epoch_end(path)]
+    before = paths[-1:]  # should the newest prove damaged
+    finished = [path for path in paths if is_epoch_end(path)]
+    if keep_last:
+        kept = keep_last - 1 if is_epoch_end(newest) else keep_last
+        finished = finished[: max(len(finished) - kept, 0)]
+    else:
+        finished = []
+
+    def is_kept(path: str) -> bool:
+        epoch, _ = checkpoint_order(os.path.basename(path)) or (0, 0)
+        return epoch == best_epoch or bool(keep_every and (epoch + 1) % keep_every == 0)
+
+    return [path for path in mid_epoch if path not in before] + [
+        path for path in finished if not is_kept(path)
+    ]
+
+
 def read_intact(path: str) -> dict[str, Any]:
     """Read a training checkpoint after checking the checksum of every tensor in it.
 
@@ -96,17 +134,20 @@ def read_intact(path: str) -> dict[str, Any]:
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
-    """Return the checkpoint to resume from, the same on every rank: --resume, or the newest.
+    """Return the checkpoint to resume from, the same on every rank: the newest, or --resume.
 
-    A damaged one in the output folder is reported and the one before it taken.
+    A damaged one in the output folder is reported and the one before it taken. With --resume,
+    those count that the same command saved before it was stopped, not those of other commands.
     """
     path = args.resume or None
-    if path is None and is_main():
+    if is_main():
         for candidate in reversed(list_checkpoints(args.output_dir)):
             try:
-                read_intact(candidate)
+                checkpoint = read_intact(candidate)
             except UserError as error:
                 print0(f"WARNING: {error}; trying the one before it")
+                continue
+            if args.resume and checkpoint_args(checkpoint).get("resume") != args.resume:
                 continue
             path = candidate
             break
@@ -120,12 +161,20 @@ def append_log(output_dir: str, record: dict[str, Any]) -> None:
             file.write(simplejson.dumps(record) + "\n")
 
 
-def rewrite_log(output_dir: str, records: list[dict[str, Any]]) -> None:
-    """Make log.txt what it was when a checkpoint was saved: a kill may have come in between."""
-    if is_main() and output_dir:
-        text = "".join(simplejson.dumps(record) + "\n" for record in records)
-        path = os.path.join(output_dir, "log.txt")
+def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
+    """Write log.txt, one JSON line per epoch, from the main process; a failure is but a warning.
+
+    It is written whole, which drops what a killed process had added after its last checkpoint.
+    """
+    if not (is_main() and output_dir):
+        return
+    text = "".join(simplejson.dumps(record) + "\n" for record in records)
+    path = os.path.join(output_dir, "log.txt")
+    try:
+        make_dirs(output_dir)
         write_atomically(path, lambda file: file.write(text.encode()))
+    except (OSError, UserError) as error:
+        print0(f"WARNING: could not write {path}: {error}; the next epoch tries again")
 
 
 class Checkpoints:
@@ -155,26 +204,33 @@ class Checkpoints:
         self.scaler = scaler
         # an epoch can be continued with the same joint batch only: its steps would be others
         joint_batch = args.batch_size * world_size()
-        self.identity = {"data": fingerprint, "joint_batch": joint_batch, "accum": args.accum_iter}
+        self.identity = {
+            "data": fingerprint,
+            "joint_batch": joint_batch,
+            "accum": args.accum_iter,
+            "seed": args.seed,
+        }
         self.progress = Progress()
-        self.best_epoch: int | None = None
         self.last_saved = time.monotonic()
         self.thread: threading.Thread | None = None
+        self.host_copy = HostCopy()
         self.interruption = Interruption()
 
     # --- in the training loop -----------------------------------------------------------------
 
     def is_stopping(self, step: int) -> bool:
         """Tell, alike on every rank, whether step was the last one; ask after every step."""
-        return (step + 1) % self.args.accum_iter == 0 and self.interruption.after_update()
+        return (step + 1) % self.args.accum_iter == 0 and self.interruption.after_step()
 
-    def after_line(self, step: int, sums: dict[str, float], counts: dict[str, int]) -> None:
+    def after_line(
+        self, step: int, num_steps: int, sums: dict[str, float], counts: dict[str, int]
+    ) -> None:
         """Note the place in the epoch, and save when checkpoint_minutes have gone by.
 
         Called where metrics have just been read. Between updates there is nothing to save: the
-        gradients gathered so far are no part of a checkpoint.
+        gradients gathered so far are no part of a checkpoint (and are dropped after an epoch).
         """
-        if (step + 1) % self.args.accum_iter:
+        if (step + 1) % self.args.accum_iter and step + 1 < num_steps:
             return
         self.progress.step = step + 1
         self.progress.sums, self.progress.counts = dict(sums), dict(counts)
@@ -186,14 +242,19 @@ class Checkpoints:
         """Note an epoch's line for log.txt and save every checkpoint_period epochs."""
         progress, args = self.progress, self.args
         if best:
-            self.best_epoch = progress.epoch
+            progress.best_epoch = progress.epoch
         progress.finish_epoch(record, steps // args.accum_iter)
         if progress.epoch % args.checkpoint_period == 0 or progress.epoch == args.epochs:
             self.save()
-        append_log(args.output_dir, record)
+        write_log(args.output_dir, progress.log)
+
+    def before_validation(self) -> None:
+        """Save the epoch's steps, lest a kill during a long validation lose them."""
+        if self.args.checkpoint_minutes:
+            self.save()
 
     def stop_if_told(self) -> None:
-        """Save and end the process, when a signal has asked for it; call it after the loop."""
+        """Save and end the process, when a signal has asked for it; call it after every loop."""
         if self.interruption.agreed:
             self.save()
             self.wait()
@@ -222,7 +283,7 @@ class Checkpoints:
             "args": vars(self.args),
             "arguments": getattr(self.model, "arguments", {}),  # of its constructor
         }
-        state = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), state)
+        state = self.host_copy.take(state)
         path = os.path.join(self.args.output_dir, name)
         self.thread = threading.Thread(target=self._write, args=(path, state))
         self.thread.start()
@@ -233,8 +294,14 @@ class Checkpoints:
             self.thread.join()
             self.thread = None
 
+    def close(self) -> None:
+        """Wait for the last save and give the signals back, at the end of a run."""
+        self.wait()
+        self.interruption.close()
+
     def _write(self, path: str, state: dict[str, Any]) -> None:
         try:
+            self.host_copy.wait()
             make_dirs(self.args.output_dir)
             write_atomically(path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's zip writer
@@ -242,28 +309,20 @@ class Checkpoints:
             print0(f"WARNING: could not save {path}: {reason}; training goes on without it")
             return
         print0(f"saved {path}")
-        self._prune(path)
+        self._prune(path, state["progress"]["best_epoch"])
 
-    def _prune(self, newest: str) -> None:
-        """Delete older checkpoints in mid-epoch, and what --keep_last does not keep."""
-        epochs = []
-        for path in list_checkpoints(self.args.output_dir):
-            epoch, step = checkpoint_order(os.path.basename(path)) or (0, 0.0)
-            if path == newest or (epoch, step) > (checkpoint_order(os.path.basename(newest)) or ()):
-                continue
-            if step != float("inf"):
+    def _prune(self, newest: str, best_epoch: int | None) -> None:
+        try:
+            for path in superfluous(
+                list_checkpoints(self.args.output_dir),
+                newest,
+                self.args.keep_last,
+                self.args.keep_every,
+                best_epoch,
+            ):
                 path_manager.rm(path)
-            elif not self._is_kept(epoch):
-                epochs.append(path)
-        keep = self.args.keep_last
-        if keep:
-            finished = "-" not in os.path.basename(newest).removeprefix("checkpoint-")
-            for path in epochs[: max(len(epochs) - keep + int(finished), 0)]:
-                path_manager.rm(path)
-
-    def _is_kept(self, epoch: int) -> bool:
-        every = self.args.keep_every
-        return epoch == self.best_epoch or bool(every and (epoch + 1) % every == 0)
+        except OSError as error:
+            print0(f"WARNING: could not delete an old checkpoint: {error}")
 
     # --- resuming ---------------------------------------------------------------------------
 
@@ -290,7 +349,7 @@ class Checkpoints:
         before = {"epoch": checkpoint["epoch"] + 1, "updates": checkpoint.get("step", 0)}
         self.progress = Progress(**checkpoint.get("progress", before))
         if "progress" in checkpoint:
-            rewrite_log(self.args.output_dir, self.progress.log)
+            write_log(self.args.output_dir, self.progress.log)
         step = f", step {self.progress.step}" if self.progress.step else ""
         print0(f"resumed from {path}: going on at epoch {self.progress.epoch}{step}")
 
@@ -315,21 +374,58 @@ class Checkpoints:
         if checkpoint.get("progress", {}).get("step") and then != self.identity:
             raise UserError(
                 f"{path} is in the middle of an epoch of {then['joint_batch']} videos per step of "
-                f"all ranks and --accum_iter {then['accum']}; now they are "
-                f"{self.identity['joint_batch']} and {self.identity['accum']}. Use the same, or "
-                "--resume the last checkpoint at the end of an epoch"
+                f"all ranks, --accum_iter {then['accum']} and --seed {then['seed']}; now they are "
+                f"{self.identity['joint_batch']}, {self.identity['accum']} and "
+                f"{self.identity['seed']}. Use the same, or --resume the last checkpoint at the "
+                "end of an epoch"
             )
 
 
-class Interruption:
-    """Turn SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same update on every rank.
+class HostCopy:
+    """A copy of a run's state in host memory that is kept from save to save.
 
-    The flags of the ranks travel beside the computation: the exchange begun after one update is
+    For a GPU it is page-locked, and taken on the device's own time: nothing waits but the writer.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+        self.copied: torch.cuda.Event | None = None
+
+    def take(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with every tensor replaced by its copy; the last one becomes invalid."""
+        buffers, used, on_gpu = self.buffers, 0, False
+
+        def copy(x: Tensor) -> Tensor:
+            nonlocal used, on_gpu
+            if used == len(buffers):
+                buffers.append(torch.empty(0))
+            if buffers[used].shape != x.shape or buffers[used].dtype != x.dtype:
+                buffers[used] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+            used, on_gpu = used + 1, on_gpu or x.is_cuda
+            return buffers[used - 1].copy_(x.detach(), non_blocking=x.is_cuda)
+
+        state = tree_map_only(Tensor, copy, state)
+        self.copied = None
+        if on_gpu:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return state
+
+    def wait(self) -> None:
+        """Wait until the copy is complete; call it from the writing thread."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class Interruption:
+    """Turn SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
+
+    The flags of the ranks travel beside the computation: the exchange begun after one step is
     read after the next, so that no rank waits for another and none for its device.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = 0  # its place in STOP_SIGNALS, from 1 on
         self.agreed = False
         self.exchange: tuple[Any, Tensor] | None = None
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
@@ -338,20 +434,20 @@ class Interruption:
             self.handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
 
     def _note(self, number: int, _: Any) -> None:
-        self.signal = max(self.signal, number)
+        self.signal = max(self.signal, STOP_SIGNALS.index(signal.Signals(number)) + 1)
         name = signal.Signals(number).name
         print(f"{name}: stopping after this step with a checkpoint", file=sys.stderr, flush=True)
 
-    def after_update(self) -> bool:
-        """Tell, alike on every rank, whether this update is the last one."""
+    def after_step(self) -> bool:
+        """Tell, alike on every rank, whether to stop now; every rank must ask equally often."""
         if self.group is None:
             self.agreed = self.signal > 0
             return self.agreed
         if self.exchange is not None:
             work, flag = self.exchange
             work.wait()
-            self.signal = int(flag)
-            self.agreed = self.signal > 0
+            if flag > 0:  # else a signal may have come to this rank since
+                self.agreed, self.signal = True, int(flag)
         if not self.agreed:
             flag = torch.tensor(self.signal)
             group: Any = self.group
@@ -364,10 +460,16 @@ class Interruption:
 
         submitit's handler requeues the job from rank 0 and wants the other ranks to stay.
         """
-        previous: Callable[..., Any] | int | None = self.handlers.get(self.signal)
+        number = STOP_SIGNALS[self.signal - 1]
+        previous: Callable[..., Any] | int | None = self.handlers.get(number)
         if callable(previous):
-            previous(self.signal, None)
+            previous(number, None)
             if not is_main():
                 time.sleep(60)
         print0(f"stopped; the same command goes on from here (exit status {REQUEUE_STATUS})")
         sys.exit(REQUEUE_STATUS)
+
+    def close(self) -> None:
+        """Give the signals back to whom they were for."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -17,7 +17,7 @@ from util.errors import UserError
 from util.file_io import make_dirs
 from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
-from util.meters import NonFiniteError, RunLog, epoch_1000x
+from util.meters import BadStepError, RunLog, epoch_1000x
 from util.optim import choose_precision
 from util.resume import Checkpoints, Progress, newest_checkpoint
 
@@ -147,22 +147,27 @@ def open_log(
     """Open the log of a training run; TensorBoard drops what a killed process wrote after it."""
     done = progress.epoch + progress.step / steps_per_epoch
     purge_step = epoch_1000x(done, args.repeat_aug) if done else None
-    return RunLog(log_dir(args), args.print_freq, device, purge_step)
+    return RunLog(
+        log_dir(args),
+        args.print_freq,
+        device,
+        purge_step,
+        args.skip_nonfinite,
+        args.kill_loss_factor,
+    )
 
 
-def non_finite_report(
-    error: NonFiniteError, checkpoints: Checkpoints, index: VideoIndex
-) -> UserError:
+def bad_step_report(error: BadStepError, checkpoints: Checkpoints, index: VideoIndex) -> UserError:
     """Name the step, the files of the batch and the last good checkpoint; call it on every rank."""
     own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
     checkpoints.wait()
-    last = newest_checkpoint(checkpoints.args.output_dir)
     files = [path for paths in dist.gather_objects(own) for path in paths]
+    last = newest_checkpoint(checkpoints.args.output_dir)
     return UserError(
-        f"the loss or gradient of epoch {checkpoints.progress.epoch}, step {error.step} is not "
-        f"finite; videos of the batch: {', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good "
-        f"checkpoint: {last or 'none'}; nothing was saved since. Try a "
-        "smaller --blr, --clip_grad, or --precision fp32",
+        f"epoch {checkpoints.progress.epoch}: {error.problem}; videos of the batch: "
+        f"{', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good checkpoint: "
+        f"{last or 'none'}; nothing was saved since. Try a smaller --blr, --clip_grad, or "
+        "--precision fp32",
         status=1,
     )
 
