@@ -162,6 +162,8 @@ def cut_views(
     targets, boxes = out.numpy(), None
     for number, frame in video.frames(sorted(places)):
         if side is not None:
+            if math.prod(short_side_size(frame.shape[0], frame.shape[1], side)) > MAX_PIXELS:
+                raise VideoError(f"{video.path}: frames are too narrow to scale to {side} pixels")
             frame = _scale(frame, side)
         if boxes is None:
             boxes = draw_boxes(frame.shape[0], frame.shape[1])
