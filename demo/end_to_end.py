@@ -1,0 +1,153 @@
+"""Show the paper's headline in small: pre-train, fine-tune with and without, test both.
+
+    python -m demo.end_to_end
+
+Writes the embedded synthetic videos, pre-trains a tiny model on all of them, fine-tunes it on the
+few labelled ones, once from the pre-trained weights and once from scratch, and tests both on
+several views of held-out videos: 8 minutes on 2 CPU cores. Each stage is one of the three scripts,
+called as on a command line. An interrupted demo goes on where it stopped when it is started again;
+a finished one starts anew.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from util.synthetic import write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ("pretrain", "finetune", "scratch")
+FOLDERS = (*CHECKPOINTS, "test_finetune", "test_scratch")
+VIEWS = ["--num_clips", "5", "--num_crops", "1"]  # square videos: one crop sees them whole
+# what `--check` demands of the top-1, percent
+MIN_TOP1, MIN_GAIN = 65.0, 20.0
+
+
+class Stages:
+    """Run the stages one after the other, announced and timed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, title: str, script: str, *flags: str | Path) -> None:
+        """Run a script of the top folder, its output on the screen; end the demo if it fails."""
+        command = [sys.executable, "-u", script, *map(str, flags)]
+        print(f"\n== {title}\n$ {shlex.join(['python', *command[2:]])}", flush=True)
+        start = time.perf_counter()
+        status = subprocess.run(command, cwd=ROOT).returncode
+        if status:
+            print(f"the demo stopped: {script} ended with status {status}", file=sys.stderr)
+            sys.exit(status if status > 0 else 1)
+        self.seconds[title] = time.perf_counter() - start
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint of the last epoch in a folder."""
+    return max(folder.glob("checkpoint-*.pth"))
+
+
+def read_top1(folder: Path) -> float:
+    """Return the top-1 accuracy, percent, that main_test.py wrote last."""
+    return json.loads((folder / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+
+
+def prepare(out: Path, seed: int) -> Path:
+    """Make the output folder ready and return the file that records the state of the demo."""
+    state = out / "demo.json"
+    unfinished = {"seed": seed, "finished": False}
+    if not (state.exists() and json.loads(state.read_text()) == unfinished):
+        for name in FOLDERS:
+            shutil.rmtree(out / name, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        state.write_text(json.dumps(unfinished))
+    return state
+
+
+def main() -> None:
+    """Run the demo from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.end_to_end",
+        description="Pre-train, fine-tune and test a tiny model on synthetic videos.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "output/demo", help="folder of results")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "data/synthetic", help="folder of the videos"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training runs")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"exit with status 1 unless the pre-trained model reaches {MIN_TOP1:g} %% top-1 and "
+        f"is {MIN_GAIN:g} points better than the one from scratch",
+    )
+    args = parser.parse_args()
+    out, data, seed = args.out.absolute(), args.data.absolute(), ["--seed", str(args.seed)]
+    stages = Stages()
+
+    title = "Write the videos"
+    print(f"== {title}: {data}", flush=True)
+    start = time.perf_counter()
+    try:
+        write_dataset(data)
+    except OSError as error:
+        sys.exit(f"the demo stopped: {error}")
+    stages.seconds[title] = time.perf_counter() - start
+    state = prepare(out, args.seed)
+
+    pretrain = ["--path_to_data_dir", data / "pretrain", f"@{ROOT}/recipes/synthetic_pretrain.args"]
+    finetune = ["--path_to_data_dir", data / "finetune", f"@{ROOT}/recipes/synthetic_finetune.args"]
+    stages.run(
+        "Pre-train on all videos, without labels",
+        "main_pretrain.py",
+        *pretrain,
+        *seed,
+        *("--output_dir", out / "pretrain"),
+    )
+    stages.run(
+        "Fine-tune the pre-trained model on the labelled videos",
+        "main_finetune.py",
+        *finetune,
+        *seed,
+        *("--finetune", newest_checkpoint(out / "pretrain")),
+        *("--output_dir", out / "finetune"),
+    )
+    stages.run(
+        "Train the same model from scratch, with the same budget",
+        "main_finetune.py",
+        *finetune,
+        *seed,
+        *("--output_dir", out / "scratch"),
+    )
+    for name, title in (("finetune", "pre-trained"), ("scratch", "from scratch")):
+        stages.run(
+            f"Test on held-out videos: {title}",
+            "main_test.py",
+            *("--path_to_data_dir", data / "finetune"),
+            *("--finetune", newest_checkpoint(out / name)),
+            *("--output_dir", out / f"test_{name}"),
+            *VIEWS,
+        )
+    state.write_text(json.dumps({"seed": args.seed, "finished": True}))
+
+    print("\n== Time")
+    for title, seconds in stages.seconds.items():
+        print(f"{timedelta(seconds=round(seconds))}  {title}")
+    print(f"{timedelta(seconds=round(sum(stages.seconds.values())))}  in all")
+    pretrained, scratch = read_top1(out / "test_finetune"), read_top1(out / "test_scratch")
+    print("\n== Top-1 on held-out videos")
+    print(f"{pretrained:5.1f} %  pre-trained\n{scratch:5.1f} %  from scratch")
+    print(f"\nCheckpoints and logs: {out}/{{{','.join(CHECKPOINTS)}}}")
+    print(f"Curves: {shlex.join(['tensorboard', '--logdir', str(out), '--host', '127.0.0.1'])}")
+    if args.check and (pretrained < MIN_TOP1 or pretrained - scratch < MIN_GAIN):
+        sys.exit(f"check failed: {MIN_TOP1:g} % and a gain of {MIN_GAIN:g} points are expected")
+
+
+if __name__ == "__main__":
+    main()
