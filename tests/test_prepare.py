@@ -217,12 +217,23 @@ def write_broken(path: Path) -> str:
     return str(path)
 
 
+def write_damaged(path: Path) -> str:
+    """A video with rubbish in the middle, over which the decoder helps itself."""
+    write_counter_video(path, 30, bframes=2)
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"mdat") + 400
+    content[middle : middle + 300] = b"\xff" * 300
+    path.write_bytes(content)
+    return str(path)
+
+
 def test_nothing_good_is_replaced_by_something_bad(tmp_path):
     broken = write_broken(tmp_path / "broken.mp4")
+    damaged = write_damaged(tmp_path / "damaged.mp4")
     target = tmp_path / "out.mp4"
     target.write_bytes(b"what stood here")
     (tmp_path / "empty.mp4").touch()
-    for source in (str(tmp_path / "empty.mp4"), str(tmp_path / "missing.mp4"), broken):
+    for source in (str(tmp_path / "empty.mp4"), str(tmp_path / "missing.mp4"), broken, damaged):
         with pytest.raises(VideoError, match=source):
             transcode(source, str(target))
     assert target.read_bytes() == b"what stood here"
@@ -273,14 +284,10 @@ def test_verify_lists_the_broken(tmp_path, capsys):
     (tmp_path / "v/a").mkdir(parents=True)
     good = write_counter_video(tmp_path / "v/a/good.mp4", 30, bframes=2)
     broken = write_broken(tmp_path / "v/a/short.mp4")
-    content = bytearray(Path(good).read_bytes())
-    middle = content.index(b"mdat") + 400
-    content[middle : middle + 300] = b"\xff" * 300
-    damaged = tmp_path / "v/a/damaged.mp4"
-    damaged.write_bytes(content)
+    damaged = write_damaged(tmp_path / "v/a/damaged.mp4")
     assert find_damage(good) == ""
     assert find_damage(broken).startswith(f"{broken}: ")
-    assert find_damage(str(damaged)).startswith(f"{damaged}: ")
+    assert find_damage(damaged).startswith(f"{damaged}: ")
     assert prepare("folders", tmp_path / "v", tmp_path, "--verify", "--val_share", 0) == 1
     out = capsys.readouterr().out
     assert "2 broken" in out and "short.mp4" in out and "damaged.mp4" in out
