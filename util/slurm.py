@@ -12,6 +12,9 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from util import dist
 from util.errors import UserError
 
+SECONDS_TO_SAVE = 120  # Slurm's warning comes so long before the end of a job's time
+MAX_TIMEOUTS = 1000  # time limits that a job may run into; submitit alone would stop at the fourth
+
 
 def add_slurm_args(parser: ArgumentParser) -> None:
     """Add the flags of the job to those of the script."""
@@ -84,10 +87,14 @@ def submit(script: str, args: Namespace) -> submitit.Job:
     args.job_dir = str(folder)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)
-    slurm = ("partition", "account", "qos", "constraint", "comment")
-    extra = {f"slurm_{k}": getattr(args, k) for k in slurm} if args.cluster == "slurm" else {}
+    executor_options, extra = {}, {}
+    if args.cluster == "slurm":
+        names = ("partition", "account", "qos", "constraint", "comment")
+        extra = {f"slurm_{name}": getattr(args, name) for name in names}
+        extra["slurm_signal_delay_s"] = SECONDS_TO_SAVE
+        executor_options = {"slurm_max_num_timeout": MAX_TIMEOUTS}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=args.cluster)
+        executor = submitit.AutoExecutor(folder=folder, cluster=args.cluster, **executor_options)
         executor.update_parameters(
             name=args.job_name,
             nodes=args.nodes,
