@@ -171,7 +171,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """Encode uint8 RGB frames [T, H, W, 3] as an H.264 mp4."""
     # One thread: the bytes must not depend on the number of cores. Key frames every half second:
     # a clip that starts in the middle needs few frames before it.
-    options = {"preset": "superfast", "crf": "20", "g": str(max(fps // 2, 1)), "threads": "1"}
+    options = {"preset": "superfast", "crf": "16", "g": str(max(fps // 2, 1)), "threads": "1"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -185,7 +185,7 @@ def write_dataset(
     out: str | os.PathLike[str],
     *,
     num_videos: int = 2048,
-    num_labelled: int = 40,
+    num_labelled: int = 32,
     num_val: int = 64,
     num_test: int = 512,
     num_classes: int = 8,
