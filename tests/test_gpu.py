@@ -61,6 +61,7 @@ def test_steps_between_printed_lines_do_not_wait_for_the_device(tmp_path, precis
     args = Namespace(
         batch_size=2, repeat_aug=2, accum_iter=1, seed=0, lr=1e-3, min_lr=0.0, warmup_epochs=1,
         epochs=2, mask_ratio=0.9, precision=precision, clip_grad=0.02, checkpoint_minutes=0,
+        dist_timeout=30,
     )  # fmt: skip
     batch = Batch(
         torch.randint(0, 256, (2, 2, 8, 32, 32, 3), dtype=torch.uint8),

@@ -10,7 +10,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.errors import UserError
-from util.meters import Meters, NonFiniteError, RunLog, epoch_1000x, memory_mib, topk_correct
+from util.meters import (
+    BadStepError,
+    Meters,
+    NonFiniteError,
+    RunLog,
+    epoch_1000x,
+    memory_mib,
+    topk_correct,
+)
 
 CPU = torch.device("cpu")
 
@@ -198,3 +206,24 @@ def test_nothing_is_written_without_folders(tmp_path, monkeypatch):
     log.flush()
     log.close()
     assert os.listdir(tmp_path) == []
+
+
+def test_kill_loss_factor_stops_at_a_leap_of_the_loss():
+    meters = Meters(CPU, kill_loss_factor=3.0)
+    for step, loss in enumerate([2.0, 2.0, 5.9, 12.0]):
+        meters.update(step, rows(step), loss=torch.tensor(loss))
+    with pytest.raises(BadStepError, match=r"loss of step 3, 12, is more than .* 3 times .* 3\.3"):
+        meters.flush()
+    meters = Meters(CPU)
+    for step, loss in enumerate([2.0, 1e9]):
+        meters.update(step, rows(step), loss=torch.tensor(loss))
+    assert len(meters.flush()) == 2
+
+
+def test_training_goes_on_when_the_tensorboard_file_cannot_be_written(tmp_path, capsys):
+    log = run_log(log_dir=tmp_path / "board")
+    log.writer.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    log.scalar("train/loss", 1.0, 0)
+    log.scalar("train/loss", 1.0, 1)
+    log.flush()
+    assert capsys.readouterr().out.count("WARNING: TensorBoard's file cannot be written") == 1

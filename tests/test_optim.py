@@ -164,6 +164,7 @@ def clips_as_given(monkeypatch):
 def engine_args(schedule, **overrides):
     defaults = {"seed": 0, "batch_size": 4, "repeat_aug": 1, "accum_iter": 1, "precision": "fp32"}
     defaults |= {"mask_ratio": 0.9, "reprob": 0.0, "smoothing": 0.1, "checkpoint_minutes": 0}
+    defaults |= {"dist_timeout": 30}
     schedule = {k: v for k, v in schedule.items() if k != "epoch_of_step"}
     return argparse.Namespace(**(defaults | schedule | overrides))
 
@@ -435,3 +436,32 @@ def test_optimizer_is_adamw_with_the_betas_and_eps_of_the_paper():
 
 def test_grad_sync_of_one_process_does_nothing():
     assert isinstance(grad_sync(nn.Linear(1, 1), enabled=False), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("engine", [engine_pretrain, engine_finetune])
+def test_skip_nonfinite_skips_up_to_so_many_updates_in_a_row(engine, capsys):
+    videos = golden.tensor("traj_mae.npz", "videos").clone()
+    for step in (1, 2, 4):
+        videos[step, 1, 0, 0, 0, 0] = math.nan
+    model, optimizer = start_pretraining(TRAJECTORIES["mae"])
+    training = (model,)
+    if engine is engine_finetune:
+        model = golden.build(VisionTransformer, TRAJECTORIES["vit"])
+        optimizer = make_optimizer(param_groups_lrd(model, 3, 0.05, 0.75), (0.9, 0.999), CPU)
+        training = (model, None)
+    args = engine_args(TRAJECTORIES["mae"]["schedule"], clip_grad=0.02)
+    for limit in (2, 1):
+        log = RecordingLog()
+        log.guard.limit, log.guard.in_a_row = limit, 0
+        checkpoints = at_epoch(1, model, optimizer, no_scaler(), args)
+        state = GivenBatches(videos), optimizer, no_scaler(), CPU, checkpoints, log, args
+        if limit == 2:
+            stats = engine.train_one_epoch(*training, *state)
+            assert capsys.readouterr().out.count("update skipped") == 3
+            assert all(p.isfinite().all() for p in model.parameters())
+            assert math.isfinite(stats["loss"])
+            assert len(log.record["loss"]) == len(videos) - 3
+            assert {int(s["step"]) for s in optimizer.state.values()} == {len(videos) - 3}
+        else:
+            with pytest.raises(NonFiniteError, match="step 2 is not finite"):  # the second in a row
+                engine.train_one_epoch(*training, *state)

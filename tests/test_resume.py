@@ -37,7 +37,7 @@ def flags(**overrides):
     defaults = {
         "model": "mae_tiny", "output_dir": "", "resume": "", "batch_size": 2, "accum_iter": 1,
         "epochs": 9, "seed": 0, "checkpoint_period": 1, "checkpoint_minutes": 0, "keep_last": 0,
-        "keep_every": 0, "beta": (0.9, 0.95), "lr": None,
+        "keep_every": 0, "dist_timeout": 30, "beta": (0.9, 0.95), "lr": None,
     }  # fmt: skip
     return argparse.Namespace(**(defaults | overrides))
 

@@ -130,14 +130,15 @@ class Meters:
         for step, samples, metrics in self.pending:
             row = {}
             for name in metrics:
-                row[name], own = next(values)
-                if not _is_finite(row[name]):
+                value, own = next(values)
+                if not _is_finite(value):
                     if self.skip_nonfinite:
                         continue  # its update was skipped; it is in no mean either
                     raise NonFiniteError(step, samples if not _is_finite(own) else None)
                 if name == "loss":
-                    self._check_spike(step, samples, row[name])
-                self.sums[name] = self.sums.get(name, 0.0) + row[name]
+                    self._check_spike(step, samples, value)
+                row[name] = value
+                self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
             steps.append((step, row))
         self.latest = steps[-1][1]

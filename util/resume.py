@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import simplejson
@@ -214,7 +215,7 @@ class Checkpoints:
         self.last_saved = time.monotonic()
         self.thread: threading.Thread | None = None
         self.host_copy = HostCopy()
-        self.interruption = Interruption()
+        self.interruption = Interruption(args.dist_timeout)
 
     # --- in the training loop -----------------------------------------------------------------
 
@@ -422,13 +423,18 @@ class Interruption:
 
     The flags of the ranks travel beside the computation: the exchange begun after one step is
     read after the next, so that no rank waits for another and none for its device.
+
+    Args:
+        timeout: minutes that a rank waits for the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
         self.signal = 0  # its place in STOP_SIGNALS, from 1 on
         self.agreed = False
         self.exchange: tuple[Any, Tensor] | None = None
-        self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self.group = None
+        if world_size() > 1:
+            self.group = dist.new_group(timeout=timedelta(minutes=timeout), backend="gloo")
         self.handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}

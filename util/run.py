@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +31,35 @@ def run(
     """Parse flags and call main; a UserError ends with its sentence and status, on every rank."""
     try:
         main(parse(None))
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
+        mendable = error if isinstance(error, UserError) else lost_process(error)
+        if mendable is None:
+            raise
         prefix = f"[rank {dist.rank()}] " if dist.world_size() > 1 else ""
-        print(f"{prefix}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.status)
+        print(f"{prefix}{Path(sys.argv[0]).name}: error: {mendable}", file=sys.stderr, flush=True)
+        sys.exit(mendable.status)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         dist.shutdown()
+
+
+def lost_process(error: RuntimeError) -> UserError | None:
+    """Say in a sentence what PyTorch reports when another process is gone; else None."""
+    text = " ".join(str(error).split())
+    if text.startswith("DataLoader worker"):
+        reason = text.partition(". ")[0]
+        sentence = (
+            f"a loader process was killed ({reason}): memory or /dev/shm has run out, most likely; "
+            "lower --num_workers or --batch_size, or give the container more (--shm-size)"
+        )
+    elif re.search("[Tt]imed out waiting", text):
+        sentence = f"another rank did not answer within --dist_timeout ({text[:200]})"
+    elif re.search("Connection (closed|reset) by peer", text):
+        sentence = f"another rank is gone; its own message says why ({text[:200]})"
+    else:
+        return None
+    return UserError(sentence + "; the same command goes on from the newest checkpoint", status=1)
 
 
 def start(args: Namespace) -> torch.device:

@@ -1,0 +1,204 @@
+"""Kills and signals at random moments: a resumed run is bitwise the run that would have been."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_scripts import (
+    FINETUNE,
+    PRETRAIN,
+    assert_same_weights,
+    finish,
+    spawn,
+)
+from util.resume import REQUEUE_STATUS, STOP_SIGNALS
+
+EPOCHS = 4
+SCRIPTS = {
+    "main_pretrain.py": [*PRETRAIN, "--epochs", EPOCHS],
+    "main_finetune.py": [*FINETUNE, "--epochs", EPOCHS],
+}
+LAST = f"checkpoint-{EPOCHS - 1:05d}.pth"
+
+
+def argv(script: str, videos: Path, out: Path, ranks: int, workers: int) -> list[object]:
+    """Return flags of a run of 6 videos: 6 steps an epoch of one rank, 3 of two; a save in each."""
+    return [
+        *SCRIPTS[script], "--path_to_data_dir", videos, "--output_dir", out,
+        "--batch_size", 1, "--num_workers", workers, "--checkpoint_minutes", 1e-6,
+    ]  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def family(pid: int) -> list[int]:
+    """List a process and all its descendants: torchrun's ranks lead sessions of their own."""
+    return [pid] + [p for child in children(pid) for p in family(child)]
+
+
+def kill_all(process: subprocess.Popen) -> str:
+    """Kill a run with its ranks and workers; return what it had still printed."""
+    for pid in family(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return process.communicate(timeout=120)[0]
+
+
+def wait_for_line(process: subprocess.Popen, pattern: str) -> str:
+    """Read what a run prints up to the first line that matches."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return seen
+    raise AssertionError(seen)
+
+
+def assert_same_run(part: Path, whole: Path) -> None:
+    assert_same_weights(part / LAST, whole / LAST)
+    assert (part / "log.txt").read_text() == (whole / "log.txt").read_text()
+
+
+_whole: dict[tuple[str, int], tuple[Path, float]] = {}
+
+
+@pytest.fixture
+def uninterrupted(videos, tmp_path_factory):
+    """Return a function: the folder of an undisturbed run and the seconds of its training."""
+
+    def run(script: str, ranks: int) -> tuple[Path, float]:
+        if (script, ranks) not in _whole:
+            out = tmp_path_factory.mktemp("whole")
+            process = spawn(script, *argv(script, videos, out, ranks, 0), ranks=ranks)
+            wait_for_line(process, r"Epoch \[0/")
+            began = time.monotonic()
+            finish(process)
+            _whole[script, ranks] = out, time.monotonic() - began
+        return _whole[script, ranks]
+
+    return run
+
+
+# Where a kill falls: at a random share of the training's time, in a save, or between epochs.
+MOMENTS = ("step", "save", "epoch")
+
+
+def kill_at(process: subprocess.Popen, out: Path, moment: str, rng: np.random.Generator) -> str:
+    """Kill a run at the moment named; return what it had printed. It may have ended before."""
+    epoch = rng.integers(EPOCHS - 1)
+    if moment == "save":  # a temporary file is there while a checkpoint is written
+        while process.poll() is None and not list(out.glob("*.tmp*")):
+            time.sleep(0.0005)
+        seen = ""
+    else:
+        pattern = rf"Epoch \[{epoch}/\d+\]  " + ("done" if moment == "epoch" else r"\[")
+        seen = wait_for_line(process, pattern)
+        time.sleep(rng.uniform(0, 0.15))
+    return seen + kill_all(process)
+
+
+def kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed) -> None:
+    """Kill a run at each moment in turn, then let it end: it must be the uninterrupted one."""
+    rng = np.random.default_rng(seed)
+    whole, _ = uninterrupted(script, ranks)
+    flags = argv(script, videos, tmp_path, ranks, workers)
+    for number, moment in enumerate(moments):
+        process = spawn(script, *flags, ranks=ranks)
+        if number == 0:
+            out = kill_at(process, tmp_path, moment, rng)
+        else:  # the epochs may be over by now: anywhere after the start
+            wait_for_line(process, "resumed from|WARNING|Epoch")
+            time.sleep(rng.uniform(0, 0.5))
+            out = kill_all(process)
+        assert "Traceback" not in out, out
+    out = finish(spawn(script, *flags, ranks=ranks))
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("script", "moment"), [("main_pretrain.py", "step"), ("main_finetune.py", "save")]
+)
+def test_a_killed_run_resumes_bitwise(videos, uninterrupted, tmp_path, script, moment):
+    kills(videos, uninterrupted, tmp_path, script, 1, 0, [moment], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_twenty_kills(videos, uninterrupted, tmp_path, script, ranks, workers):
+    """Twenty kills in all: 2 scripts x (1, 2 ranks) x (0, 2 workers), two or three in each."""
+    case = [*SCRIPTS].index(script) * 4 + (ranks - 1) * 2 + workers // 2
+    moments = [MOMENTS[case % 3], "anywhere"] + ["anywhere"] * (case % 2)
+    kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed=case)
+
+
+# --- signals
+
+
+def rank_pid(process: subprocess.Popen, rank: int) -> int:
+    """Find a rank among the children of torchrun."""
+    for _ in range(1000):
+        for child in children(process.pid):
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in environment:
+                return int(child)
+        time.sleep(0.01)
+    raise AssertionError("no such rank")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in STOP_SIGNALS[1:])],
+)
+def test_a_signal_stops_after_the_step_with_a_checkpoint(videos, uninterrupted, tmp_path, number):
+    whole, _ = uninterrupted("main_pretrain.py", 1)
+    flags = argv("main_pretrain.py", videos, tmp_path, 1, 0)
+    flags[flags.index("--checkpoint_minutes") + 1] = 0  # the signal alone saves within an epoch
+    process = spawn("main_pretrain.py", *flags)
+    wait_for_line(process, r"Epoch \[1/4\]  \[2/6\]")
+    process.send_signal(number)
+    out = finish(process, REQUEUE_STATUS)
+    assert f"{number.name}: stopping after this step" in out
+    assert "the same command goes on from here" in out
+    (saved,) = tmp_path.glob("checkpoint-*-*.pth")
+    assert f"going on at epoch 1, step {int(saved.stem[-8:])}\n" in finish(
+        spawn("main_pretrain.py", *flags)
+    )
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "place"),
+    [
+        pytest.param("main_pretrain.py", r"Epoch \[1/4\]  \[1/3\]", id="step"),
+        pytest.param("main_finetune.py", r"Epoch \[1/4\]  done", id="validation"),
+    ],
+)
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(
+    videos, uninterrupted, tmp_path, script, place
+):
+    whole, _ = uninterrupted(script, 2)
+    flags = argv(script, videos, tmp_path, 2, 0)
+    process = spawn(script, *flags, ranks=2)
+    seen = wait_for_line(process, place)
+    os.kill(rank_pid(process, 1), signal.SIGUSR2)
+    out = seen + process.communicate(timeout=120)[0]  # torchrun's own status is 1
+    assert out.count("stopped; the same command") == 1, out
+    statuses = re.findall(r"exitcode\s*: (\d+)", out)
+    assert statuses and set(statuses) == {str(REQUEUE_STATUS)}, out
+    assert "resumed from" in finish(spawn(script, *flags, ranks=2))
+    assert_same_run(tmp_path, whole)
