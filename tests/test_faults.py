@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import main_pretrain
 import submitit_finetune
 import submitit_pretrain
 from tests.test_kills import argv, children, kill_all, rank_pid, wait_for_line
-from tests.test_scripts import PRETRAIN, ROOT, assert_same_weights, finish, spawn
+from tests.test_scripts import PRETRAIN, finish, spawn
 
 
 def loader_workers(pid: int) -> list[int]:
@@ -101,86 +99,6 @@ def test_a_local_job_of_two_tasks(videos, tmp_path):
     folder = tmp_path / job_id
     assert (folder / "checkpoint-00000.pth").exists()
     assert "2 process(es)" in (folder / f"{job_id}_0_log.out").read_text()
-
-
-# --- torchrun over two hosts made of network namespaces
-
-
-HOSTS = ("mae1", "mae2")
-
-
-def ip(*words: object) -> None:
-    subprocess.run(["ip", *map(str, words)], check=True)
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    """Join two network namespaces by a cable; each knows both names."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    try:
-        ip("netns", "add", HOSTS[0])
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"cannot make network namespaces: {error}")
-    try:
-        ip("netns", "add", HOSTS[1])
-        ip("link", "add", "maeA", "netns", HOSTS[0], "type", "veth",
-           "peer", "name", "maeB", "netns", HOSTS[1])  # fmt: skip
-        names = "127.0.0.1 localhost\n10.78.0.1 mae1\n10.78.0.2 mae2\n"
-        for number, (host, device) in enumerate(zip(HOSTS, ("maeA", "maeB"), strict=True), 1):
-            ip("-n", host, "addr", "add", f"10.78.0.{number}/24", "dev", device)
-            for link in (device, "lo"):
-                ip("-n", host, "link", "set", link, "up")
-            folder = Path("/etc/netns", host)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "hosts").write_text(names)  # `ip netns exec` binds it over /etc/hosts
-        yield HOSTS
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "del", host], check=False)
-            (Path("/etc/netns", host) / "hosts").unlink(missing_ok=True)
-            if Path("/etc/netns", host).is_dir():
-                Path("/etc/netns", host).rmdir()
-
-
-def torchrun_on(host: str, *flags: object) -> subprocess.Popen:
-    command = [
-        "ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c",
-        f'hostname {host}; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run",
-        "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=mae1:29500",
-        "--rdzv_id=1", "--max-restarts=2", ROOT / "main_pretrain.py", *flags,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_two_hosts_restart_by_themselves_after_a_kill(hosts, videos, tmp_path):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    flags = [*PRETRAIN, "--epochs", 30, "--batch_size", 1, "--path_to_data_dir", videos]
-    flags += ["--checkpoint_minutes", 1e-6, "--dist_timeout", 1, "--keep_last", 2]
-    finish(spawn("main_pretrain.py", *flags, "--output_dir", whole, ranks=2))
-    first, second = (torchrun_on(host, *flags, "--output_dir", part) for host in hosts)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(part.glob("checkpoint-00002*.pth")):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        (victim,) = children(second.pid)
-        os.kill(victim, signal.SIGKILL)
-        outs = [process.communicate(timeout=240)[0] for process in (first, second)]
-    finally:
-        for process in (first, second):
-            if process.poll() is None:
-                kill_all(process)
-    assert [first.returncode, second.returncode] == [0, 0], "\n".join(outs)
-    assert "resumed from" in "".join(outs)
-    last = "checkpoint-00029.pth"
-    assert_same_weights(part / last, whole / last)
-    assert (part / "log.txt").read_text() == (whole / "log.txt").read_text()
 
 
 # --- bad steps
