@@ -252,14 +252,17 @@ class MaskedAutoencoderViT(nn.Module):
         x = self.decoder_pred(self.decoder_norm(x))
         return x[:, int(self.cls_embed) :]
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error on the removed patches (1 in mask), a scalar in float32."""
+    def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
+        """Mean squared error of every patch in float32: pred [N, L, u*p*p*C] -> [N, L]."""
         target = self.patchify(self.target_frames(imgs)).float()
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
-        loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
-        return (loss * mask).sum() / mask.sum()
+        return (pred.float() - target).square().mean(dim=-1)
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Average the losses of the removed patches (1 in mask), a scalar."""
+        return (self.patch_losses(imgs, pred) * mask).sum() / mask.sum()
 
     def forward(self, imgs: Tensor, mask_ratio: float = 0.9) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct clips [N, C, T, H, W] from a random part of their patches.
