@@ -1,0 +1,220 @@
+"""Tests of masks, reconstructions and pictures (util/visualize.py)."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models_mae import check_mask_ratio, mae_vit_tiny_patch8, num_visible
+from tests import golden
+from util.transforms import normalize
+from util.video import Video
+from util.visualize import (
+    MASK_TYPES,
+    draw_masks,
+    encode_gif,
+    encode_mp4,
+    enlarge,
+    reconstruct,
+    tile,
+)
+
+GRID = (8, 14, 14)  # of the paper's models
+SIZES = {"img_size": 32, "num_frames": 8, "pred_t_dim": 4}
+
+
+def small_model(**arguments):
+    torch.manual_seed(0)
+    model = mae_vit_tiny_patch8(**(SIZES | arguments))
+    with torch.no_grad():  # fresh weights predict next to nothing
+        model.decoder_pred.weight.mul_(5)
+    return model
+
+
+def clips(num_clips=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (num_clips, 8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+# --- masks
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.75, 0.9, 0.95, 0.98, 0.9999])
+def test_masks_are_consistent(mask_type, ratio):
+    masks = draw_masks(5, GRID, ratio, mask_type, seed=5)
+    L = 8 * 14 * 14
+    for mask, ids_restore, ids_keep in zip(*masks, strict=True):
+        assert sorted(ids_restore.tolist()) == list(range(L))
+        assert torch.equal(ids_restore[ids_keep], torch.arange(len(ids_keep)))  # kept come first
+        assert torch.equal(mask == 0, torch.zeros(L).index_fill(0, ids_keep, 1).bool())
+        assert 0 < len(ids_keep) < L
+    assert not (masks.mask == masks.mask[0]).all()
+
+
+def test_random_masks_keep_as_many_as_training():
+    for ratio in np.linspace(0.01, 0.99, 50):
+        check_mask_ratio(1568, ratio)
+        assert draw_masks(1, GRID, ratio).ids_keep.shape == (1, num_visible(1568, ratio))
+
+
+def test_shapes_of_masks():
+    def mask(ratio, mask_type):
+        return draw_masks(1, GRID, ratio, mask_type).mask.view(GRID)
+
+    tube = mask(0.9, "tube")
+    assert (tube == tube[:1]).all()
+    assert (tube[0] == 0).sum() == 19
+    steps = mask(0.75, "time").flatten(1)
+    assert (steps == steps[:, :1]).all()
+    assert (steps[:, 0] == 0).sum() == 2
+    assert (mask(0.98, "time") == 0).sum() == 196  # at least one step
+
+    def share_of_like_neighbours(mask_type):
+        drawn = draw_masks(20, GRID, 0.5, mask_type).mask.view(20, *GRID)
+        return sum((drawn.diff(dim=dim) == 0).float().mean() for dim in (1, 2, 3)) / 3
+
+    assert share_of_like_neighbours("random") < 0.52
+    assert share_of_like_neighbours("block") > 0.8
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_masks_depend_on_seed_and_clip_and_are_nested(mask_type):
+    few, many = (draw_masks(2, GRID, ratio, mask_type, seed=3).mask for ratio in (0.95, 0.5))
+    assert (few >= many).all()
+    assert torch.equal(draw_masks(1, GRID, 0.5, mask_type, seed=3).mask, many[:1])
+    assert not torch.equal(draw_masks(1, GRID, 0.5, mask_type, seed=4).mask, many[:1])
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 95, float("nan")])
+def test_bad_ratio_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"mask_ratio = .* is not above 0 and below 1"):
+        draw_masks(1, GRID, ratio)
+
+
+def test_unknown_mask_type_and_negative_seed_are_refused():
+    with pytest.raises(ValueError, match="mask_type 'cube' is none of random, tube, time, block"):
+        draw_masks(1, GRID, 0.9, "cube")
+    with pytest.raises(ValueError, match="seed = -1 is negative"):
+        draw_masks(1, GRID, 0.9, seed=-1)
+
+
+# --- reconstructions
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"norm_pix_loss": True},
+        {"norm_pix_loss": False},
+        {"cls_embed": False},
+        {"cls_through_decoder": True, "strided_targets": True},
+    ],
+)
+def test_reconstruction_is_the_models_own(arguments):
+    """The same mask in training gives the same loss, and the same pixels where it is raw."""
+    model = small_model(**arguments)
+    result = reconstruct(model, clips(), 0.75, seed=2)
+    order = draw_masks(2, model.patch_embed.input_size, 0.75, seed=2).ids_restore.float()
+    imgs = normalize(clips())
+    with torch.no_grad(), golden.masking_noise(order):
+        loss, pred, mask = model(imgs, 0.75)
+    assert torch.equal(result.mask, mask)
+    torch.testing.assert_close((result.loss * mask).sum() / mask.sum(), loss)
+    target = model.patchify(model.target_frames(imgs))
+    if model.norm_pix_loss:
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    pixels = model.unpatchify(torch.where(mask.bool().unsqueeze(-1), pred, target))
+    levels = ((pixels * 0.225 + 0.45) * 255).clamp(0, 255).permute(0, 2, 3, 4, 1)
+    assert (result.reconstruction - levels).abs().max() <= 0.51
+    assert levels.std() > 30  # there is something to compare
+
+
+def test_rows():
+    model = small_model()
+    frames = [0, 2, 4, 7]  # linspace, truncated
+    result = reconstruct(model, clips(), 0.75, seed=2)
+    assert torch.equal(result.original, clips()[:, frames])
+    t, h, w = model.patch_embed.input_size
+    removed = result.mask.view(2, t, h, w).repeat_interleave(8, 2).repeat_interleave(8, 3).bool()
+    assert (result.masked[removed] == 128).all()
+    assert torch.equal(result.masked[~removed], result.original[~removed])
+    assert torch.equal(result.reconstruction[~removed], result.original[~removed])
+    assert not torch.equal(result.reconstruction[removed], result.original[removed])
+    whole = reconstruct(model, clips(), 0.75, seed=2, paste_visible=False)
+    assert torch.equal(whole.reconstruction[removed], result.reconstruction[removed])
+    assert not torch.equal(whole.reconstruction[~removed], result.original[~removed])
+
+
+def test_normalised_targets_get_the_truths_statistics():
+    model = small_model(norm_pix_loss=True)
+    with torch.no_grad():
+        model.decoder_pred.weight.zero_()
+    result = reconstruct(model, clips(), 0.75, paste_visible=False)
+    patches = result.original.unflatten(3, (4, 8)).unflatten(2, (4, 8)).float()
+    means = patches.mean(dim=(3, 5, 6), keepdim=True).expand_as(patches)
+    got = result.reconstruction.unflatten(3, (4, 8)).unflatten(2, (4, 8))
+    assert (got - means).abs().max() <= 0.51
+
+
+def test_reconstructing_leaves_training_alone():
+    model = small_model().train()
+    state = torch.get_rng_state()
+    result = reconstruct(model, clips(), 0.75)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(result.loss, reconstruct(model, clips(), 0.75).loss)
+    assert not torch.equal(result.loss, reconstruct(model, clips(), 0.75, seed=1).loss)
+
+
+def test_clips_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"clips of shape \[2, 4, 32, 32, 3\] are not the model's"):
+        reconstruct(small_model(), clips()[:, :4], 0.75)
+
+
+# --- pictures
+
+
+def test_tile_and_enlarge():
+    red, green, blue = (torch.zeros(2, 2, 3, 3, dtype=torch.uint8) for _ in range(3))
+    for channel, video in enumerate((red, green, blue)):
+        video[..., channel] = 9
+    sheet = tile([[red, green], [enlarge(blue, 1)]], gap=1)
+    assert sheet.shape == (2, 5, 7, 3)
+    assert (sheet[:, :2, :3] == red).all()
+    assert (sheet[:, :2, 4:] == green).all()
+    assert (sheet[:, 3:, :3] == blue).all()
+    assert (sheet[:, 2] == 255).all()
+    assert (sheet[:, 3:, 3:] == 255).all()
+    large = enlarge(torch.arange(6, dtype=torch.uint8).view(1, 2, 3, 1), 2)
+    assert large[0, :, :, 0].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+
+
+def test_gif():
+    levels = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+    video = levels.view(3, 1, 1, 3).expand(3, 20, 30, 3).clone()
+    video[:, :, :10] = torch.tensor([40, 80, 120], dtype=torch.uint8)
+    with Image.open(io.BytesIO(encode_gif(video, fps=4))) as gif:
+        assert (gif.format, gif.size, gif.n_frames) == ("GIF", (30, 20), 3)
+        assert gif.info["loop"] == 0
+        for number in range(3):
+            gif.seek(number)
+            assert gif.info["duration"] == 250
+            shown = np.asarray(gif.convert("RGB")).astype(int)
+            assert abs(shown - video[number].numpy()).max() <= 8
+
+
+def test_mp4(tmp_path):
+    ramp = torch.linspace(0, 255, 31).to(torch.uint8).view(1, 1, 31, 1)
+    video = torch.stack([ramp.expand(1, 21, 31, 3)[0] // k for k in (1, 2, 4)])
+    path = tmp_path / "ramp.mp4"
+    path.write_bytes(encode_mp4(video, fps=3.75))
+    with Video(str(path)) as decoded:
+        assert (decoded.num_frames, decoded.height, decoded.width) == (3, 22, 32)
+        assert decoded.fps == pytest.approx(3.75)
+        for number, frame in decoded.frames(range(3)):
+            difference = frame[:21, :31].astype(int) - video[number].numpy()
+            assert abs(difference).mean() < 4

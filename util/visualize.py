@@ -1,0 +1,235 @@
+"""What a masked autoencoder sees and what it predicts, as pictures.
+
+Shapes: N clips, C channels, T frames of a clip, t of them predicted, H W pixels, L tokens, K of
+them visible.
+Pictures are uint8 RGB, channels last; a video is [t, H, W, C].
+"""
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from util.pos_embed import Grid
+from util.transforms import MEAN, STD, normalize
+
+MASK_TYPES = ("random", "tube", "time", "block")
+REMOVED = 128  # grey level of removed patches
+GAP, WHITE = 4, 255  # pixels between pictures, and their level
+
+
+class Masks(NamedTuple):
+    """Which patches of every clip are removed, in the form that the autoencoder takes."""
+
+    mask: Tensor  # float32 [N, L], 1 = removed
+    ids_restore: Tensor  # int64 [N, L]
+    ids_keep: Tensor  # int64 [N, K]
+
+
+class Reconstruction(NamedTuple):
+    """The predicted frames of N clips in three versions, and how wrong the prediction is."""
+
+    original: Tensor  # uint8 [N, t, H, W, C]
+    masked: Tensor  # uint8 [N, t, H, W, C], removed patches grey
+    reconstruction: Tensor  # uint8 [N, t, H, W, C]
+    loss: Tensor  # float32 [N, L], mean square of each patch; training averages the removed ones
+    mask: Tensor  # float32 [N, L], 1 = removed
+
+
+def draw_masks(
+    num_clips: int, grid: Grid, mask_ratio: float, mask_type: str = "random", seed: int = 0
+) -> Masks:
+    """Draw the masks of section 5.1's ablation; the ith clip's comes from (seed, i) alone.
+
+    With the same seed, what is visible at a higher ratio is visible at a lower one.
+
+    Args:
+        grid: tokens along t, h, w.
+        mask_ratio: share removed, above 0 and below 1; at least one patch, tube or step stays.
+        mask_type: "random" patches, as in pre-training; "tube": the same places at all times;
+            "time": whole steps; "block": cuboids of half the clip's extents, until enough is gone.
+
+    Raises:
+        ValueError: a ratio or type that is not among those, or a negative seed.
+    """
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio = {mask_ratio:g} is not above 0 and below 1")
+    if mask_type not in MASK_TYPES:
+        raise ValueError(f"mask_type {mask_type!r} is none of {', '.join(MASK_TYPES)}")
+    if seed < 0:
+        raise ValueError(f"seed = {seed} is negative")
+    t, h, w = grid
+    unit = {"tube": t, "time": h * w}.get(mask_type, 1)  # tokens that go or stay together
+    L = t * h * w
+    K = max(1, int(L // unit * (1 - mask_ratio))) * unit  # truncated, as in pre-training
+    rngs = [np.random.default_rng((seed, i)) for i in range(num_clips)]
+    noise = torch.stack([torch.from_numpy(_noise(rng, grid, mask_type)) for rng in rngs])
+    # stable: equal noise, that of a tube or step, keeps its tokens together
+    ids_shuffle = noise.flatten(1).argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return Masks((ids_restore >= K).float(), ids_restore, ids_shuffle[:, :K])
+
+
+def _noise(rng: np.random.Generator, grid: Grid, mask_type: str) -> np.ndarray:
+    """Return float64 [t, h, w]: the tokens with the smallest values stay visible."""
+    t, h, w = grid
+    if mask_type == "block":
+        return _block_noise(rng, grid)
+    shape = {"random": (t, h, w), "tube": (1, h, w), "time": (t, 1, 1)}[mask_type]
+    return np.broadcast_to(rng.random(shape), grid).copy()
+
+
+def _block_noise(rng: np.random.Generator, grid: Grid) -> np.ndarray:
+    """Cover the grid with cuboids one after the other; what is covered first has most noise."""
+    half = (np.array(grid) + 1) // 2
+    noise = np.zeros(grid)
+    cuboid = 0
+    while (noise == 0).any():
+        cuboid += 1
+        start = rng.integers(1 - half, grid)  # they may stick out: corners are not favoured
+        stop = start + half
+        covered = noise[tuple(slice(max(a, 0), b) for a, b in zip(start, stop, strict=True))]
+        covered[covered == 0] = -cuboid
+    return noise
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: Any,
+    clips: Tensor,
+    mask_ratio: float,
+    mask_type: str = "random",
+    seed: int = 0,
+    paste_visible: bool = True,
+) -> Reconstruction:
+    """Remove patches of clips and let a masked autoencoder predict them.
+
+    A model of normalised targets (norm_pix_loss) does not know brightness and contrast of a patch:
+    its predictions get the mean and the deviation of the true patch.
+
+    Args:
+        model: a MaskedAutoencoderViT, on any device; its training mode and the global random state
+            are left as they are. Call under autocast for another precision.
+        clips: uint8 [N, T, H, W, C], of the model's size, on any device.
+        mask_ratio, mask_type, seed: as in draw_masks.
+        paste_visible: show the true pixels of the visible patches in the reconstruction; else the
+            prediction there too, which no loss has trained.
+
+    Returns:
+        everything on the CPU; t is the model's pred_t_dim.
+
+    Raises:
+        ValueError: a ratio or type that draw_masks refuses, or clips of another size.
+    """
+    side, frames = model.patch_embed.img_size, model.patch_embed.num_frames
+    if tuple(clips.shape[1:]) != (frames, side, side, 3):
+        raise ValueError(
+            f"clips of shape {list(clips.shape)} are not the model's: [N, {frames}, {side}, "
+            f"{side}, 3]"
+        )
+    device = next(model.parameters()).device
+    imgs = normalize(clips.to(device))  # (N, C, T, H, W)
+    masks = draw_masks(len(imgs), model.patch_embed.input_size, mask_ratio, mask_type, seed)
+    mask, ids_restore, ids_keep = (tensor.to(device) for tensor in masks)
+    latent = model.encode(imgs, ids_keep)
+    if model.cls_embed and not model.cls_through_decoder:
+        latent = latent[:, 1:]
+    pred = model.forward_decoder(latent, ids_restore).float()  # (N, L, u*p*p*C)
+
+    loss = model.patch_losses(imgs, pred)  # (N, L)
+
+    target = model.patchify(model.target_frames(imgs))
+    if model.norm_pix_loss:
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+        pred = pred * (var + 1e-6).sqrt() + mean
+    removed = mask.bool().unsqueeze(-1)
+    grey = torch.full_like(target, (REMOVED / 255 - MEAN) / STD)
+    original, masked, reconstruction = (
+        _to_uint8(model.unpatchify(x))
+        for x in (
+            target,
+            torch.where(removed, grey, target),
+            torch.where(removed, pred, target) if paste_visible else pred,
+        )
+    )
+    return Reconstruction(original, masked, reconstruction, loss.cpu(), mask.cpu())
+
+
+def _to_uint8(imgs: Tensor) -> Tensor:
+    """Undo normalize: float [N, C, t, H, W] -> uint8 [N, t, H, W, C] on the CPU."""
+    levels = (imgs * STD + MEAN).mul(255).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()
+
+
+def enlarge(video: Tensor, factor: int) -> Tensor:
+    """Repeat every pixel of a video [t, H, W, C] factor times in both directions."""
+    return video.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+def tile(rows: Sequence[Sequence[Tensor]], gap: int = GAP) -> Tensor:
+    """Lay videos [t, H, W, C] out in rows and columns with white gaps between: one video.
+
+    Videos of a row have the same height, those of a column the same width; rows may be shorter than
+    the first one, which leaves white at their ends.
+    """
+    heights = [row[0].shape[1] for row in rows]
+    widths = [video.shape[2] for video in rows[0]]
+    t, C = rows[0][0].shape[0], rows[0][0].shape[3]
+    size = [sum(extents) + gap * (len(extents) - 1) for extents in (heights, widths)]
+    sheet = torch.full((t, *size, C), WHITE, dtype=torch.uint8)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for video, width in zip(row, widths, strict=False):
+            sheet[:, top : top + height, left : left + width] = video
+            left += width + gap
+        top += height + gap
+    return sheet
+
+
+def encode_gif(video: Tensor, fps: float) -> bytes:
+    """Encode a video [t, H, W, 3] as a GIF that plays for ever, its 256 colours chosen once.
+
+    GIF counts hundredths of a second: the frame rate is rounded to that.
+    """
+    # one palette for all frames: what stands still does not flicker
+    frames = [Image.fromarray(frame) for frame in video.numpy()]
+    width, height = frames[0].size
+    column = Image.new("RGB", (width, height * len(frames)))
+    for i, frame in enumerate(frames):
+        column.paste(frame, (0, i * height))
+    palette = column.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    file = io.BytesIO()
+    indexed[0].save(
+        file,
+        "GIF",
+        save_all=True,
+        append_images=indexed[1:],
+        duration=max(2, round(100 / fps)) * 10,  # ms; browsers slow down what is below 20
+        loop=0,
+    )
+    return file.getvalue()
+
+
+def encode_mp4(video: Tensor, fps: float) -> bytes:
+    """Encode a video [t, H, W, 3] as H.264 in an MP4; odd sides get a white line, as they must."""
+    _, height, width, _ = video.shape
+    even = F.pad(video, (0, 0, 0, width % 2, 0, height % 2), value=WHITE)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1000)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+        stream.height, stream.width = even.shape[1:3]
+        stream.pix_fmt = "yuv420p"  # what every player takes
+        for frame in even.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
