@@ -8,7 +8,7 @@ BACKEND := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format type test test-all demo bench clean
+.PHONY: help install lint format type test test-slow test-all demo bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,8 +38,11 @@ type: $(INSTALLED)  ## check types
 test: $(INSTALLED)  ## run the tests (below 5 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
+test-slow: $(INSTALLED)  ## run those that `make test` leaves out (kills, hosts, Slurm: 25 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
 test-all: $(INSTALLED)  ## run all the tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 demo: $(INSTALLED)  ## pre-train, fine-tune and test a tiny model on synthetic videos (8 minutes)
 	$(BIN)/python -m demo.end_to_end

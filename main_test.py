@@ -9,7 +9,7 @@ import argparse
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -70,15 +70,24 @@ def get_args_parser() -> flags.Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse flags; those of the model default to what the checkpoint holds."""
+def parse_args(
+    argv: Sequence[str] | None = None,
+    add_args: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """Parse flags; those of the model default to what the checkpoint holds.
+
+    Args:
+        add_args: adds a launcher's own flags.
+    """
 
     def default_flags(args: argparse.Namespace) -> list[str]:
         if not args.finetune:
             raise UserError("main_test.py needs --finetune CHECKPOINT, a fine-tuned classifier")
         return checkpoint_flags(args.finetune)
 
-    return flags.parse(get_args_parser(), argv, default_flags)
+    parser = get_args_parser()
+    add_args(parser)
+    return flags.parse(parser, argv, default_flags)
 
 
 def checkpoint_flags(path: str) -> list[str]:

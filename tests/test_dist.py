@@ -41,6 +41,16 @@ def test_single_task_and_torchrun_inside_a_step_are_left_alone(environment, vari
     assert "MASTER_ADDR" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("restarts", "shared", "warned"),
+    [("2", "True", True), ("2", "False", False), ("0", "True", False)],
+)
+def test_restarts_need_a_store_of_their_own(environment, capsys, restarts, shared, warned):
+    os.environ |= {"TORCHELASTIC_MAX_RESTARTS": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
+    dist.warn_of_stale_store()
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("name", ["tpu", "cuda" if not torch.cuda.is_available() else "cuda:99"])
 def test_device_that_is_not_there(name):
     with pytest.raises(ValueError, match=name.removeprefix("cuda:")):

@@ -11,11 +11,19 @@ import main_pretrain
 import main_test
 import submitit_finetune
 import submitit_pretrain
+import submitit_test
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     f"{module.__name__}.py": module
-    for module in (main_pretrain, main_finetune, main_test, submitit_pretrain, submitit_finetune)
+    for module in (
+        main_pretrain,
+        main_finetune,
+        main_test,
+        submitit_pretrain,
+        submitit_finetune,
+        submitit_test,
+    )
 }
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
 

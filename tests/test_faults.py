@@ -3,7 +3,10 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ import main_finetune
 import main_pretrain
 import submitit_finetune
 import submitit_pretrain
+import submitit_test
 from tests.test_kills import argv, children, kill_all, rank_pid, wait_for_line
-from tests.test_scripts import PRETRAIN, finish, spawn
+from tests.test_scripts import PRETRAIN, ROOT, assert_same_weights, finish, spawn
 
 
 def loader_workers(pid: int) -> list[int]:
@@ -76,8 +80,43 @@ def test_nothing_listens_on_a_port(videos, tmp_path):
         kill_all(process)
 
 
+def alive(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_loader_workers_die_with_the_trainer(videos, tmp_path):
+    """They ignore what launchers send, but nobody tells them to go when the trainer is killed."""
+    flags = argv("main_pretrain.py", videos, tmp_path, 1, 2)
+    flags[flags.index("--epochs") + 1] = 500
+    process = spawn("main_pretrain.py", *flags)
+    wait_for_line(process, r"Epoch \[1/500\]")
+    workers = loader_workers(process.pid)
+    assert len(workers) == 2
+    for pid in workers:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            os.kill(pid, number)
+    wait_for_line(process, r"Epoch \[3/500\]")
+    assert loader_workers(process.pid) == workers
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_help_of_the_launchers_shows_the_flags_of_script_and_job(capsys):
-    for module, own in ((submitit_pretrain, "--mask_ratio"), (submitit_finetune, "--mixup")):
+    launchers = (
+        (submitit_pretrain, "--mask_ratio"),
+        (submitit_finetune, "--mixup"),
+        (submitit_test, "--num_crops"),
+    )
+    for module, own in launchers:
         with pytest.raises(SystemExit) as caught:
             module.parse_args(["--help"])
         assert caught.value.code == 0
@@ -99,6 +138,103 @@ def test_a_local_job_of_two_tasks(videos, tmp_path):
     folder = tmp_path / job_id
     assert (folder / "checkpoint-00000.pth").exists()
     assert "2 process(es)" in (folder / f"{job_id}_0_log.out").read_text()
+
+
+def wait_until(what: Callable[[], object], printed: Callable[[], str], seconds=120.0) -> None:
+    """Poll until something is so; else fail with what the processes printed."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, printed()
+        time.sleep(0.01)
+
+
+# --- torchrun over two hosts made of network namespaces
+
+
+HOSTS = ("mae1", "mae2")
+
+
+def ip(*words: object) -> None:
+    subprocess.run(["ip", *map(str, words)], check=True)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Join two network namespaces by a cable; each knows both names."""
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    try:
+        ip("netns", "add", HOSTS[0])
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot make network namespaces: {error}")
+    try:
+        ip("netns", "add", HOSTS[1])
+        ip("link", "add", "maeA", "netns", HOSTS[0], "type", "veth",
+           "peer", "name", "maeB", "netns", HOSTS[1])  # fmt: skip
+        names = "127.0.0.1 localhost\n10.78.0.1 mae1\n10.78.0.2 mae2\n"
+        for number, (host, device) in enumerate(zip(HOSTS, ("maeA", "maeB"), strict=True), 1):
+            ip("-n", host, "addr", "add", f"10.78.0.{number}/24", "dev", device)
+            for link in (device, "lo"):
+                ip("-n", host, "link", "set", link, "up")
+            folder = Path("/etc/netns", host)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "hosts").write_text(names)  # `ip netns exec` binds it over /etc/hosts
+        yield HOSTS
+    finally:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "del", host], check=False)
+            (Path("/etc/netns", host) / "hosts").unlink(missing_ok=True)
+            if Path("/etc/netns", host).is_dir():
+                Path("/etc/netns", host).rmdir()
+
+
+def torchrun_on(host: str, log: Path, *flags: object) -> subprocess.Popen:
+    """Start torchrun with one rank on a host, under the host's own name, printing to a file."""
+    command = [
+        "ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c",
+        f'hostname {host}; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run",
+        "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=mae1:29500",
+        "--rdzv_id=1", "--max-restarts=2", ROOT / "main_pretrain.py", *flags,
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see PRETRAIN.md
+    }  # fmt: skip
+    with log.open("w") as file:
+        return subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+
+
+@pytest.mark.slow
+def test_two_hosts_restart_by_themselves_after_a_kill(hosts, videos, tmp_path):
+    """A rank is killed by SIGKILL; torchrun starts both anew, from the newest checkpoint."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    flags = [*PRETRAIN, "--epochs", 12, "--batch_size", 1, "--path_to_data_dir", videos]
+    flags += ["--checkpoint_minutes", 1e-6, "--dist_timeout", 1, "--keep_last", 2]
+    finish(spawn("main_pretrain.py", *flags, "--output_dir", whole, ranks=2))
+    logs = [tmp_path / f"{host}.txt" for host in hosts]
+    agents = [
+        torchrun_on(host, log, *flags, "--output_dir", part)
+        for host, log in zip(hosts, logs, strict=True)
+    ]
+
+    def printed() -> str:
+        return "\n".join(log.read_text() for log in logs)
+
+    try:
+        wait_until(lambda: list(part.glob("checkpoint-00002*.pth")), printed)
+        (victim,) = children(agents[1].pid)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: all(agent.poll() is not None for agent in agents), printed)
+    finally:
+        for agent in agents:
+            kill_all(agent)
+    assert [agent.returncode for agent in agents] == [0, 0], printed()
+    assert "resumed from" in printed()
+    last = "checkpoint-00011.pth"
+    assert_same_weights(part / last, whole / last)
+    assert (part / "log.txt").read_text() == (whole / "log.txt").read_text()
 
 
 # --- bad steps

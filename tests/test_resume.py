@@ -5,6 +5,8 @@ import contextlib
 import json
 import os
 import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,15 @@ from util.errors import UserError
 from util.lr_sched import set_learning_rate
 from util.optim import make_optimizer, optim_step, param_groups_weight_decay
 from util.resume import (
+    STOP_SIGNALS,
     Checkpoints,
+    HostCopy,
     Progress,
     append_log,
     find_checkpoint,
     list_checkpoints,
     newest_checkpoint,
+    signals_restored,
     superfluous,
     write_log,
 )
@@ -136,6 +141,28 @@ def test_checkpoint_is_of_the_moment_of_save_though_training_goes_on(tmp_path, m
     path = training.save(tmp_path)
     resumed = Training(init=1)
     resumed.resume(path)
+    assert_bitwise_equal(resumed.state(), then)
+
+
+def test_a_step_waits_for_the_copy_that_is_under_way(tmp_path, monkeypatch):
+    training = Training(init=0, output_dir=str(tmp_path))
+    training.train(0)
+    then = {k: v.clone() for k, v in training.state().items()}
+    copy = HostCopy._copy
+
+    def slow_copy(self, state):
+        time.sleep(0.3)
+        return copy(self, state)
+
+    monkeypatch.setattr(HostCopy, "_copy", slow_copy)
+    training.checkpoints.progress = Progress(4)
+    began = time.monotonic()
+    training.checkpoints.save()
+    assert time.monotonic() - began < 0.2  # the caller goes on at once
+    training.train(1)
+    training.checkpoints.wait()
+    resumed = Training(init=1)
+    resumed.resume(newest_checkpoint(str(tmp_path)))
     assert_bitwise_equal(resumed.state(), then)
 
 
@@ -419,3 +446,12 @@ def test_files_and_folders_follow_the_umask(tmp_path, trained, umask):
     assert (tmp_path / "output").stat().st_mode & 0o777 == 0o777 & ~umask
     for file in (path, tmp_path / "output" / "log.txt"):
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_signals_are_given_back_after_an_error(tmp_path):
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(UserError), signals_restored():
+        checkpoints = Training(init=0, output_dir=str(tmp_path)).checkpoints
+        assert [signal.getsignal(n) for n in STOP_SIGNALS] == [checkpoints.interruption._note] * 3
+        raise UserError("a bad step")
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -64,6 +64,20 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
         )
 
 
+def warn_of_stale_store() -> None:
+    """Say what restarts by torchrun need; without it they may fail to connect.
+
+    torchrun hands its store to every new set of ranks with the addresses that the last ones left
+    there (https://github.com/pytorch/pytorch/issues/135712).
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        print0(
+            "WARNING: for --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun; "
+            "else restarted ranks may look for each other at old addresses"
+        )
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -3,8 +3,10 @@
 Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 """
 
+import contextlib
 import math
 import os
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -47,6 +49,7 @@ from util.video import (
 MAX_REPLACEMENTS = 10  # unreadable videos in a row before a loader gives up
 NO_LABEL = -1
 PREFETCH = 2  # batches that a worker makes ahead
+LAUNCHER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 AUGMENT_SIDE = 256  # pixels: RandAugment sees no larger short side, as in the reference
 
 
@@ -535,7 +538,8 @@ class VideoLoader:
         self.sampler.start = start_step * self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = map(self._receive, self.loader)
+        with signals_blocked():  # else one could come before a new worker ignores it
+            batches = map(self._receive, self.loader)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def _receive(self, made: "_MadeBatch") -> Batch:
@@ -624,5 +628,19 @@ def _cpu_quota() -> float:
         return math.inf
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold back the signals that stop a run, here and in processes started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LAUNCHER_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
+    # Launchers send these to every process they find. The trainer needs its workers for the step
+    # it ends with; it tells them when to go, and they go by themselves when it is gone.
+    for number in LAUNCHER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -183,7 +183,7 @@ class Checkpoints:
 
     Files are written by a thread from a copy in host memory, atomically; a write that fails (full
     disk, lost folder) is reported loudly, leaves the older files, and lets training go on. Only
-    the main process writes.
+    the main process writes. The optimiser's step waits for the copy where it is still under way.
 
     Args:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
@@ -215,6 +215,7 @@ class Checkpoints:
         self.last_saved = time.monotonic()
         self.thread: threading.Thread | None = None
         self.host_copy = HostCopy()
+        optimizer.register_step_pre_hook(lambda *_: self.host_copy.wait())
         self.interruption = Interruption(args.dist_timeout)
 
     # --- in the training loop -----------------------------------------------------------------
@@ -264,7 +265,7 @@ class Checkpoints:
     # --- saving -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint of this moment; the copy is done when this returns, not the file."""
+        """Write the checkpoint of this moment, beside training, which goes on at once."""
         self.last_saved = time.monotonic()
         if not is_main():
             return
@@ -284,9 +285,12 @@ class Checkpoints:
             "args": vars(self.args),
             "arguments": getattr(self.model, "arguments", {}),  # of its constructor
         }
-        state = self.host_copy.take(state)
+        on_gpu = next(self.model.parameters()).is_cuda
         path = os.path.join(self.args.output_dir, name)
-        self.thread = threading.Thread(target=self._write, args=(path, state))
+        finish_copy = self.host_copy.begin(state, on_gpu)
+        self.thread = threading.Thread(
+            target=self._write, args=(path, finish_copy, progress.best_epoch)
+        )
         self.thread.start()
 
     def wait(self) -> None:
@@ -300,9 +304,11 @@ class Checkpoints:
         self.wait()
         self.interruption.close()
 
-    def _write(self, path: str, state: dict[str, Any]) -> None:
+    def _write(
+        self, path: str, finish_copy: Callable[[], dict[str, Any]], best_epoch: int | None
+    ) -> None:
         try:
-            self.host_copy.wait()
+            state = finish_copy()
             make_dirs(self.args.output_dir)
             write_atomically(path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's zip writer
@@ -310,7 +316,7 @@ class Checkpoints:
             print0(f"WARNING: could not save {path}: {reason}; training goes on without it")
             return
         print0(f"saved {path}")
-        self._prune(path, state["progress"]["best_epoch"])
+        self._prune(path, best_epoch)
 
     def _prune(self, newest: str, best_epoch: int | None) -> None:
         try:
@@ -333,6 +339,7 @@ class Checkpoints:
         Raises:
             UserError: the file is damaged, no training checkpoint, or of another model or data set.
         """
+        self.wait()
         checkpoint = read_intact(path)
         self._refuse_others(checkpoint, path)
         try:
@@ -383,39 +390,71 @@ class Checkpoints:
 
 
 class HostCopy:
-    """A copy of a run's state in host memory that is kept from save to save.
+    """A copy of a run's state in host memory, which is kept from save to save.
 
-    For a GPU it is page-locked, and taken on the device's own time: nothing waits but the writer.
+    On a CPU the writing thread makes it, beside the next forward and backward pass: what changes
+    the tensors, an optimiser's step, must `wait`. On a GPU copies into page-locked memory are
+    enqueued at once, so that the stream itself puts later changes after them.
     """
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
-        self.copied: torch.cuda.Event | None = None
+        self.complete = threading.Event()
+        self.complete.set()
 
-    def take(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state with every tensor replaced by its copy; the last one becomes invalid."""
-        buffers, used, on_gpu = self.buffers, 0, False
-
-        def copy(x: Tensor) -> Tensor:
-            nonlocal used, on_gpu
-            if used == len(buffers):
-                buffers.append(torch.empty(0))
-            if buffers[used].shape != x.shape or buffers[used].dtype != x.dtype:
-                buffers[used] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-            used, on_gpu = used + 1, on_gpu or x.is_cuda
-            return buffers[used - 1].copy_(x.detach(), non_blocking=x.is_cuda)
-
-        state = tree_map_only(Tensor, copy, state)
-        self.copied = None
+    def begin(self, state: dict[str, Any], on_gpu: bool) -> Callable[[], dict[str, Any]]:
+        """Return a function for the writing thread: it gives the copy, and the last one is gone."""
         if on_gpu:
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        return state
+            copy = self._copy(state)
+            copied = torch.cuda.Event()
+            copied.record()
+
+            def finish_on_gpu() -> dict[str, Any]:
+                copied.synchronize()
+                return copy
+
+            return finish_on_gpu
+        self.complete.clear()
+
+        def finish() -> dict[str, Any]:
+            try:
+                return self._copy(state)
+            finally:
+                self.complete.set()
+
+        return finish
 
     def wait(self) -> None:
-        """Wait until the copy is complete; call it from the writing thread."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        """Wait until the tensors may change."""
+        self.complete.wait()
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        used = 0
+
+        def copy(x: Tensor) -> Tensor:
+            nonlocal used
+            if used == len(self.buffers):
+                self.buffers.append(torch.empty(0))
+            buffer = self.buffers[used]
+            if buffer.shape != x.shape or buffer.dtype != x.dtype:
+                buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                self.buffers[used] = buffer
+            used += 1
+            return buffer.copy_(x.detach(), non_blocking=x.is_cuda)
+
+        return tree_map_only(Tensor, copy, state)
+
+
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """Give the signals of Interruption back in the end, after an error too."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Interruption:

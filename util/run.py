@@ -20,11 +20,12 @@ from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
 from util.meters import BadStepError, RunLog, epoch_1000x
 from util.optim import choose_precision
-from util.resume import Checkpoints, Progress, newest_checkpoint
+from util.resume import Checkpoints, Progress, newest_checkpoint, signals_restored
 
 ROOT = Path(__file__).parent.parent
 
 
+@signals_restored()
 def run(
     main: Callable[[Namespace], None], parse: Callable[[Sequence[str] | None], Namespace]
 ) -> None:
@@ -77,6 +78,7 @@ def start(args: Namespace) -> torch.device:
     print0(" ".join(f"--{k} {v}" for k, v in flags.items()))
     if args.notice:
         print0(args.notice)
+    dist.warn_of_stale_store()
     tf32 = " (fp32 matrix products in TF32)" if device.type == "cuda" else ""
     print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}{tf32}")
     torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""Jobs on a Slurm cluster (or of this machine) through submitit, for both launchers."""
+"""Jobs on a Slurm cluster (or of this machine) through submitit, for all launchers."""
 
 import importlib
 import os
@@ -12,7 +12,6 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from util import dist
 from util.errors import UserError
 
-SECONDS_TO_SAVE = 120  # Slurm's warning comes so long before the end of a job's time
 MAX_TIMEOUTS = 1000  # time limits that a job may run into; submitit alone would stop at the fourth
 
 
@@ -33,6 +32,12 @@ def add_slurm_args(parser: ArgumentParser) -> None:
     group.add_argument("--cpus_per_task", type=int, default=10)
     group.add_argument("--mem_gb", type=float, default=None, help="memory per node, GB")
     group.add_argument("--time", type=int, default=4320, help="time limit, minutes")
+    group.add_argument(
+        "--signal_delay_s",
+        type=int,
+        default=120,
+        help="seconds to save before the time limit; Slurm may grant up to 60 more",
+    )
     group.add_argument("--partition", default=None)
     group.add_argument("--account", default=None)
     group.add_argument("--qos", default=None)
@@ -91,7 +96,7 @@ def submit(script: str, args: Namespace) -> submitit.Job:
     if args.cluster == "slurm":
         names = ("partition", "account", "qos", "constraint", "comment")
         extra = {f"slurm_{name}": getattr(args, name) for name in names}
-        extra["slurm_signal_delay_s"] = SECONDS_TO_SAVE
+        extra["slurm_signal_delay_s"] = args.signal_delay_s
         executor_options = {"slurm_max_num_timeout": MAX_TIMEOUTS}
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=args.cluster, **executor_options)

@@ -1,8 +1,10 @@
 """submitit_pretrain.py on a real Slurm of two nodes, started on this machine by slurm_up.sh."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ FLAGS = [*PRETRAIN, "--epochs", EPOCHS, "--batch_size", 1, "--checkpoint_minutes
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # one cluster at a time on this machine
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="starting Slurm's daemons needs root"),
     pytest.mark.skipif(
@@ -104,17 +107,86 @@ def test_a_requeued_job_goes_on(slurm, uninterrupted, videos, tmp_path):
     assert_same_run(folder, uninterrupted)
 
 
+def tasks_of(job_id: str) -> list[int]:
+    """Find the processes of a job's tasks, on this machine; srun is not one of them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            own = f"SLURM_JOB_ID={job_id}".encode() in environment
+            if own and b"python" in words[0] and b"submitit.core._submit" in words:
+                found.append(int(folder.name))
+    return found
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a signal has been sent to a process that has not taken it yet."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
 def test_a_time_limit_requeues_the_job(slurm, uninterrupted, videos, tmp_path):
     """The warning by SIGUSR2 stops both ranks after a step, and submitit's hook requeues the job.
 
-    Slurm would send it a minute or so before the limit: here scancel sends it, by the same way.
+    The limit is real; the tasks are stopped in the meantime, so as to have work left when it nears.
     """
-    job_id, folder = submit(slurm, videos, tmp_path)
+    job_id, folder = submit(slurm, videos, tmp_path, "--time", 3, "--signal_delay_s", 60)
     wait_for(lambda: list(folder.glob("checkpoint-00001*.pth")), folder)
-    subprocess.run(["scancel", "--signal", "USR2", job_id], env=slurm, check=True)
+    tasks = tasks_of(job_id)
+    assert len(tasks) == 2
+    for pid in tasks:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: all(pending(pid, signal.SIGUSR2) for pid in tasks), folder)
+    finally:
+        for pid in tasks:
+            os.kill(pid, signal.SIGCONT)
     wait_for_end(slurm, job_id, folder)
     logs = read_logs(folder)
     assert "SIGUSR2: stopping after this step with a checkpoint" in logs
     assert f"Requeued job {job_id}" in logs
     assert "resumed from" in logs
     assert_same_run(folder, uninterrupted)
+
+
+# --- batch scripts of one's own
+
+
+SCRIPTS = re.findall(r"```sbatch\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize(("script", "told"), [(0, []), (1, ["--batch"])], ids=["srun", "torchrun"])
+def test_a_documented_batch_script(slurm, uninterrupted, videos, tmp_path, script, told):
+    """The scripts of PRETRAIN.md, with the sizes of this Slurm, are told to stop and come back."""
+    text = SCRIPTS[script]
+    out = tmp_path / "out"
+    for old, new in (
+        ("--nodes=8", "--nodes=2"),
+        ("--ntasks-per-node=8", "--ntasks-per-node=1"),
+        ("--gpus-per-node=8 ", ""),
+        ("--cpus-per-task=80", "--cpus-per-task=1"),
+        ("--cpus-per-task=10", "--cpus-per-task=1"),
+        ("--nnodes 8 --nproc_per_node 8", "--nnodes 2 --nproc_per_node 1"),
+        ("srun torchrun", f"srun {sys.executable} -m torch.distributed.run"),
+        ("python main_pretrain.py", f"{sys.executable} main_pretrain.py"),
+        ("main_pretrain.py", str(ROOT / "main_pretrain.py")),
+        ("/data/k400", str(videos)),
+        ("--output_dir output/run1", f"--output_dir {out} {' '.join(map(str, FLAGS))}"),
+    ):
+        text = text.replace(old, new)
+    path = tmp_path / "job.sh"
+    path.write_text(text)
+    log = tmp_path / "0_log.out"
+    command = ["sbatch", "--parsable", f"--output={log}", str(path)]
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True)
+    job_id = done.stdout.strip()
+    wait_for(lambda: list(out.glob("checkpoint-00001*.pth")), tmp_path)
+    subprocess.run(["scancel", *told, "--signal", "USR2", job_id], env=slurm, check=True)
+    wait_for(lambda: (out / LAST).exists(), tmp_path)
+    wait_for(lambda: state_of(slurm, job_id) in ("COMPLETED", "FAILED"), tmp_path)
+    assert state_of(slurm, job_id) == "COMPLETED", read_logs(tmp_path)
+    logs = read_logs(tmp_path)
+    assert "stopping after this step with a checkpoint" in logs
+    assert logs.count("Epoch [0/") and "resumed from" in logs
+    assert_same_run(out, uninterrupted)
