@@ -19,8 +19,8 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; give one with PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-	    && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(BACKEND) -e '.[dev]' \
-	    || $(if $(TORCH_BACKEND),{ echo 'TORCH_BACKEND needs uv; see INSTALL.md' >&2; exit 1; },$(BIN)/python -m pip install -e '.[dev]')
+	    && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(BACKEND) -e '.[dev,demo]' \
+	    || $(if $(TORCH_BACKEND),{ echo 'TORCH_BACKEND needs uv; see INSTALL.md' >&2; exit 1; },$(BIN)/python -m pip install -e '.[dev,demo]')
 	touch $@
 
 lint: $(INSTALLED)  ## check style and formatting

@@ -1,14 +1,19 @@
-"""Tests of masks, reconstructions and pictures (util/visualize.py)."""
+"""Tests of masks, reconstructions and pictures (util/visualize.py, demo/visualize.py)."""
 
 import io
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
+from demo import visualize
 from models_mae import check_mask_ratio, mae_vit_tiny_patch8, num_visible
+from models_vit import vit_tiny_patch8
 from tests import golden
+from tests.conftest import read_number
+from util import released
+from util.errors import UserError
 from util.transforms import normalize
 from util.video import Video
 from util.visualize import (
@@ -22,6 +27,7 @@ from util.visualize import (
 )
 
 GRID = (8, 14, 14)  # of the paper's models
+UNSAID = {"pos_embed_std": None, "decoder_sep_pos_embed": None}  # in files: from the shapes
 SIZES = {"img_size": 32, "num_frames": 8, "pred_t_dim": 4}
 
 
@@ -36,6 +42,11 @@ def small_model(**arguments):
 def clips(num_clips=2):
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (num_clips, 8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def saved(path, model, **others) -> str:
+    torch.save({"model": model.state_dict(), "arguments": model.arguments} | others, path)
+    return str(path)
 
 
 # --- masks
@@ -218,3 +229,139 @@ def test_mp4(tmp_path):
         for number, frame in decoded.frames(range(3)):
             difference = frame[:21, :31].astype(int) - video[number].numpy()
             assert abs(difference).mean() < 4
+
+
+# --- the command
+
+
+def run(*arguments):
+    visualize.main(visualize.parse_args([str(a) for a in arguments]))
+
+
+def gif_frames(path):
+    with Image.open(path) as gif:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+        return np.stack(frames), gif.info["duration"]
+
+
+def test_files_of_the_command(tmp_path, videos, capsys):
+    checkpoint = saved(tmp_path / "mae.pth", small_model(), args={"sampling_rate": 2})
+    out = tmp_path / "out"
+    files = videos / "v0.mp4", videos / "v1.mp4", videos / "v0.mp4"
+    run(*files, "--checkpoint", checkpoint, "--output_dir", out, "--mask_ratio", "0.5", "0.95")
+    names = [f"{stem}.{end}" for stem in ("v0", "v0_2", "v1") for end in ("gif", "mp4")]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert f"{out}/v1.gif {out}/v1.mp4" in capsys.readouterr().out
+    frames, duration = gif_frames(out / "v0.gif")
+    assert len(frames) == 4
+    assert duration == 130  # 8 frames at 15 per second, every second one shown
+    with Video(str(out / "v0.mp4")) as video:
+        assert video.num_frames == 4
+        for number, frame in video.frames(range(4)):
+            frame = frame[: frames.shape[1], : frames.shape[2]].astype(int)
+            assert abs(frame - frames[number]).mean() < 14  # 256 colours
+    # the same video drawn with the next seed: same truth, other mask
+    second, _ = gif_frames(out / "v0_2.gif")
+    grey = [(f[:, :, 20:] == 128).all(-1) for f in (frames, second)]
+    assert not np.array_equal(*grey)
+    left, right = (np.count_nonzero(part) / 4 / 128**2 for part in np.split(grey[0], [130], 2))
+    assert left == pytest.approx(0.5, abs=0.02)
+    assert right == pytest.approx(61 / 64, abs=0.02)
+
+
+def test_grid_and_frame_rate(tmp_path, videos):
+    checkpoint = saved(tmp_path / "mae.pth", small_model())
+    files = [videos / f"v{i}.mp4" for i in range(3)]
+    run(*files, "--checkpoint", checkpoint, "--output_dir", tmp_path / "one", "--fps", "5")
+    run(*files, "--checkpoint", checkpoint, "--output_dir", tmp_path / "all", "--grid", "2")
+    one, duration = gif_frames(tmp_path / "one/v1.gif")
+    grid, _ = gif_frames(tmp_path / "all/grid.gif")
+    assert duration == 200
+    assert grid.shape == (4, 2 * one.shape[1] + 16, 2 * one.shape[2] + 16, 3)
+    assert abs(grid[:, : one.shape[1], -one.shape[2] :].astype(int) - one).mean() < 4
+    assert (grid[:, one.shape[1] :, one.shape[2] :] == 255).all()
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["grid.gif", "grid.mp4"]
+
+
+def test_clip_lies_where_asked(tmp_path, videos):
+    model = small_model(pred_t_dim=8)
+    autoencoder = visualize.load_autoencoder(
+        saved(tmp_path / "mae.pth", model, args={"sampling_rate": 2})
+    )
+    assert autoencoder.fps == 15
+    for start, first in ((0, 0), (0.5, 22), (1, 44)):  # 60 frames at 30 fps, 16 of them spanned
+        clip = visualize.load_clip(videos / "v0.mp4", autoencoder, start)
+        assert clip.shape == (1, 8, 32, 32, 3)
+        numbers = [read_number(frame) for frame in clip[0]]
+        assert numbers == [first + int(i * 15 / 7) for i in range(8)]
+
+
+def test_model_is_rebuilt_from_its_file(tmp_path):
+    model = small_model(norm_pix_loss=True, sep_pos_embed=False, pred_t_dim=8)
+    path = saved(tmp_path / "mae.pth", model.half())
+    loaded = visualize.load_autoencoder(path)
+    assert loaded.sampling_rate == 4
+    assert {**loaded.model.arguments, **UNSAID} == {**model.arguments, **UNSAID}
+    assert not loaded.model.training
+    for name, tensor in loaded.model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].float())
+    clip = clips(1)
+    noted, plain = (
+        visualize.draw(visualize.Autoencoder(m.eval(), 4), clip, [0.9])
+        for m in (model.float(), small_model(norm_pix_loss=False))
+    )
+    assert noted.shape[1] > plain.shape[1]  # only where it is true is it said
+
+
+def test_default_checkpoint_is_the_newest_of_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "DEMO_RUN", tmp_path)
+    assert visualize.default_checkpoint() == "k400/vit_large"
+    monkeypatch.setattr(released, "ADDRESS", "http://127.0.0.1:9/{size}_{data}.pth")
+    problem = r"`make demo` has left no .* and cannot fetch http://127.*give --checkpoint"
+    with pytest.raises(UserError, match=problem):
+        visualize.load_autoencoder()
+    for epoch in (2, 10):
+        newest = saved(tmp_path / f"checkpoint-{epoch:05d}.pth", small_model())
+    assert visualize.default_checkpoint() == newest
+    assert visualize.load_autoencoder().model.pred_t_dim == SIZES["pred_t_dim"]
+
+
+def test_embedded_videos(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "ROOT", tmp_path)
+    found = visualize.embedded_videos()
+    assert len({path.parent.name for path in found}) == len(found) == 8
+    (tmp_path / "data/visualize/dataset.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the embedded videos cannot be written: .*visualize"):
+        visualize.embedded_videos()
+
+
+def test_mistakes_are_named(tmp_path, videos, capsys):
+    checkpoint = saved(tmp_path / "mae.pth", small_model())
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "file").touch()
+    video = videos / "v0.mp4"
+    with pytest.raises(UserError, match=r"nothing.mp4: no such file"):
+        run("nothing.mp4", "--checkpoint", checkpoint, "--output_dir", tmp_path)
+    with pytest.raises(UserError, match=r"text.mp4: cannot be opened as a video"):
+        run(tmp_path / "text.mp4", "--checkpoint", checkpoint, "--output_dir", tmp_path)
+    with pytest.raises(UserError, match=r"nothing.pth"):
+        run(video, "--checkpoint", "nothing.pth")
+    with pytest.raises(UserError, match=r"file/v0.gif: Not a directory"):
+        run(video, "--checkpoint", checkpoint, "--output_dir", tmp_path / "file")
+    with pytest.raises(UserError, match="seed = -1 is negative"):
+        run(video, "--checkpoint", checkpoint, "--output_dir", tmp_path, "--seed", -1)
+    classifier = saved(tmp_path / "vit.pth", vit_tiny_patch8(img_size=32, num_frames=8))
+    with pytest.raises(UserError, match=r"vit.pth has no decoder to reconstruct with"):
+        run(video, "--checkpoint", classifier)
+    (tmp_path / "v0.gif").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*v0.gif"):
+        run(video, "--checkpoint", checkpoint, "--output_dir", tmp_path)
+    for flags, problem in (
+        (["--mask_ratio", "95"], "--mask_ratio: 95 is not a share above 0 and below 1"),
+        (["--clip_start", "2"], "--clip_start: 2 is not a number from 0 to 1"),
+        (["--mask_type", "cube"], "--mask_type: invalid choice: 'cube'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(video, *flags)
+        assert problem in capsys.readouterr().err

@@ -98,7 +98,8 @@ def apply_weights(
     ours is folded into the patch embedding. A classifier drops the decoder.
 
     Args:
-        model: one of this project's; its constructor arguments say what is needed.
+        model: one of this project's; its constructor arguments say what is needed. On the meta
+            device it takes the file's tensors as its own, which saves seconds for a large one.
         keep_head: load the classification head too; else it is left as drawn.
         allow_missing: leave weights as drawn that the file lacks, with a warning.
 
@@ -127,7 +128,9 @@ def apply_weights(
         if not allow_missing:
             raise UserError(f"{problem} ({_some(not_loaded)}); {_flags_hint(weights, model)}")
         print0(f"WARNING: {problem}: {_some(not_loaded)} stay as drawn (--allow_missing)")
-    model.load_state_dict(state, strict=False)
+    # a model on the meta device has no memory to copy to: it takes the tensors themselves
+    state = {k: v.to(own[k].dtype) for k, v in state.items()}
+    model.load_state_dict(state, strict=False, assign=any(v.is_meta for v in own.values()))
     print0(coverage(weights, own, state, how))
 
 

@@ -200,13 +200,17 @@ def encode_gif(video: Tensor, fps: float) -> bytes:
     GIF counts hundredths of a second: the frame rate is rounded to that.
     """
     # one palette for all frames: what stands still does not flicker
-    frames = [Image.fromarray(frame) for frame in video.numpy()]
-    width, height = frames[0].size
-    column = Image.new("RGB", (width, height * len(frames)))
-    for i, frame in enumerate(frames):
-        column.paste(frame, (0, i * height))
-    palette = column.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    everything = Image.fromarray(video.flatten(0, 1).numpy())
+    palette = everything.quantize(254, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    colours = palette.getpalette() or []
+    indexed = []
+    for frame in video.numpy():
+        # Pillow takes a near colour, not the nearest: ours would be off, and are put in by hand
+        index = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+        for number, level in enumerate((REMOVED, WHITE)):
+            index[(frame == level).all(axis=-1)] = len(colours) // 3 + number
+        indexed.append(Image.fromarray(index))
+        indexed[-1].putpalette([*colours, *[REMOVED] * 3, *[WHITE] * 3])
     file = io.BytesIO()
     indexed[0].save(
         file,
