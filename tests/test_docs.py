@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import demo.app
+import demo.visualize
 import main_finetune
 import main_pretrain
 import main_test
@@ -25,6 +27,7 @@ SCRIPTS = {
         submitit_test,
     )
 }
+MODULES = {module.__name__: module for module in (demo.app, demo.visualize)}
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
 
 
@@ -57,7 +60,10 @@ def test_command_parses(document, command, monkeypatch):
         assert all(word in targets for word in words[1:] if "=" not in word)
     elif "-m" in words[:2]:
         name = words[words.index("-m") + 1]
-        assert name in ("venv", "pip") or (ROOT / (name.replace(".", "/") + ".py")).exists()
+        tools = ("venv", "pip", "nbconvert")
+        assert name in tools or (ROOT / (name.replace(".", "/") + ".py")).exists()
+        if name in MODULES:
+            MODULES[name].parse_args(words[words.index("-m") + 2 :])
     else:
         known = ("python3", "tensorboard", ".venv/bin/python", ".venv/bin/uv", "pip", "git")
         assert words[0] in known, command

@@ -1,6 +1,7 @@
 """Tests of masks, reconstructions and pictures (util/visualize.py, demo/visualize.py)."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,13 @@ def test_gif():
             assert gif.info["duration"] == 250
             shown = np.asarray(gif.convert("RGB")).astype(int)
             assert abs(shown - video[number].numpy()).max() <= 8
+
+
+def test_picture_of_the_readme():
+    path = Path(__file__).parent.parent / "docs/reconstructions.gif"
+    assert path.stat().st_size < 2e6
+    with Image.open(path) as gif:
+        assert gif.n_frames == 8
 
 
 def test_mp4(tmp_path):
