@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from util.confusion import count_confusions
 from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
 from util.kinetics import VideoLoader
 from util.lr_sched import learning_rate, set_learning_rate
@@ -95,19 +96,24 @@ def evaluate(
     loader: VideoLoader,
     device: torch.device,
     precision: str,
+    num_classes: int,
     log: RunLog,
     interruption: Interruption | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], np.ndarray]:
     """Classify the centre view of every video, each on one rank.
 
     Args:
         interruption: ends the loop early, alike on every rank; the result is then of no use.
 
     Returns:
-        loss, acc1 and acc5 in percent, over all readable videos; bad, the number of the others.
+        loss, acc1, acc5 and mean_class_acc (the mean of the classes' acc1), percent, over all
+        readable videos; bad, the number of the others; and their confusion matrix over all ranks,
+        int64 [C, C], labels by predictions.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, videos
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack it
+    sums = torch.zeros(2, dtype=exact, device=device)  # loss, top-5
+    confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
     common_steps = len(loader.dataset) // world_size() // loader.batch_size  # of all ranks
     for step, batch in log.every(loader, "Validate", len(loader), len(loader)):
         if interruption and step < common_steps and interruption.after_step():
@@ -121,13 +127,20 @@ def evaluate(
             logits = model(augment_on_device(clips, flip=None, erase=None))
         logits = logits.float()
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += topk_correct(logits, labels, 1)
-        sums[2] += topk_correct(logits, labels, 5)
-        sums[3] += len(labels)
-    *totals, videos = all_reduce_sum(sums).tolist()
-    loss, top1, top5 = (total / max(videos, 1) for total in totals)
-    bad = len(loader.dataset) - videos
-    return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5, "bad": bad}
+        sums[1] += topk_correct(logits, labels, 5)
+        confusion += count_confusions(labels, logits.argmax(dim=1), num_classes)
+    loss, top5 = all_reduce_sum(sums).tolist()
+    counts = all_reduce_sum(confusion).cpu().numpy()
+    videos, seen = int(counts.sum()), counts.sum(axis=1) > 0
+    per_class = counts.diagonal()[seen] / counts.sum(axis=1)[seen]
+    stats = {
+        "loss": loss / max(videos, 1),
+        "acc1": 100 * float(counts.trace()) / max(videos, 1),
+        "acc5": 100 * top5 / max(videos, 1),
+        "mean_class_acc": 100 * float(per_class.mean()) if videos else 0.0,
+        "bad": len(loader.dataset) - videos,
+    }
+    return stats, counts
 
 
 class VideoScores(NamedTuple):
@@ -135,7 +148,7 @@ class VideoScores(NamedTuple):
 
     scores: np.ndarray  # float32 [V, classes], zero where the video could not be read
     readable: np.ndarray  # bool [V]
-    errors: list[str]
+    errors: list[str]  # why a row could not be read, empty where it could
 
 
 @torch.no_grad()
@@ -173,11 +186,10 @@ def test(
     classes = max((len(scores) for _, scores, _ in gathered if scores is not None), default=0)
     result = np.zeros((len(dataset), classes), dtype=np.float32)
     readable = np.zeros(len(dataset), dtype=bool)
-    errors = []
-    for row, scores, error in sorted(gathered, key=lambda item: item[0]):
-        if scores is None:
-            errors.append(error)
-        else:
+    errors = [""] * len(dataset)
+    for row, scores, error in gathered:
+        errors[row] = error
+        if scores is not None:
             result[row], readable[row] = scores, True
     return VideoScores(result, readable, errors)
 

@@ -24,11 +24,13 @@ from util.checkpoint import (
     has_head_for,
     read_weights,
 )
+from util.confusion import read_class_names
+from util.dashboard import show_classes
 from util.dist import print0, seed_step, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.lr_decay import param_groups_lrd
-from util.meters import BadStepError, epoch_1000x
+from util.meters import BadStepError, last_x
 from util.mixup import Mixup
 from util.optim import make_optimizer, make_scaler
 from util.rand_augment import RandAugment
@@ -209,8 +211,10 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         if not checkpoint:
             raise UserError("--eval needs weights: give --resume CHECKPOINT")
-        print0(evaluate(model, val_loader, device, args.precision, log))
+        val, _ = evaluate(model, val_loader, device, args.precision, args.num_classes, log)
+        print0(val)
         return
+    class_names = read_class_names(folder, args.num_classes)
     ddp_model = run.distribute(model, device)
     started = time.time()
     while progress.epoch < args.epochs:
@@ -223,15 +227,19 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.stop_if_told()
         checkpoints.before_validation()
         stop = checkpoints.interruption
-        val = evaluate(model, val_loader, device, args.precision, log, stop)
+        val, confusion = evaluate(
+            model, val_loader, device, args.precision, args.num_classes, log, stop
+        )
         checkpoints.stop_if_told()
         best = max([line["val_acc1"] for line in progress.log] + [val["acc1"]])
         print0(
             f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
             f"loss {val['loss']:.4f}  best top-1 {best:.2f} %"
         )
+        x = last_x(progress.epoch, args.repeat_aug)
         for name, value in val.items():
-            log.scalar(f"val/{name}", value, epoch_1000x(progress.epoch + 1, args.repeat_aug))
+            log.scalar(f"val/{name}", value, x)
+        show_classes(confusion, class_names, log, x)
         log.flush()
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         record |= {f"val_{k}": v for k, v in val.items()}

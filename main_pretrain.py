@@ -16,9 +16,10 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import args as flags
 from util import run
+from util.dashboard import FixedClips
 from util.dist import print0, seed_step, world_size
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
-from util.meters import BadStepError
+from util.meters import BadStepError, last_x
 from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
 from util.resume import Checkpoints, find_checkpoint
 
@@ -48,6 +49,12 @@ def get_args_parser() -> flags.Parser:
     flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     flags.add_run_args(parser, output_dir="./output/pretrain")
+    parser.add_argument(
+        "--vis_period",
+        type=int,
+        default=10,
+        help="epochs between reconstructions of fixed clips in TensorBoard; 0: none",
+    )
     parser.set_defaults(
         repeat_aug=4,
         epochs=200,
@@ -79,15 +86,18 @@ def main(args: argparse.Namespace) -> None:
     device = run.start(args)
 
     index = VideoIndex(os.path.join(run.data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
+    sizes = {
+        "input_size": args.input_size,
+        "num_frames": args.num_frames,
+        "sampling_rate": args.sampling_rate,
+        "sampling": args.sampling,
+        "max_pixels": args.max_pixels,
+        "item_timeout": args.item_timeout,
+    }
     dataset = Kinetics(
         index,
         "pretrain",
-        input_size=args.input_size,
-        num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate,
-        sampling=args.sampling,
-        max_pixels=args.max_pixels,
-        item_timeout=args.item_timeout,
+        **sizes,
         seed=args.seed,
         repeat_aug=args.repeat_aug,
         scales=args.jitter_scales_relative,
@@ -135,6 +145,7 @@ def main(args: argparse.Namespace) -> None:
     progress = checkpoints.progress
 
     log = run.open_log(args, device, progress, len(loader))
+    fixed_clips = FixedClips(Kinetics(index, "test", **sizes), args, device)
     ddp_model = run.distribute(model, device)
     started = time.time()
     while progress.epoch < args.epochs:
@@ -145,6 +156,9 @@ def main(args: argparse.Namespace) -> None:
         except BadStepError as error:
             raise run.bad_step_report(error, checkpoints, index) from error
         checkpoints.stop_if_told()
+        log.scalar("epoch/loss", stats["loss"], last_x(progress.epoch, args.repeat_aug))
+        fixed_clips.show(model, progress.epoch, log)
+        log.flush()
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         checkpoints.finish_epoch(record, len(loader))
     checkpoints.close()

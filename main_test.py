@@ -20,11 +20,12 @@ from engine_finetune import VideoScores, test
 from util import args as flags
 from util import run
 from util.checkpoint import apply_weights, read_weights
+from util.confusion import count_confusions, read_class_names, report_classes
 from util.dist import is_main, print0
 from util.errors import UserError
 from util.file_io import write_atomically
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
-from util.meters import RunLog, topk_correct
+from util.meters import RunLog
 from util.resume import append_log
 
 MODEL_FLAGS = (
@@ -147,41 +148,86 @@ def main(args: argparse.Namespace) -> None:
 
 
 def report(result: VideoScores, index: VideoIndex, args: argparse.Namespace) -> None:
-    """Print the accuracy and write predictions.csv, scores.npz and log.txt.
+    """Print the accuracy and write predictions.csv, classes.csv, scores.npz and log.txt.
 
     Unreadable videos count as wrong, so that numbers of different machines can be compared.
     """
     if not result.readable.any():
         raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
-    scores = torch.from_numpy(result.scores[result.readable])
-    labels = torch.from_numpy(index.labels[result.readable])
-    top1, top5 = (100 * int(topk_correct(scores, labels, k)) / len(index) for k in (1, 5))
+    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # the first among equals
+    hits = (ranking == index.labels[:, None]) & result.readable[:, None]
+    top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
 
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(["video", "label", "prediction", "correct"])
-    for i in range(len(index)):
-        prediction = int(result.scores[i].argmax()) if result.readable[i] else ""
-        label = int(index.labels[i])
-        rows.writerow([index.path(i), label, prediction, int(prediction == label)])
-    write_atomically(
-        os.path.join(args.output_dir, "predictions.csv"),
-        lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")),
-    )
+    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
+    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
+    tables = {
+        "predictions.csv": prediction_rows(result, index, ranking, views),
+        "classes.csv": class_rows(result, index.labels, ranking, hits, names),
+    }
+    for name, rows in tables.items():
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        data = text.getvalue().encode("utf-8", "surrogateescape")
+        write_atomically(os.path.join(args.output_dir, name), lambda file, d=data: file.write(d))
     write_atomically(
         os.path.join(args.output_dir, "scores.npz"),
         lambda file: np.savez(file, scores=result.scores, labels=index.labels),
     )
-    bad = len(result.errors)
-    record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": bad}
+    errors = [error for error in result.errors if error]
+    record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
     append_log(args.output_dir, record)
-    if result.errors:
-        print(f"{bad} unreadable videos, counted as wrong:")
-        print("\n".join(f"  {error}" for error in result.errors))
+    if errors:
+        print(f"{len(errors)} unreadable videos, counted as wrong:")
+        print("\n".join(f"  {error}" for error in errors))
     print(
         f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
-        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; scores in {args.output_dir}"
+        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; predictions, classes and scores in "
+        f"{args.output_dir}"
     )
+
+
+def prediction_rows(
+    result: VideoScores, index: VideoIndex, ranking: np.ndarray, views: int
+) -> list[list[str | int]]:
+    """Make the lines of predictions.csv; the score is a mean over views, or their maximum."""
+    rows: list[list[str | int]] = [
+        ["video", "label", "prediction", "correct", "score", "top5", "error"]
+    ]
+    for i, label in enumerate(index.labels.tolist()):
+        if result.readable[i]:
+            best = ranking[i].tolist()
+            score = f"{result.scores[i, best[0]] / views:.4f}"
+            told = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
+        else:
+            told = ["", 0, "", "", result.errors[i]]
+        rows.append([index.path(i), label, *told])
+    return rows
+
+
+def class_rows(
+    result: VideoScores,
+    labels: np.ndarray,
+    ranking: np.ndarray,
+    hits: np.ndarray,
+    names: list[str],
+) -> list[list[str | int]]:
+    """Make the lines of classes.csv, in the order of the labels; accuracies in percent."""
+    good = result.readable
+    pairs = torch.from_numpy(labels[good]), torch.from_numpy(ranking[good, 0])
+    confusion = count_confusions(*pairs, len(names)).numpy()
+    unreadable = np.bincount(labels[~good], minlength=len(names))
+    top5 = np.bincount(labels[hits.any(axis=1)], minlength=len(names))
+    header = "label name videos unreadable top1 top5 confused_with confusions".split()
+    rows: list[list[str | int]] = [list(header)]
+    for entry in report_classes(confusion, unreadable):
+        c, other = entry.label, entry.confused_with
+        accuracies = ["", ""]
+        if entry.videos:
+            accuracies = [f"{entry.accuracy:.2f}", f"{100 * top5[c] / entry.videos:.2f}"]
+        taken_for = "" if other is None else names[other]
+        counts = [entry.videos, int(unreadable[c])]
+        rows.append([c, names[c], *counts, *accuracies, taken_for, entry.confusions])
+    return rows
 
 
 if __name__ == "__main__":

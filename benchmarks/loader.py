@@ -3,6 +3,7 @@
     python -m benchmarks.loader                       synthetic clips in Kinetics form
     python -m benchmarks.loader --videos FOLDER       real ones
     python -m benchmarks.loader --check               exit 1 below the targets
+    python -m benchmarks.loader --plot speed.png      also as a picture (needs matplotlib)
 
 Everything but the table of workers runs in one process on one thread. The methods take turns on
 every video, with the same random choices, so that what slows the machine for a while slows them
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -409,10 +411,35 @@ def measure_workers(csv_path: str, counts: list[int], clips_per_second: float) -
         )
 
 
+def plot(measured: dict[str, dict[str, dict[str, float]]], path: str) -> None:
+    """Draw the speeds, {videos: {work: {compared with: times as fast}}}, beside their targets."""
+    from matplotlib.figure import Figure  # an extra: only this needs it
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    pairs = [pair for pair in TARGETS if all(pair[0] in speeds for speeds in measured.values())]
+    width = 0.8 / len(measured)
+    for number, (kind, speeds) in enumerate(measured.items()):
+        places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(pairs))]
+        values = [speeds[work][other] for work, other, _ in pairs]
+        bars = axes.bar(places, values, width, label=f"videos {kind}")
+        axes.bar_label(bars, fmt="%.2g", fontsize="small")
+    for i, (_, _, least) in enumerate(pairs):
+        label = "target" if i == 0 else ""
+        axes.hlines(least, i - 0.45, i + 0.45, color="black", linewidth=1, label=label)
+    axes.set_xticks(range(len(pairs)), [f"{work}\nvs {other}" for work, other, _ in pairs])
+    axes.set(yscale="log", ylabel="times as fast", title="Speed of the data pipeline")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    print(f"plotted to {path}")
+
+
 def main(args: argparse.Namespace) -> int:
     """Print the tables; returns 1 when --check finds a target missed."""
+    if args.plot and find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     torch.set_num_threads(1)
-    misses = []
+    misses, measured = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.videos
         if not folder:
@@ -425,6 +452,7 @@ def main(args: argparse.Namespace) -> int:
             Path(csv_path).write_text("".join(f"{Path(p).resolve()} 0\n" for p in paths))
             print(f"{len(paths)} videos, {kind}; one process, one thread; medians over videos")
             speeds = {work: measure(work, csv_path, args.rounds) for work in args.work}
+            measured[kind] = speeds
             for work, other, least in TARGETS:
                 if work in speeds and speeds[work][other] < least:
                     misses.append(
@@ -437,6 +465,8 @@ def main(args: argparse.Namespace) -> int:
                 measure_workers(csv_path, args.workers, args.clips_per_second)
     for miss in misses:
         print(f"target missed: {miss}")
+    if args.plot:
+        plot(measured, args.plot)
     return 1 if misses and args.check else 0
 
 
@@ -457,6 +487,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--clips_per_second", type=float, default=1000, help="that the cores are counted for"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 below the targets")
+    parser.add_argument("--plot", default="", metavar="FILE", help="also draw the speeds, as PNG")
     return parser
 
 

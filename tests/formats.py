@@ -150,14 +150,14 @@ def image_mae(kind: str, p=16, side=4) -> dict:
     return {"model": make.state}
 
 
-def videomae(kind: str, side=4, frames=8) -> dict:
+def videomae(kind: str, side=4, frames=8, D=128, depth=2) -> dict:
     """An original VideoMAE file, "pretrain" or "finetune"; positions are not stored."""
-    D, d, p = 128, 64, 16
+    d, p = 64, 16
     make = Maker(4)
     encoder = "encoder." if kind == "pretrain" else ""
     make.add(f"{encoder}patch_embed.proj.weight", D, 3, 2, p, p)
     make.add(f"{encoder}patch_embed.proj.bias", D)
-    make.blocks(numbered(f"{encoder}blocks", 2), D, "videomae")
+    make.blocks(numbered(f"{encoder}blocks", depth), D, "videomae")
     if kind == "pretrain":
         make.norm("encoder.norm", D)
         make.linear("encoder_to_decoder", d, D, bias=False)

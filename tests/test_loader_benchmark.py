@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import loader
 
@@ -60,3 +61,16 @@ def test_synthetic_clips_are_in_kinetics_form(tmp_path):
     assert len(frames) == 3 and frames[0].shape == (256, 340, 3) and frames[0].dtype == np.uint8
     assert 0 < np.abs(frames[0].astype(int) - frames[2]).mean() < 30
     assert frames[0].std() > 20
+
+
+def test_speeds_are_drawn(tmp_path, monkeypatch):
+    speeds = {"pretrain": {"bare": 0.8, "textbook": 4.5}, "test": {"bare": 0.7, "again": 54.0}}
+    path = tmp_path / "speed.png"
+    loader.plot({"as given": speeds, "30-frame GOPs": speeds}, str(path))
+    with Image.open(path) as picture:
+        assert picture.size == (960, 432)
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # bars of both kinds
+    monkeypatch.setattr(loader, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs matplotlib"):
+        run(tmp_path, "--plot", str(path))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import simplejson
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
 import main_pretrain
@@ -206,23 +207,39 @@ def test_finished_run_does_nothing_more(videos, pretrained, capsys):
 
 
 def test_two_ranks_pretrain_finetune_and_test(videos, tmp_path):
-    """Two gloo ranks started by torchrun: one log, joint batches, every test video once."""
+    """Two gloo ranks started by torchrun: one log, joint batches, every video once.
+
+    Only the main rank makes pictures; confusions are added over ranks.
+    """
     common = ["--path_to_data_dir", videos]
     out = finish(spawn("main_pretrain.py", *common, "--output_dir", tmp_path / "p", "--epochs", 1,
-                       *PRETRAIN, "--batch_size", 1, "--accum_iter", 3, ranks=2))  # fmt: skip
+                       *PRETRAIN, "--batch_size", 1, "--accum_iter", 3, "--vis_period", 1,
+                       ranks=2))  # fmt: skip
     assert "2 process(es)" in out
     assert "clips per update: 6 x 2 = 12" in out
     assert (tmp_path / "p/log.txt").read_text().count("\n") == 1
     assert torch.load(tmp_path / "p/checkpoint-00000.pth", weights_only=True)["step"] == 1
+    assert len(list((tmp_path / "p/tensorboard").iterdir())) == 1
+
+    (tmp_path / "data").mkdir()
+    rows = "".join(f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(5))  # odd: ranks differ in length
+    for split in ("train", "val", "test"):
+        (tmp_path / f"data/{split}.csv").write_text(rows)
+    common = ["--path_to_data_dir", tmp_path / "data"]
     argv = [*common, "--output_dir", tmp_path / "f", *FINETUNE, "--epochs", 1]
     start = tmp_path / "p/checkpoint-00000.pth"
     finish(spawn("main_finetune.py", *argv, "--finetune", start, ranks=2))
-    (tmp_path / "data").mkdir()
-    rows = "".join(f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(5))  # odd: ranks differ in length
-    (tmp_path / "data/test.csv").write_text(rows)
+    events = EventAccumulator(str(tmp_path / "f/tensorboard")).Reload()
+    text = events.Tensors("val/worst_classes/text_summary")[0].tensor_proto.string_val[0].decode()
+    table = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    assert {row[0]: int(row[1]) for row in table} == {"0": 2, "1": 2, "2": 1}
+    right = sum(int(row[1]) * float(row[2]) for row in table) / 5
+    record = simplejson.loads((tmp_path / "f/log.txt").read_text())
+    assert record["val_acc1"] == pytest.approx(right) and record["val_bad"] == 0
+
     scores = []
     for ranks in (1, 2):
-        argv = ["--path_to_data_dir", tmp_path / "data", "--num_clips", 2, "--num_workers", 0]
+        argv = [*common, "--num_clips", 2, "--num_workers", 0]
         argv += ["--finetune", tmp_path / "f/checkpoint-00000.pth", "--device", "cpu"]
         finish(spawn("main_test.py", *argv, "--output_dir", tmp_path / f"t{ranks}", ranks=ranks))
         scores.append(np.load(tmp_path / f"t{ranks}/scores.npz")["scores"])

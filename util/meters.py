@@ -1,6 +1,7 @@
 """Meters, progress lines and TensorBoard."""
 
 import contextlib
+import io
 import resource
 import sys
 import time
@@ -8,7 +9,9 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +83,15 @@ class UpdateGuard:
 def epoch_1000x(epoch: float, repeat_aug: int) -> int:
     """Map fractional epochs to TensorBoard's x axis, where runs of all batch sizes line up."""
     return int(epoch * 1000 * repeat_aug)
+
+
+def last_x(epoch: int, repeat_aug: int) -> int:
+    """Return the last place of an epoch (0, 1, ...) on the x axis, for what is known at its end.
+
+    The next place is that of the next epoch's first step: TensorBoard drops what was written from
+    there on when a run goes on from the end of this epoch, and must keep what belongs to it.
+    """
+    return epoch_1000x(epoch + 1, repeat_aug) - 1
 
 
 class Meters:
@@ -166,7 +178,7 @@ def _is_finite(value: float) -> bool:
 
 
 class RunLog:
-    """The log of a run: progress on the screen and scalars for TensorBoard.
+    """The log of a run: progress on the screen, and a file for TensorBoard.
 
     Args:
         log_dir: TensorBoard's folder; empty for none.
@@ -190,6 +202,7 @@ class RunLog:
         self.kill_loss_factor = kill_loss_factor
         self.guard = UpdateGuard(skip_nonfinite)
         self.meters = Meters(device)
+        self.session_end: Any = None  # see hparams
         self.writer = None
         if is_main() and log_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; one rank needs it
@@ -256,6 +269,7 @@ class RunLog:
                 }
                 scalar("speed/clips_per_s", clips_per_step / seconds, step)
                 scalar("speed/data_share", data_time / (now - last), step)
+                scalar("speed/memory_mib", memory_mib(self.device), step)
                 eta = timedelta(seconds=int(seconds * (num_steps - step - 1)))
                 if live:
                     bar.set_postfix(line)
@@ -279,16 +293,71 @@ class RunLog:
             if writer is not None:
                 writer.add_scalar(name, value, x)
 
+    def histogram(self, name: str, values: np.ndarray, x: int) -> None:
+        """Write a TensorBoard histogram of numbers of any shape."""
+        with self._writing() as writer:
+            if writer is not None:
+                writer.add_histogram(name, values, x)
+
+    def image(self, name: str, pixels: np.ndarray, x: int) -> None:
+        """Write a TensorBoard image, uint8 [H, W, 3]."""
+        with self._writing() as writer:
+            if writer is not None:
+                writer.add_image(name, pixels, x, dataformats="HWC")
+
+    def gif(self, name: str, data: bytes, x: int) -> None:
+        """Write a GIF file's contents, which TensorBoard plays among its images.
+
+        writer.add_video would need MoviePy to make the same.
+        """
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard import summary
+
+        width, height = Image.open(io.BytesIO(data)).size
+        Summary: Any = summary.Summary  # a generated class, which type checkers do not see
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        with self._writing() as writer:
+            writer.file_writer.add_summary(
+                Summary(value=[Summary.Value(tag=name, image=picture)]), x
+            )
+
+    def text(self, name: str, markdown: str, x: int) -> None:
+        """Write a TensorBoard text."""
+        with self._writing() as writer:
+            if writer is not None:
+                writer.add_text(name, markdown, x)
+
+    def hparams(self, flags: dict[str, Any]) -> None:
+        """Let TensorBoard compare this run with others by its flags.
+
+        It finds the flags that differ, and the last values of all scalars, by itself.
+        writer.add_hparams would make a run of its own for them.
+        """
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in flags.items()
+        }
+        _, start, self.session_end = hparams(values, {})
+        with self._writing() as writer:
+            writer.file_writer.add_summary(start)
+
     def flush(self) -> None:
-        """Write TensorBoard's scalars to the disk."""
+        """Write what TensorBoard shall show to the disk."""
         with self._writing() as writer:
             if writer is not None:
                 writer.flush()
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
+        """Note the end of the run for TensorBoard and close its file."""
         with self._writing() as writer:
             if writer is not None:
+                if self.session_end is not None:
+                    writer.file_writer.add_summary(self.session_end)
                 writer.close()
 
     @contextlib.contextmanager

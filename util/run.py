@@ -18,11 +18,19 @@ from util.errors import UserError
 from util.file_io import make_dirs
 from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
-from util.meters import BadStepError, RunLog, epoch_1000x
+from util.meters import BadStepError, RunLog, epoch_1000x, last_x
 from util.optim import choose_precision
 from util.resume import Checkpoints, Progress, newest_checkpoint, signals_restored
 
 ROOT = Path(__file__).parent.parent
+# flags that have no part in what a run learns
+NOT_COMPARED = """
+    notice dry_run eval device output_dir log_dir resume print_freq dist_timeout vis_period
+    num_workers item_timeout max_bad_share max_pixels
+    checkpoint_period checkpoint_minutes keep_last keep_every
+    cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos constraint
+    comment job_name job_dir
+""".split()
 
 
 @signals_restored()
@@ -166,12 +174,16 @@ def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
 
 
 def open_log(
-    args: Namespace, device: torch.device, progress: Progress, steps_per_epoch: int
+    args: Namespace,
+    device: torch.device,
+    progress: Progress,
+    steps_per_epoch: int,
 ) -> RunLog:
     """Open the log of a training run; TensorBoard drops what a killed process wrote after it."""
-    done = progress.epoch + progress.step / steps_per_epoch
-    purge_step = epoch_1000x(done, args.repeat_aug) if done else None
-    return RunLog(
+    done = epoch_1000x(progress.epoch + progress.step / steps_per_epoch, args.repeat_aug)
+    # after the last step its results are still to come
+    purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
+    log = RunLog(
         log_dir(args),
         args.print_freq,
         device,
@@ -179,6 +191,9 @@ def open_log(
         args.skip_nonfinite,
         args.kill_loss_factor,
     )
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    log.hparams(flags | {"ranks": dist.world_size()})
+    return log
 
 
 def bad_step_report(error: BadStepError, checkpoints: Checkpoints, index: VideoIndex) -> UserError:

@@ -1,0 +1,125 @@
+"""Draw loss, learning rate and accuracy of runs from their log.txt files.
+
+    python -m util.plot_log output/pretrain
+    python -m util.plot_log output/finetune output/scratch --out curves.png
+
+Needs matplotlib: pip install 'mae-video[plot]', which `make install` has done.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import simplejson
+
+from util.errors import UserError
+
+Record = dict[str, Any]
+
+# title, and the keys of log.txt whose curves share it with their line styles
+PANELS = (
+    ("loss", {"train_loss": "-", "val_loss": "--"}),
+    ("learning rate", {"train_lr": "-"}),
+    ("accuracy, %", {"val_acc1": "-", "val_acc5": "--"}),
+)
+
+
+def read_log(run: str) -> list[Record]:
+    """Read the epochs of a run, given its folder or its log.txt.
+
+    Raises:
+        UserError: no such file, a line that is not JSON, or no epochs.
+    """
+    path = os.path.join(run, "log.txt") if os.path.isdir(run) else run
+    try:
+        with open(path) as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = simplejson.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
+        if isinstance(record, dict) and "epoch" in record:
+            records.append(record)
+    if not records:
+        raise UserError(f"{path} has no epochs: it is no log of pre-training or fine-tuning")
+    return records
+
+
+def name_runs(paths: Sequence[str]) -> list[str]:
+    """Name runs by their paths without the folders that all of them share."""
+    full = [os.path.abspath(path).removesuffix("/log.txt") for path in paths]
+    if len(set(full)) == 1:
+        return [os.path.basename(path) for path in full]
+    common = os.path.commonpath(full)
+    return [os.path.relpath(path, common) for path in full]
+
+
+def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
+    """Draw the runs' curves over epochs into a picture file; return the titles of its panels.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install matplotlib", status=1) from error
+
+    found = {key for records in runs.values() for record in records for key in record}
+    panels = [(title, keys) for title, keys in PANELS if found & keys.keys()]
+    if not panels:
+        known = ", ".join(key for _, keys in PANELS for key in keys)
+        raise UserError(f"{', '.join(runs)}: none of {known} is logged")
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)  # needs no screen
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, keys) in zip(grid, panels, strict=True):
+        for number, (name, records) in enumerate(runs.items()):
+            for key, style in keys.items():
+                epochs = [record["epoch"] + 1 for record in records if key in record]
+                values = [record[key] for record in records if key in record]
+                if not values:
+                    continue
+                label = name if len(keys) == 1 else f"{name}: {key}"
+                marker = "o" if len(values) == 1 else None  # a line would not show
+                look = {"linestyle": style, "color": f"C{number}", "marker": marker}
+                axes.plot(epochs, values, label=label, **look)
+        axes.set(title=title, xlabel="epochs")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+        raise UserError(f"cannot write {out}: {error}") from error
+    return [title for title, _ in panels]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m util.plot_log",
+        description="Draw loss, learning rate and accuracy of runs into one picture.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder, or its log.txt")
+    parser.add_argument("--out", default="curves.png", help="picture file: png, svg or pdf")
+    args = parser.parse_args(argv)
+    try:
+        runs = dict(zip(name_runs(args.runs), map(read_log, args.runs), strict=True))
+        panels = plot_logs(runs, args.out)
+    except UserError as error:
+        print(f"plot_log: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    print(f"{args.out}: {', '.join(panels)} of {', '.join(runs)}")
+
+
+if __name__ == "__main__":
+    main()
