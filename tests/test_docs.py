@@ -141,11 +141,13 @@ def test_script_runs_dry(document, command, videos, tmp_path, monkeypatch, capsy
             model = SCRIPTS[script].parse_args(argv).model
         name = script_of(command)[1][place]
         argv[place] = write_checkpoint(tmp_path, name, model)
-    monkeypatch.setattr(run, "data_dir", lambda args, task: str(videos))
+    rows = "".join(f"{videos}/v{i % 6}.mp4 {i % 3}\n" for i in range(64))  # a batch at least
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv").write_text(rows)
+    monkeypatch.setattr(run, "data_dir", lambda args, task: str(tmp_path))
     args = SCRIPTS[script].parse_args(
         [*argv, "--dry_run", "--device", "cpu", "--num_workers", "0", "--output_dir", str(tmp_path)]
     )
-    args.path_prefix = ""
     module.main(args)
     out = capsys.readouterr().out
     assert "GFLOPs per clip forward" in out
