@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -135,10 +136,10 @@ def test_clips_are_shown_every_period_and_at_the_end(videos, tmp_path):
     for name in names:
         assert [event.step for event in events.Images(name)] == [3999, 7999, 9999]
     gif = Image.open(io.BytesIO(events.Images("fixed_clips/video_0")[0].encoded_image_string))
-    assert (gif.format, gif.n_frames, gif.size) == ("GIF", 4, (32, 3 * 32 + 2 * 4))
+    assert (gif.format, gif.n_frames, gif.size) == ("GIF", 4, (96, 3 * 96 + 2 * 4))
     assert gif.info["duration"] == 130  # 7.5 per second: in the video's time
     strip = Image.open(io.BytesIO(events.Images("fixed_clips/frames_0")[0].encoded_image_string))
-    assert strip.size == (4 * 32 + 3 * 4, 3 * 32 + 2 * 4)
+    assert strip.size == (4 * 96 + 3 * 4, 3 * 96 + 2 * 4)
     histogram = events.Histograms("fixed_clips/patch_loss")[0].histogram_value
     assert histogram.num == 4 * 24  # 24 of 32 patches of each clip are removed
     loss = events.Scalars("fixed_clips/loss")[0].value
@@ -218,26 +219,25 @@ def test_confusion_is_that_of_the_validation(runs):
 
 
 def test_resumed_run_leaves_each_point_once(videos, tmp_path):
-    """Killed at the end of an epoch, or within one: TensorBoard shows what one run would have."""
+    """Killed after validation, or two epochs past a checkpoint: the points of one whole run."""
     argv = ["--path_to_data_dir", videos, *FINETUNE, "--epochs", 3, "--output_dir"]
     call(main_finetune, *argv, tmp_path / "whole")
-    call(main_finetune, *argv, tmp_path / "parts")
-    for name in ("checkpoint-00001.pth", "checkpoint-00002.pth"):
-        (
-            tmp_path / "parts" / name
-        ).unlink()  # as if killed after epoch 1 without a checkpoint of it
-    for path in (tmp_path / "parts").glob("checkpoint-*-*.pth"):
-        path.unlink()
-    time.sleep(1.1)  # event files are named by the second
-    call(main_finetune, *argv, tmp_path / "parts")
-    whole, parts = (read_events(tmp_path / name / "tensorboard") for name in ("whole", "parts"))
-    assert len(list((tmp_path / "parts/tensorboard").iterdir())) == 2
-    assert whole.Tags() == parts.Tags()
-    for tag in ("train/loss", "val/acc1", "val/mean_class_acc"):
-        expected = [(e.step, e.value) for e in whole.Scalars(tag)]
-        assert [(e.step, e.value) for e in parts.Scalars(tag)] == expected, tag
-    assert [e.step for e in parts.Images("val/confusion")] == [1999, 3999, 5999]
-    assert [e.step for e in parts.Histograms("val/class_acc")] == [1999, 3999, 5999]
+    whole = read_events(tmp_path / "whole/tensorboard")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    names = ("checkpoint-00002.pth", "checkpoint-00002-00000003.pth", "checkpoint-00001.pth")
+    for count, lost in enumerate((names[:1], names), start=2):
+        for name in lost:
+            (tmp_path / "parts" / name).unlink()
+        time.sleep(1.1)  # event files are ordered by the second
+        call(main_finetune, *argv, tmp_path / "parts")
+        assert len(list((tmp_path / "parts/tensorboard").iterdir())) == count
+        parts = read_events(tmp_path / "parts/tensorboard")
+        assert parts.Tags() == whole.Tags()
+        for tag in ("train/loss", "val/acc1", "val/mean_class_acc"):
+            expected = [(e.step, e.value) for e in whole.Scalars(tag)]
+            assert [(e.step, e.value) for e in parts.Scalars(tag)] == expected, tag
+        assert [e.step for e in parts.Images("val/confusion")] == [1999, 3999, 5999]
+        assert [e.step for e in parts.Histograms("val/class_acc")] == [1999, 3999, 5999]
 
 
 def test_results_of_an_epoch_come_before_the_next():

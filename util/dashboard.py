@@ -11,12 +11,13 @@ from util.dist import print0
 from util.kinetics import Kinetics
 from util.meters import RunLog, last_x
 from util.optim import autocast
-from util.visualize import encode_gif, reconstruct, tile
+from util.visualize import encode_gif, enlarge, reconstruct, tile
 
 NUM_CLIPS = 4  # that are shown
 MAX_READS = 4 * NUM_CLIPS  # videos that are tried for them
 MASK_SEED = 0
-STRIP_FRAMES = 8  # of a clip in a still picture
+STRIP_FRAMES = 4  # of a clip in a still picture
+MIN_SIDE = 96  # pixels: smaller frames are enlarged
 
 
 class FixedClips:
@@ -60,7 +61,9 @@ class FixedClips:
         log.scalar("fixed_clips/loss", losses.mean().item(), x)
         log.histogram("fixed_clips/patch_loss", losses.numpy(), x)
         versions = zip(result.original, result.masked, result.reconstruction, strict=True)
-        for i, rows in enumerate(versions):
+        factor = max(1, MIN_SIDE // self.clips.shape[2])
+        for i, clip in enumerate(versions):
+            rows = [enlarge(frames, factor) for frames in clip]
             video = tile([[row] for row in rows])
             log.gif(f"fixed_clips/video_{i}", encode_gif(video, self._fps(len(video))), x)
             step = -(-len(rows[0]) // STRIP_FRAMES)
