@@ -136,7 +136,7 @@ def test_clips_are_shown_every_period_and_at_the_end(videos, tmp_path):
     for name in names:
         assert [event.step for event in events.Images(name)] == [3999, 7999, 9999]
     gif = Image.open(io.BytesIO(events.Images("fixed_clips/video_0")[0].encoded_image_string))
-    assert (gif.format, gif.n_frames, gif.size) == ("GIF", 4, (96, 3 * 96 + 2 * 4))
+    assert (gif.format, gif.n_frames, gif.size) == ("GIF", 4, (3 * 96 + 2 * 4, 96))
     assert gif.info["duration"] == 130  # 7.5 per second: in the video's time
     strip = Image.open(io.BytesIO(events.Images("fixed_clips/frames_0")[0].encoded_image_string))
     assert strip.size == (4 * 96 + 3 * 4, 3 * 96 + 2 * 4)

@@ -64,7 +64,7 @@ class FixedClips:
         factor = max(1, MIN_SIDE // self.clips.shape[2])
         for i, clip in enumerate(versions):
             rows = [enlarge(frames, factor) for frames in clip]
-            video = tile([[row] for row in rows])
+            video = tile([rows])  # side by side
             log.gif(f"fixed_clips/video_{i}", encode_gif(video, self._fps(len(video))), x)
             step = -(-len(rows[0]) // STRIP_FRAMES)
             strip = tile([list(row[::step, None]) for row in rows])[0]
