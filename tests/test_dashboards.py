@@ -110,14 +110,14 @@ def test_class_names_are_beside_the_csvs_or_above(tmp_path):
 def make_fixed_clips(
     csv_path: Path, **options
 ) -> tuple[FixedClips, models_mae.MaskedAutoencoderViT]:
-    dataset = Kinetics(VideoIndex(str(csv_path)), "test", 32, 4, 4)
+    dataset = Kinetics(VideoIndex(str(csv_path)), "test", 32, 16, 4)
     args = Namespace(
-        mask_ratio=0.75, vis_period=2, epochs=5, precision="fp32", repeat_aug=2, num_frames=4,
+        mask_ratio=0.75, vis_period=2, epochs=5, precision="fp32", repeat_aug=2, num_frames=16,
         sampling_rate=4,
     )  # fmt: skip
     vars(args).update(options)
     torch.manual_seed(0)
-    model = models_mae.MODELS["mae_vit_tiny_patch8"](img_size=32, num_frames=4, pred_t_dim=4)
+    model = models_mae.MODELS["mae_vit_tiny_patch8"](img_size=32, num_frames=16, pred_t_dim=8)
     return FixedClips(dataset, args, CPU), model
 
 
@@ -136,12 +136,12 @@ def test_clips_are_shown_every_period_and_at_the_end(videos, tmp_path):
     for name in names:
         assert [event.step for event in events.Images(name)] == [3999, 7999, 9999]
     gif = Image.open(io.BytesIO(events.Images("fixed_clips/video_0")[0].encoded_image_string))
-    assert (gif.format, gif.n_frames, gif.size) == ("GIF", 4, (3 * 96 + 2 * 4, 96))
-    assert gif.info["duration"] == 130  # 7.5 per second: in the video's time
+    assert (gif.format, gif.n_frames, gif.size) == ("GIF", 8, (3 * 96 + 2 * 4, 96))
+    assert gif.info["duration"] == 270  # 3.75 per second: in the video's time
     strip = Image.open(io.BytesIO(events.Images("fixed_clips/frames_0")[0].encoded_image_string))
     assert strip.size == (4 * 96 + 3 * 4, 3 * 96 + 2 * 4)
     histogram = events.Histograms("fixed_clips/patch_loss")[0].histogram_value
-    assert histogram.num == 4 * 24  # 24 of 32 patches of each clip are removed
+    assert histogram.num == 4 * 96  # 96 of 128 patches of each clip are removed
     loss = events.Scalars("fixed_clips/loss")[0].value
     assert histogram.sum / histogram.num == pytest.approx(loss, rel=1e-5)
     # the same weights give the same pictures: clips and masks are fixed
@@ -169,7 +169,7 @@ def test_unreadable_videos_are_passed_over(videos, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("not shown in TensorBoard") == 2 and "missing.mp4" in out
     assert len(fixed.clips) == 2
-    direct = Kinetics(VideoIndex(str(videos / "train.csv")), "test", 32, 4, 4)
+    direct = Kinetics(VideoIndex(str(videos / "train.csv")), "test", 32, 16, 4)
     assert torch.equal(fixed.clips, torch.stack([direct[0, 5].clips[0], direct[0, 2].clips[0]]))
 
     (tmp_path / "train.csv").write_text("missing.mp4\n")
