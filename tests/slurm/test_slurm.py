@@ -120,10 +120,14 @@ def tasks_of(job_id: str) -> list[int]:
     return found
 
 
-def pending(pid: int, number: signal.Signals) -> bool:
-    """Tell whether a signal has been sent to a process that has not taken it yet."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+def has_got(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a stopped process has been sent a signal, or has even gone on or ended by it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+    return bool(pending >> (number - 1) & 1) or not re.search(r"State:\s*T", status)
 
 
 def test_a_time_limit_requeues_the_job(slurm, uninterrupted, videos, tmp_path):
@@ -137,10 +141,9 @@ def test_a_time_limit_requeues_the_job(slurm, uninterrupted, videos, tmp_path):
     assert len(tasks) == 2
     for pid in tasks:
         os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_for(lambda: all(pending(pid, signal.SIGUSR2) for pid in tasks), folder)
-    finally:
-        for pid in tasks:
+    wait_for(lambda: all(has_got(pid, signal.SIGUSR2) for pid in tasks), folder)
+    for pid in tasks:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
     wait_for_end(slurm, job_id, folder)
     logs = read_logs(folder)
