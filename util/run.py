@@ -64,7 +64,7 @@ def lost_process(error: RuntimeError) -> UserError | None:
         )
     elif re.search("[Tt]imed out waiting", text):
         sentence = f"another rank did not answer within --dist_timeout ({text[:200]})"
-    elif re.search("Connection (closed|reset) by peer", text):
+    elif re.search("Connection (closed|reset) by peer|connectFullMesh failed", text):
         sentence = f"another rank is gone; its own message says why ({text[:200]})"
     else:
         return None
