@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_notebook(tmp_path):
 
     outputs = [output for cell in code for output in cell.outputs]
     data = [output.data for output in outputs if "data" in output]
-    (gif,) = [d["image/gif"] for d in data if "image/gif" in d]
+    (html,) = [d["text/html"] for d in data if "text/html" in d]
+    (gif,) = re.fullmatch(r'<img src="data:image/gif;base64,(.*)">', html).groups()
     with Image.open(io.BytesIO(base64.b64decode(gif))) as picture:
         assert picture.n_frames == 8
         assert picture.width > 2 * 128
