@@ -90,6 +90,10 @@ def test_shapes_of_masks():
 
     assert share_of_like_neighbours("random") < 0.52
     assert share_of_like_neighbours("block") > 0.8
+    # little that is removed is a part of one cuboid, unless that sticks out
+    removed = [m.nonzero() for m in draw_masks(20, GRID, 0.05, "block").mask.view(20, *GRID)]
+    extents = torch.stack([m.amax(0) - m.amin(0) + 1 for m in removed])
+    assert (extents <= torch.tensor([4, 7, 7])).all(dim=1).sum() >= 5
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
@@ -320,6 +324,20 @@ def test_model_is_rebuilt_from_its_file(tmp_path):
         for m in (model.float(), small_model(norm_pix_loss=False))
     )
     assert noted.shape[1] > plain.shape[1]  # only where it is true is it said
+
+
+def test_captions_state_what_is_removed(monkeypatch):
+    words, caption = [], visualize._caption
+
+    def note_words(text, width, num_frames):
+        words.append(text)
+        return caption(text, width, num_frames)
+
+    monkeypatch.setattr(visualize, "_caption", note_words)
+    autoencoder = visualize.Autoencoder(small_model(norm_pix_loss=True), 4)
+    visualize.draw(autoencoder, clips(1), [0.95, 0.5], "time")  # one of four steps stays
+    rows = ["original", "masked", "reconstruction"]
+    assert words == ["75% masked, time", "50% masked, time", *rows, visualize.NOTE]
 
 
 def test_default_checkpoint_is_the_newest_of_the_demo(tmp_path, monkeypatch):
