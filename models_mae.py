@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from util.video_vit import (
     Block,
+    Encoder,
     PatchEmbed,
     constructor_arguments,
     get_pos_embed,
     make_pos_embed,
+    num_visible,
+    random_mask,
     require_multiple,
 )
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(Encoder):
     """Encode the visible space-time patches, decode all of them, predict the pixels of the removed.
 
     Args:
@@ -205,17 +208,7 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             [N, (1 +) L or K, D] after the last norm.
         """
-        N = len(imgs)
-        cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
-        if ids_keep is not None:
-            # F.embedding is a row gather whose backward sums over the clips, no copy per clip
-            pos = F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
-        x = self.patch_embed(imgs, ids_keep) + pos
-        if cls_pos is not None:
-            x = torch.cat([(self.cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.run_blocks(self.blocks, self.embed(imgs, ids_keep)))
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Encode clips without masking: [N, C, T, H, W] -> patch tokens [N, L, D]."""
@@ -233,24 +226,37 @@ class MaskedAutoencoderViT(nn.Module):
             latent = latent[:, int(self.cls_embed) :]
         return latent, mask, ids_restore
 
-    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch from the latent of forward_encoder -> pred [N, L, u*p*p*C]."""
+    def forward_decoder(
+        self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float = 0.0
+    ) -> Tensor:
+        """Predict every patch from the latent of forward_encoder -> pred [N, L, u*p*p*C].
+
+        decoder_mask_ratio is the share of the removed patches that the decoder leaves out; the
+        noise that removed them also decides which. Their predictions are zero, and so are those of
+        the visible patches then.
+        """
         x = self.decoder_embed(x)
         cls_token = getattr(self, "decoder_cls_token", None)
         if self.cls_through_decoder:
             cls_token, x = x[:, :1], x[:, 1:]
-        N, K, D = x.shape
-        mask_tokens = self.mask_token.to(x.dtype).expand(N, ids_restore.shape[1] - K, -1)
-        x = torch.cat([x, mask_tokens], dim=1)
-        x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # back to (t, h, w) order
+        (N, K, D), L = x.shape, ids_restore.shape[1]
+        M = num_decoded(L - K, decoder_mask_ratio)
         cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
-        x = x + pos
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)
+        if M == L - K:
+            x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # to (t, h, w) order
+            x = x + pos
+        else:
+            ids = ids_restore.argsort(dim=1)[:, : K + M]  # noise order is as good for attention
+            x = x + F.embedding(ids, pos.squeeze(0))
         if cls_token is not None and cls_pos is not None:
             x = torch.cat([(cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = self.decoder_pred(self.decoder_norm(x))
-        return x[:, int(self.cls_embed) :]
+        x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
+        if M == L - K:
+            return self.decoder_pred(x)[:, int(self.cls_embed) :]
+        pred = self.decoder_pred(x[:, -M:])
+        ids = ids[:, K:].unsqueeze(-1).expand_as(pred)
+        return pred.new_zeros(N, L, pred.shape[-1]).scatter(1, ids, pred)
 
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Mean squared error of every patch in float32: pred [N, L, u*p*p*C] -> [N, L]."""
@@ -264,50 +270,50 @@ class MaskedAutoencoderViT(nn.Module):
         """Average the losses of the removed patches (1 in mask), a scalar."""
         return (self.patch_losses(imgs, pred) * mask).sum() / mask.sum()
 
-    def forward(self, imgs: Tensor, mask_ratio: float = 0.9) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.9, decoder_mask_ratio: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct clips [N, C, T, H, W] from a random part of their patches.
 
+        Args:
+            decoder_mask_ratio: share of the removed patches that are not decoded either, for
+                speed; the loss is then the mean over the decoded ones.
+
         Returns:
-            loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed).
+            loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed, and decoded).
 
         Raises:
-            ValueError: a mask_ratio that keeps or removes nothing.
+            ValueError: a mask_ratio that keeps or removes nothing, or nothing to decode.
         """
-        check_mask_ratio(self.patch_embed.num_patches, mask_ratio)
+        L = self.patch_embed.num_patches
+        check_mask_ratio(L, mask_ratio, decoder_mask_ratio)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
-        pred = self.forward_decoder(latent, ids_restore)
+        if decoder_mask_ratio:
+            K = num_visible(L, mask_ratio)
+            mask = mask * (ids_restore < K + num_decoded(L - K, decoder_mask_ratio))
+        pred = self.forward_decoder(latent, ids_restore, decoder_mask_ratio)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 
-def num_visible(num_tokens: int, mask_ratio: float) -> int:
-    """Count the tokens that masking keeps; truncated by definition (1568 and 0.9 give 156)."""
-    return int(num_tokens * (1 - mask_ratio))
+def num_decoded(num_removed: int, decoder_mask_ratio: float) -> int:
+    """Count the removed patches that are decoded; all for 0, truncated as in num_visible."""
+    return num_visible(num_removed, decoder_mask_ratio)
 
 
-def check_mask_ratio(num_tokens: int, mask_ratio: float) -> None:
-    """Raise ValueError for a ratio that keeps or removes nothing."""
+def check_mask_ratio(num_tokens: int, mask_ratio: float, decoder_mask_ratio: float = 0.0) -> None:
+    """Raise ValueError for ratios that keep, remove or decode nothing."""
     kept = num_visible(num_tokens, mask_ratio)
     if not 0 < kept < num_tokens:
         raise ValueError(
             f"mask_ratio = {mask_ratio} keeps {kept} of {num_tokens} tokens; "
             "it must keep at least one and remove at least one"
         )
-
-
-def random_mask(
-    num_clips: int, num_tokens: int, mask_ratio: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one noise value per token; the smallest are kept and stay in noise order.
-
-    Returns:
-        mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
-    """
-    noise = torch.rand(num_clips, num_tokens, device=device)
-    ids_shuffle = noise.argsort(dim=1)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    K = num_visible(num_tokens, mask_ratio)
-    mask = (ids_restore >= K).to(noise.dtype)
-    return mask, ids_restore, ids_shuffle[:, :K]
+    removed = num_tokens - kept
+    if not (0 <= decoder_mask_ratio < 1 and num_decoded(removed, decoder_mask_ratio) > 0):
+        raise ValueError(
+            f"decoder_mask_ratio = {decoder_mask_ratio} must be at least 0 and leave at least one "
+            f"of the {removed} removed tokens to decode"
+        )
 
 
 _vit = partial(MaskedAutoencoderViT, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))

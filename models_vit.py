@@ -9,10 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from util.video_vit import Block, PatchEmbed, constructor_arguments, get_pos_embed, make_pos_embed
+from util.video_vit import (
+    Block,
+    Encoder,
+    PatchEmbed,
+    constructor_arguments,
+    make_pos_embed,
+    num_visible,
+    random_mask,
+)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Encoder):
     """Classify clips by the mean of their patch tokens.
 
     Args:
@@ -74,20 +82,25 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] after the last block."""
-        x = self.patch_embed(x)
-        cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
-        x = x + pos
-        if cls_pos is not None:
-            x = torch.cat([(self.cls_token + cls_pos).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
+    def forward_features(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
+        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] after the last block.
+
+        A mask_ratio leaves out that share of them at random: [N, K, D].
+
+        Raises:
+            ValueError: a mask_ratio that keeps nothing.
+        """
+        L, ids_keep = self.patch_embed.num_patches, None
+        if mask_ratio:
+            if not 0 < num_visible(L, mask_ratio) <= L:
+                raise ValueError(f"mask_ratio = {mask_ratio} must be in [0, 1) and keep a token")
+            _, _, ids_keep = random_mask(len(x), L, mask_ratio, x.device)
+        x = self.run_blocks(self.blocks, self.embed(x, ids_keep))
         return x[:, int(self.cls_embed) :]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify clips: [N, C, T, H, W] -> logits [N, num_classes]."""
-        x = self.norm(self.forward_features(x).mean(dim=1))
+    def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
+        """Classify clips, or a random part of each: [N, C, T, H, W] -> logits [N, num_classes]."""
+        x = self.norm(self.forward_features(x, mask_ratio).mean(dim=1))
         return self.head(self.dropout(x))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from util.pos_embed import join, sincos_pos_embed
 
@@ -99,10 +100,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         N, L, D = x.shape
-        q, k, v = (
-            f(x).view(N, L, self.num_heads, -1).transpose(1, 2)  # (N, nh, L, hd)
-            for f in (self.q, self.k, self.v)
-        )
+        layers = self.q, self.k, self.v
+        weight = torch.cat([layer.weight for layer in layers])  # one product in place of three
+        bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
+        qkv = F.linear(x, weight, bias).view(N, L, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, nh, L, hd) each
         x = F.scaled_dot_product_attention(q, k, v)  # scale hd^-0.5
         return self.proj(x.transpose(1, 2).reshape(N, L, D))
 
@@ -130,6 +132,74 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
+
+
+class Encoder(nn.Module):
+    """What the masked autoencoder and the classifier have in common: tokens through blocks.
+
+    grad_checkpointing keeps only the blocks' inputs for the backward pass, which computes each
+    block once more: a third more time for a fraction of the memory.
+    """
+
+    cls_embed: bool
+    cls_token: nn.Parameter
+    patch_embed: PatchEmbed
+    grad_checkpointing = False
+
+    def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Embed all patches, or those numbered ids_keep [N, K], with positions and class token.
+
+        Returns:
+            [N, (1 +) L or K, D], the class token in front.
+        """
+        cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
+        if ids_keep is not None:
+            # F.embedding is a row gather whose backward sums over the clips, no copy per clip
+            pos = F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
+        x = self.patch_embed(imgs, ids_keep) + pos
+        if cls_pos is not None:
+            x = torch.cat([(self.cls_token + cls_pos).expand(len(imgs), -1, -1), x], dim=1)
+        return x
+
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        """Pass tokens [N, L, D] through blocks."""
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # replays drop path's randomness
+            else:
+                x = block(x)
+        return x
+
+    def compile_blocks(self) -> None:
+        """Compile every block by torch.compile, in place: names in state dicts stay.
+
+        Blocks of one kind share their compiled code, masks are drawn outside of it, and gradients
+        of a block are sent to other ranks while those of the one before are computed.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile()
+
+
+def num_visible(num_tokens: int, mask_ratio: float) -> int:
+    """Count the tokens that masking keeps; truncated by definition (1568 and 0.9 give 156)."""
+    return int(num_tokens * (1 - mask_ratio))
+
+
+def random_mask(
+    num_clips: int, num_tokens: int, mask_ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one noise value per token; the smallest are kept and stay in noise order.
+
+    Returns:
+        mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
+    """
+    noise = torch.rand(num_clips, num_tokens, device=device)
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    K = num_visible(num_tokens, mask_ratio)
+    mask = (ids_restore >= K).to(noise.dtype)
+    return mask, ids_restore, ids_shuffle[:, :K]
 
 
 def make_pos_embed(
