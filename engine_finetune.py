@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from util.confusion import count_confusions
 from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
 from util.kinetics import VideoLoader
-from util.lr_sched import learning_rate, set_learning_rate
+from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x, topk_correct
 from util.mixup import Mixup
 from util.optim import autocast, grad_sync, optim_step
@@ -75,9 +75,10 @@ def train_one_epoch(
             clips, targets = mixup(clips, targets, rng)  # the soft targets are smoothed already
             smoothing = 0.0
 
+        mask_ratio = annealed_mask_ratio(epoch + step / steps, args.mask_ratio, args.epochs)
         with grad_sync(model, update):
             with autocast(device, args.precision):
-                logits = model(clips)
+                logits = model(clips, mask_ratio)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             scaler.scale(loss / args.accum_iter).backward()
         metrics = {"loss": loss.detach(), "lr": lr}

@@ -63,7 +63,7 @@ def train_one_epoch(
 
         with grad_sync(model, update):
             with autocast(device, args.precision):
-                loss, _, _ = model(clips, mask_ratio=args.mask_ratio)
+                loss, _, _ = model(clips, args.mask_ratio, args.decoder_mask_ratio)
             scaler.scale(loss / args.accum_iter).backward()
         metrics = {"loss": loss.detach(), "lr": lr}
         log.guard.observe(step, batch.row, loss)

@@ -67,6 +67,12 @@ def get_args_parser() -> flags.Parser:
     group.add_argument(
         "--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix over mixup"
     )
+    group.add_argument(
+        "--mask_ratio",
+        type=float,
+        default=0.0,
+        help="share of patches left out at first, annealed to 0 by a cosine: faster",
+    )
     flags.add_optim_args(parser)
     parser.add_argument(
         "--layer_decay", type=float, default=0.75, help="factor of the rate from layer to layer"
@@ -181,6 +187,7 @@ def main(args: argparse.Namespace) -> None:
             drop_path_rate=args.drop_path_rate,
             sincos_pos_embed=args.sincos_pos_embed,
         )
+        model.check_mask_ratio(args.mask_ratio)
     checkpoint = args.resume if args.eval else find_checkpoint(args)
     if args.finetune and not checkpoint:
         weights = read_weights(args.finetune)
@@ -215,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
         print0(val)
         return
     class_names = read_class_names(folder, args.num_classes)
-    ddp_model = run.distribute(model, device)
+    ddp_model = run.prepare(model, device, args)
     started = time.time()
     while progress.epoch < args.epochs:
         try:

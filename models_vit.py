@@ -82,6 +82,15 @@ class VisionTransformer(Encoder):
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
 
+    def check_mask_ratio(self, mask_ratio: float) -> None:
+        """Raise ValueError for a ratio that is negative or keeps nothing."""
+        tokens = self.patch_embed.num_patches
+        if mask_ratio < 0 or num_visible(tokens, mask_ratio) < 1:
+            raise ValueError(
+                f"mask_ratio = {mask_ratio} must be at least 0 and keep at least one of "
+                f"{tokens} tokens"
+            )
+
     def forward_features(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] after the last block.
 
@@ -90,10 +99,10 @@ class VisionTransformer(Encoder):
         Raises:
             ValueError: a mask_ratio that keeps nothing.
         """
-        L, ids_keep = self.patch_embed.num_patches, None
+        ids_keep = None
         if mask_ratio:
-            if not 0 < num_visible(L, mask_ratio) <= L:
-                raise ValueError(f"mask_ratio = {mask_ratio} must be in [0, 1) and keep a token")
+            self.check_mask_ratio(mask_ratio)
+            L = self.patch_embed.num_patches
             _, _, ids_keep = random_mask(len(x), L, mask_ratio, x.device)
         x = self.run_blocks(self.blocks, self.embed(x, ids_keep))
         return x[:, int(self.cls_embed) :]

@@ -190,6 +190,14 @@ def add_optim_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--clip_grad", type=float, default=None, help="largest global gradient norm; None: no limit"
     )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the transformer blocks by torch.compile"
+    )
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute every block again in the backward pass, to save memory",
+    )
 
 
 def add_guard_args(parser: ArgumentParser) -> None:

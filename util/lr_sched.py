@@ -24,6 +24,15 @@ def learning_rate(
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
+    """Return the share of tokens left out of fine-tuning: half a cosine from mask_ratio to 0.
+
+    Args:
+        progress: epochs done, with fraction.
+    """
+    return mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))
+
+
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set every group's rate to lr times its lr_scale (layer decay), 1 where it has none."""
     for group in optimizer.param_groups:

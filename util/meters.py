@@ -186,6 +186,7 @@ class RunLog:
         purge_step: drop what an earlier, killed process wrote from this place of the x axis on.
         skip_nonfinite: see UpdateGuard.
         kill_loss_factor: see Meters.flush; 0 for none.
+        time_first_step: print how long the first step took, as it compiles the model.
     """
 
     def __init__(
@@ -196,8 +197,10 @@ class RunLog:
         purge_step: int | None = None,
         skip_nonfinite: int = 0,
         kill_loss_factor: float = 0.0,
+        time_first_step: bool = False,
     ):
         self.print_freq = print_freq
+        self.time_first_step = time_first_step
         self.device = device
         self.kill_loss_factor = kill_loss_factor
         self.guard = UpdateGuard(skip_nonfinite)
@@ -250,8 +253,13 @@ class RunLog:
         start = last = time.perf_counter()
         data_time, data_start, last_step, stopping = 0.0, start, first - 1, False
         for step, batch in enumerate(loader, first):
-            data_time += time.perf_counter() - data_start
+            step_start = time.perf_counter()
+            data_time += step_start - data_start
             yield step, batch
+            if self.time_first_step:
+                seconds = time.perf_counter() - step_start
+                print0(f"{header}  first step, with compilation: {seconds:.1f} s")
+                self.time_first_step = False
             bar.update()
             if checkpoints is not None:
                 stopping = checkpoints.is_stopping(step)

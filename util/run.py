@@ -21,6 +21,7 @@ from util.lr_sched import scaled_lr
 from util.meters import BadStepError, RunLog, epoch_1000x, last_x
 from util.optim import choose_precision
 from util.resume import Checkpoints, Progress, newest_checkpoint, signals_restored
+from util.video_vit import Encoder
 
 ROOT = Path(__file__).parent.parent
 # flags that have no part in what a run learns
@@ -104,8 +105,20 @@ def usage_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a model for gradient averaging where there are several ranks."""
+def prepare(model: Encoder, device: torch.device, args: Namespace) -> nn.Module:
+    """Do as --grad_checkpointing and --compile say, and average gradients over several ranks.
+
+    Raises:
+        UserError: torch.compile does not work on this machine (no C++ compiler, no Triton ...).
+    """
+    model.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=device))  # fails now, not hours later
+        except Exception as error:  # of whatever compiler there is
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
+        model.compile_blocks()
     if dist.world_size() == 1:
         return model
     return DistributedDataParallel(
@@ -190,6 +203,7 @@ def open_log(
         purge_step,
         args.skip_nonfinite,
         args.kill_loss_factor,
+        time_first_step=args.compile,
     )
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
     log.hparams(flags | {"ranks": dist.world_size()})

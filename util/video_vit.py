@@ -176,9 +176,13 @@ class Encoder(nn.Module):
         Blocks of one kind share their compiled code, masks are drawn outside of it, and gradients
         of a block are sent to other ranks while those of the one before are computed.
         """
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.compile()
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        # a drop path rate is compiled in: one version of the code per block, in training and not
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, 4 * len(blocks)
+        )
+        for block in blocks:
+            block.compile()
 
 
 def num_visible(num_tokens: int, mask_ratio: float) -> int:
