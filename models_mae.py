@@ -241,18 +241,18 @@ class MaskedAutoencoderViT(Encoder):
             cls_token, x = x[:, :1], x[:, 1:]
         (N, K, D), L = x.shape, ids_restore.shape[1]
         M = num_decoded(L - K, decoder_mask_ratio)
+        partial = M < L - K
+        ids = ids_restore.argsort(dim=1)[:, : K + M] if partial else ids_restore
         cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)
-        if M == L - K:
-            x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # to (t, h, w) order
-            x = x + pos
+        if partial:
+            x = x + F.embedding(ids, pos.squeeze(0))  # noise order is as good for attention
         else:
-            ids = ids_restore.argsort(dim=1)[:, : K + M]  # noise order is as good for attention
-            x = x + F.embedding(ids, pos.squeeze(0))
+            x = x.gather(1, ids.unsqueeze(-1).expand(-1, -1, D)) + pos  # in (t, h, w) order
         if cls_token is not None and cls_pos is not None:
             x = torch.cat([(cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
         x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
-        if M == L - K:
+        if not partial:
             return self.decoder_pred(x)[:, int(self.cls_embed) :]
         pred = self.decoder_pred(x[:, -M:])
         ids = ids[:, K:].unsqueeze(-1).expand_as(pred)

@@ -39,13 +39,18 @@ def make_optimizer(
     return AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether the device computes in bfloat16, rather than imitating it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def choose_precision(name: str | None, device: torch.device) -> str:
     """Return the precision asked for, or bf16 on an accelerator that has it and fp32 elsewhere."""
     if name:
         return name
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return "fp32"
+    return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

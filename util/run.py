@@ -19,7 +19,7 @@ from util.file_io import make_dirs
 from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
 from util.meters import BadStepError, RunLog, epoch_1000x, last_x
-from util.optim import choose_precision
+from util.optim import choose_precision, has_fast_bf16
 from util.resume import Checkpoints, Progress, newest_checkpoint, signals_restored
 from util.video_vit import Encoder
 
@@ -90,6 +90,8 @@ def start(args: Namespace) -> torch.device:
     dist.warn_of_stale_store()
     tf32 = " (fp32 matrix products in TF32)" if device.type == "cuda" else ""
     print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}{tf32}")
+    if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16(device):
+        print0("WARNING: this CPU has no arithmetic for bf16: expect steps 10 x slower than fp32")
     torch.set_float32_matmul_precision("high")
     if args.output_dir and dist.is_main():
         make_dirs(args.output_dir)
