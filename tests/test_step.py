@@ -1,0 +1,328 @@
+"""Tests of what makes a step faster or smaller, and of the benchmarks that measure it."""
+
+import math
+
+import pytest
+import torch
+
+import main_finetune
+import models_mae
+import models_vit
+from benchmarks import scaling
+from benchmarks import step as step_benchmark
+from tests.test_scripts import FINETUNE, PRETRAIN, call, finish, spawn
+from util.flops import count_flops
+from util.lr_sched import annealed_mask_ratio
+
+CLIP = (3, 4, 32, 32)
+
+
+def autoencoder(**arguments):
+    torch.manual_seed(0)
+    return models_mae.mae_vit_tiny_patch8(
+        **({"img_size": 32, "num_frames": 4, "pred_t_dim": 2, "norm_pix_loss": True} | arguments)
+    )
+
+
+def classifier(**arguments):
+    torch.manual_seed(0)
+    return models_vit.vit_tiny_patch8(img_size=32, num_frames=4, num_classes=5, **arguments)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def clips(count=2):
+    return torch.randn(count, *CLIP, generator=torch.Generator().manual_seed(3))
+
+
+# --- activation checkpointing and compilation
+
+
+def test_grad_checkpointing_changes_no_bit():
+    results = []
+    for checkpointing in (False, True):
+        model = autoencoder()
+        model.grad_checkpointing = checkpointing
+        torch.manual_seed(1)
+        loss = model(clips(), 0.75)[0]
+        results.append((loss, gradients(model, loss)))
+    (loss, plain), (loss_again, checkpointed) = results
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_grad_checkpointing_replays_drop_path():
+    results = []
+    for checkpointing in (False, True):
+        model = classifier(drop_path_rate=0.9).train()
+        model.grad_checkpointing = checkpointing
+        torch.manual_seed(1)
+        results.append(gradients(model, model(clips(8)).square().sum()))
+    plain, checkpointed = results
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_grad_checkpointing_saves_memory():
+    """Count what autograd keeps for the backward pass."""
+
+    def saved_bytes(checkpointing):
+        model = autoencoder()
+        model.grad_checkpointing = checkpointing
+        sizes = []
+
+        def pack(x):
+            sizes.append(x.numel() * x.element_size())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(clips(), 0.75)
+        return sum(sizes)
+
+    assert saved_bytes(True) < 0.5 * saved_bytes(False)
+
+
+@pytest.mark.slow
+def test_compiled_scripts_train_alike(videos, tmp_path):
+    """Same losses to rounding, same names, the cost of the first step printed; two ranks too."""
+    states = {}
+    for ranks, accumulation in ((1, 2), (2, 1)):
+        flags = [*PRETRAIN, "--epochs", 1, "--path_to_data_dir", videos]
+        flags += ["--accum_iter", accumulation, "--grad_checkpointing"]
+        for name, more in (("eager", []), ("compiled", ["--compile"])):
+            folder = tmp_path / f"{name}{ranks}"
+            out = finish(
+                spawn("main_pretrain.py", *flags, *more, "--output_dir", folder, ranks=ranks)
+            )
+            assert ("first step, with compilation: " in out) == (name == "compiled"), out
+            path = folder / "checkpoint-00000.pth"
+            states[name] = torch.load(path, weights_only=True)["model"]
+        assert states["eager"].keys() == states["compiled"].keys()
+        for name, weight in states["eager"].items():
+            torch.testing.assert_close(states["compiled"][name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_classifier_with_drop_path_never_falls_back(videos, tmp_path):
+    """Every block has a rate of its own: PyTorch gives up after so many versions of a function."""
+    flags = [*FINETUNE, "--epochs", 1, "--path_to_data_dir", videos, "--drop_path_rate", 0.2]
+    flags += ["--output_dir", tmp_path, "--compile", "--mask_ratio", 0.5]
+    out = finish(spawn("main_finetune.py", *flags))
+    assert "recompile_limit" not in out, out
+    assert "validation: top-1" in out
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_ends_in_one_sentence(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = [*PRETRAIN, "--path_to_data_dir", videos, "--output_dir", tmp_path, "--compile"]
+    out = finish(spawn("main_pretrain.py", *flags), 2)
+    assert "main_pretrain.py: error: --compile: torch.compile does not work here" in out
+    assert "Traceback" not in out
+
+
+# --- decoding a part of the removed patches
+
+
+def test_decoder_mask_ratio_zero_is_the_papers_loss():
+    model = autoencoder()
+    results = []
+    for ratios in ((0.75,), (0.75, 0.0)):
+        torch.manual_seed(1)
+        results.append(model(clips(), *ratios))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cls_through_decoder", [False, True])
+def test_decoder_mask_ratio_decodes_a_random_part(cls_through_decoder):
+    model = autoencoder(cls_through_decoder=cls_through_decoder)
+    imgs, L = clips(), model.patch_embed.num_patches
+    torch.manual_seed(1)
+    _, _, removed = model(imgs, 0.75)
+    torch.manual_seed(1)
+    loss, pred, mask = model(imgs, 0.75, 0.5)
+    kept = models_mae.num_visible(L, 0.75)
+    assert mask.sum(dim=1).tolist() == [int((L - kept) * 0.5)] * 2
+    assert torch.all(removed[mask == 1] == 1), "visible patches are no targets"
+    assert torch.all(pred[mask == 0] == 0)
+    assert torch.all(pred[mask == 1].abs().sum(dim=-1) > 0)
+    target = model.patchify(model.target_frames(imgs))
+    var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    error = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(dim=-1)
+    torch.testing.assert_close(loss, error[mask == 1].mean())
+    assert all(g.abs().sum() > 0 for g in gradients(model, loss).values())
+
+
+def test_the_decoder_sees_the_decoded_patches_alone_and_in_their_places():
+    """With one decoder pass over K + M tokens set by hand, in any order, predictions agree."""
+    model = autoencoder().double()
+    imgs = clips().double()
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.75)
+    pred = model.forward_decoder(latent, ids_restore, 0.5)
+    N, K = latent.shape[:2]
+    M = int((ids_restore.shape[1] - K) * 0.5)
+    for n in range(N):
+        order = ids_restore[n].argsort()
+        tokens = torch.cat([model.decoder_embed(latent[n]), model.mask_token[0].expand(M, -1)])
+        space = model.decoder_pos_embed_spatial[0]
+        time = model.decoder_pos_embed_temporal[0]
+        places = order[: K + M]
+        tokens = tokens + space[places % len(space)] + time[places // len(space)]
+        cls = (model.decoder_cls_token + model.decoder_pos_embed_class)[0]
+        x = torch.cat([cls, tokens.flip(0)]).unsqueeze(0)  # another order: attention has none
+        for block in model.decoder_blocks:
+            x = block(x)
+        out = model.decoder_pred(model.decoder_norm(x))[0, 1:].flip(0)
+        torch.testing.assert_close(pred[n, places[K:]], out[K:])
+
+
+def test_decoder_mask_ratio_saves_flops():
+    whole, half = (
+        count_flops(autoencoder(), CLIP, mask_ratio=0.9, decoder_mask_ratio=ratio)
+        for ratio in (0.0, 0.5)
+    )
+    assert half < 0.75 * whole
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 0.999])
+def test_a_decoder_mask_ratio_that_decodes_nothing_is_refused(ratio):
+    with pytest.raises(ValueError, match="decoder_mask_ratio"):
+        autoencoder()(clips(), 0.75, ratio)
+
+
+# --- masked fine-tuning
+
+
+def test_masked_classification_sees_the_kept_patches_alone():
+    model = classifier().eval()
+    imgs = clips()
+    torch.manual_seed(1)
+    logits = model(imgs, 0.5)
+    torch.manual_seed(1)
+    order = torch.rand(2, model.patch_embed.num_patches).argsort(dim=1)
+    kept = order[:, : int(model.patch_embed.num_patches * 0.5)]
+    x = model.embed(imgs)
+    x = torch.cat([x[:, :1], x[:, 1:].gather(1, kept.unsqueeze(-1).expand(-1, -1, 128))], dim=1)
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(logits, model.head(model.norm(x[:, 1:].mean(dim=1))))
+
+
+def test_masked_classification_at_zero_is_the_classifier():
+    model = classifier().eval()
+    assert torch.equal(model(clips(), 0.0), model(clips()))
+
+
+def test_the_mask_ratio_of_fine_tuning_ends_at_zero():
+    values = [annealed_mask_ratio(progress, 0.75, 10) for progress in (0, 2.5, 5, 7.5, 10)]
+    assert values == pytest.approx(
+        [0.75, 0.375 * (1 + math.sqrt(0.5)), 0.375, 0.375 * (1 - math.sqrt(0.5)), 0], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0])
+def test_a_mask_ratio_that_keeps_nothing_is_refused(videos, tmp_path, capsys, ratio):
+    flags = [*FINETUNE, "--path_to_data_dir", videos, "--output_dir", tmp_path]
+    with pytest.raises(SystemExit) as caught:
+        call(main_finetune, *flags, "--mask_ratio", ratio)
+    assert caught.value.code == 2
+    assert "error: mask_ratio" in capsys.readouterr().err
+
+
+# --- benchmarks
+
+TINY = "--model tiny --input_size 32 --num_frames 4 --batch_size 2 --repeats 1 --device cpu".split()
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_prints_every_row(capsys):
+    step_benchmark.main([*TINY, "--mask_ratio", "0", "0.9", "--precision", "fp32"])
+    out = capsys.readouterr().out
+    for row in ("pretrain mask 0 x", "pretrain mask 0.9 x", "finetune x", "test x"):
+        assert f"ViT-tiny {row} 2 fp32" in out
+    assert out.count("  ours ") == out.count("  plain ") == 4
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "test"])
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
+def test_plain_and_ours_take_the_same_step(task, mask_ratio):
+    row = step_benchmark.Row(task, "tiny", 2, mask_ratio, "fp32", input_size=32, num_frames=4)
+    steps = [
+        step_benchmark.Step(row, variant, torch.device("cpu")) for variant in ("plain", "ours")
+    ]
+    losses = [step.loss() for step in steps]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    if task == "test":
+        return
+    plain, ours = (gradients(step.model, loss) for step, loss in zip(steps, losses, strict=True))
+    assert plain.keys() == ours.keys()
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_is_timed_when_losses_differ(monkeypatch):
+    monkeypatch.setattr(step_benchmark, "matrix_rate", lambda *_: 1.0)
+    monkeypatch.setattr(step_benchmark.PlainAttention, "forward", lambda self, x: x)
+    with pytest.raises(SystemExit, match="nothing timed"):
+        step_benchmark.main([*TINY, "--task", "test", "--precision", "fp32"])
+
+
+@pytest.mark.parametrize(
+    ("size", "task", "mask_ratio", "published"),
+    [
+        ("base", "test", 0.0, 180.0),
+        ("large", "test", 0.0, 598.0),
+        ("huge", "test", 0.0, 1193.0),
+        ("large", "pretrain", 0.0, 627.5),
+    ],
+)
+def test_flops_are_the_published_ones(size, task, mask_ratio, published):
+    counted = step_benchmark.gflops(step_benchmark.Row(task, size, 1, mask_ratio, "fp32"))
+    assert counted == pytest.approx(published, rel=5e-3)
+
+
+def test_flops_of_the_masked_step_are_below_the_papers_by_the_patches_not_embedded():
+    """81.0 G has all 1568 patches embedded by a convolution; we embed the 156 visible ones."""
+    counted = step_benchmark.gflops(step_benchmark.Row("pretrain", "large", 1, 0.9, "fp32"))
+    not_embedded = (1568 - 156) * 1024 * 2 * 16 * 16 * 3 / 1e9
+    assert counted + not_embedded == pytest.approx(81.0, rel=1e-2)
+
+
+def test_check_names_what_was_missed():
+    row = step_benchmark.Row("pretrain", "base", 2, 0.9, "fp32")
+    good = step_benchmark.Result(1.0, 1.0, 3.1, 1.0, 0.5, 0.9)
+    slow = step_benchmark.Result(1.0, 1.0, 2.9, 1.0, 0.7, 0.9)
+    cpu = torch.device("cpu")
+    assert step_benchmark.check({row: {"plain": good, "ours": good}}, cpu) == []
+    missed = step_benchmark.check({row: {"plain": good, "ours": slow}}, cpu)
+    assert len(missed) == 2
+    assert "speed over plain 2.90, wanted at least 3.00" in missed[1]
+
+
+def test_scaling_reproduces_the_papers_hours(capsys):
+    """128 GPUs at 17 clips/s take 24.5 h for 800 effective epochs of 240,000 videos."""
+    scaling.main(["--max_gpus", "128"])
+    table = capsys.readouterr().out.split("pretrain_vit_large")[1].split("pretrain_vit_huge")[0]
+    last = table.strip().splitlines()[-1].split()
+    assert last[0] == "128"
+    assert float(last[-2]) == pytest.approx(24.5, abs=0.1)
+
+
+def test_scaling_finds_what_limits():
+    recipe = scaling.Recipe("pretrain_vit_large", "mae_vit_large_patch16", 800, 8)
+    work = scaling.Work(80.0, 300_000_000)
+    machine = {"gpu_clips": 400.0, "pretrain_clips": 50.0, "finetune_clips": 30.0, "cores": 10,
+               "node_gpus": 8, "node_link": 200e9, "link": 100e9, "gradient_bytes": 4}  # fmt: skip
+
+    def limit(gpus, **changes):
+        return scaling.speed(recipe, work, work, scaling.Machine(**(machine | changes)), gpus).limit
+
+    assert limit(1) == "GPU"
+    assert limit(1, cores=4) == "loader"
+    assert limit(16, link=1e9) == "network"
+    assert limit(8, link=1e9) == "GPU", "one machine does not use the slow link"
