@@ -47,8 +47,10 @@ test-all: $(INSTALLED)  ## run all the tests, the slow ones too
 demo: $(INSTALLED)  ## pre-train, fine-tune and test a tiny model on synthetic videos (8 minutes)
 	$(BIN)/python -m demo.end_to_end
 
-bench: $(INSTALLED)  ## measure the data pipeline against its targets (VIDEOS=folder; else synthetic)
+bench: $(INSTALLED)  ## measure loader, saving and step against their targets (VIDEOS=folder; else synthetic)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --check $(if $(VIDEOS),--videos $(VIDEOS))
+	$(BIN)/python -m benchmarks.checkpoint --check
+	$(BIN)/python -m benchmarks.step --check
 
 clean:  ## remove .venv, data and output
 	rm -rf $(VENV) data output *.egg-info

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models_mae import mae_vit_tiny_patch8
+from tests import golden
 from util.meters import Meters, NonFiniteError
 from util.optim import grad_sync, make_scaler, optim_step
 
@@ -56,10 +58,27 @@ def flush_meters(rank):
     return {"flushed": flushed, "step": None}
 
 
+def autoencoder_gradients(rank, world_size):
+    """Return the gradients of a rank's share of four clips; masks are rows of one noise."""
+    torch.manual_seed(0)
+    model = mae_vit_tiny_patch8(img_size=32, num_frames=4, pred_t_dim=2, norm_pix_loss=True)
+    clips = torch.randn(4, 3, 4, 32, 32)
+    noise = torch.rand(4, model.patch_embed.num_patches)
+    own = slice(4 * rank // world_size, 4 * (rank + 1) // world_size)
+    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    with golden.masking_noise(noise[own]):
+        wrapped(clips[own], 0.75)[0].backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
 def work(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     try:
-        results = {"accumulate": accumulate(rank), "flush_meters": flush_meters(rank)}
+        results = {
+            "accumulate": accumulate(rank),
+            "flush_meters": flush_meters(rank),
+            "autoencoder": autoencoder_gradients(rank, 2),
+        }
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -88,6 +107,15 @@ def test_gradients_are_averaged_on_the_last_micro_step_alone(ranks):
         torch.testing.assert_close(result["norm"], joint.norm())
         step = 0.1 * joint * min(1.0, 0.5 / joint.norm().item())
         torch.testing.assert_close(result["weight"], model.weight.detach() - step)
+
+
+def test_two_ranks_give_the_autoencoders_gradients_of_the_joint_batch(ranks):
+    joint = autoencoder_gradients(0, 1)
+    total = torch.nn.utils.get_total_norm(list(joint.values()))
+    for result in ranks["autoencoder"]:
+        for name, gradient in joint.items():
+            torch.testing.assert_close(result[name], gradient, rtol=1e-5, atol=1e-6)
+            assert (result[name] - gradient).norm() < 1e-6 * total, name
 
 
 def test_meters_average_over_ranks_and_fail_on_all_of_them(ranks):
