@@ -161,9 +161,12 @@ def clips_as_given(monkeypatch):
         monkeypatch.setattr(engine, "augment_on_device", lambda clips, flip, erase: clips)
 
 
-def engine_args(schedule, **overrides):
+def engine_args(engine, schedule, **overrides):
+    ratios = {"mask_ratio": 0.0}
+    if engine is engine_pretrain:
+        ratios = {"mask_ratio": 0.9, "decoder_mask_ratio": 0.0}
     defaults = {"seed": 0, "batch_size": 4, "repeat_aug": 1, "accum_iter": 1, "precision": "fp32"}
-    defaults |= {"mask_ratio": 0.9, "reprob": 0.0, "smoothing": 0.1, "checkpoint_minutes": 0}
+    defaults |= ratios | {"reprob": 0.0, "smoothing": 0.1, "checkpoint_minutes": 0}
     defaults |= {"dist_timeout": 30}
     schedule = {k: v for k, v in schedule.items() if k != "epoch_of_step"}
     return argparse.Namespace(**(defaults | schedule | overrides))
@@ -212,7 +215,7 @@ def test_pretraining_trajectory(scaled):
     case = TRAJECTORIES["mae"]
     model, optimizer = start_pretraining(case)
     videos, noises = (golden.tensor(case["file"], k) for k in ("videos", "noises"))
-    args = engine_args(case["schedule"], clip_grad=case["clip_grad"])
+    args = engine_args(engine_pretrain, case["schedule"], clip_grad=case["clip_grad"])
     log, scaler = RecordingLog(), scaler_for(scaled)
     with golden.masking_noise(*noises):
         for epoch in range(3):  # two steps an epoch, as the schedule says; one in the last
@@ -245,7 +248,7 @@ def test_finetuning_trajectory(scaled):
     def mixup(clips, labels, rng):  # its soft targets must not be smoothed again
         return clips, next(targets)
 
-    args = engine_args(case["schedule"], clip_grad=case["clip_grad"])
+    args = engine_args(engine_finetune, case["schedule"], clip_grad=case["clip_grad"])
     log, scaler = RecordingLog(), scaler_for(scaled)
     for epoch in range(3):
         loader = GivenBatches(videos[2 * epoch : 2 * epoch + 2], steps=2)
@@ -269,7 +272,12 @@ def test_pretraining_with_accumulation():
     videos = golden.tensor(file, "videos")  # (10, B, R, C, T, H, W)
     schedule = {"lr": 1e-2, "min_lr": 0.0, "warmup_epochs": 1, "epochs": 4}
     args = engine_args(
-        schedule, batch_size=2, repeat_aug=2, accum_iter=ACCUM["accum_iter"], clip_grad=0.02
+        engine_pretrain,
+        schedule,
+        batch_size=2,
+        repeat_aug=2,
+        accum_iter=ACCUM["accum_iter"],
+        clip_grad=0.02,
     )
     log = RecordingLog(print_freq=3)  # 5 steps: flushed inside and at the end of an epoch
     with golden.masking_noise(*golden.tensor(file, "noises")):
@@ -303,7 +311,11 @@ def test_accumulated_gradient_is_that_of_the_joint_batch(engine):
         if joint:
             videos, noises = videos.flatten(0, 1).unsqueeze(0), noises.flatten(0, 1).unsqueeze(0)
         args = engine_args(
-            TRAJECTORIES["mae"]["schedule"], accum_iter=len(videos), clip_grad=None, smoothing=0.1
+            engine,
+            TRAJECTORIES["mae"]["schedule"],
+            accum_iter=len(videos),
+            clip_grad=None,
+            smoothing=0.1,
         )
         log = RecordingLog()
         if engine is engine_pretrain:
@@ -327,7 +339,9 @@ def test_accumulated_gradient_is_that_of_the_joint_batch(engine):
 
 def pretrain_briefly(videos, precision="fp32", scaler=None, **overrides):
     model, optimizer = start_pretraining(TRAJECTORIES["mae"])
-    args = engine_args(TRAJECTORIES["mae"]["schedule"], clip_grad=0.02, precision=precision)
+    args = engine_args(
+        engine_pretrain, TRAJECTORIES["mae"]["schedule"], clip_grad=0.02, precision=precision
+    )
     vars(args).update(overrides)
     log = RecordingLog()
     scaler = scaler or no_scaler()
@@ -449,7 +463,7 @@ def test_skip_nonfinite_skips_up_to_so_many_updates_in_a_row(engine, capsys):
         model = golden.build(VisionTransformer, TRAJECTORIES["vit"])
         optimizer = make_optimizer(param_groups_lrd(model, 3, 0.05, 0.75), (0.9, 0.999), CPU)
         training = (model, None)
-    args = engine_args(TRAJECTORIES["mae"]["schedule"], clip_grad=0.02)
+    args = engine_args(engine, TRAJECTORIES["mae"]["schedule"], clip_grad=0.02)
     for limit in (2, 1):
         log = RecordingLog()
         log.guard.limit, log.guard.in_a_row = limit, 0
