@@ -91,9 +91,7 @@ def start(args: Namespace) -> torch.device:
     tf32 = " (fp32 matrix products in TF32)" if device.type == "cuda" else ""
     print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}{tf32}")
     if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16(device):
-        print0(
-            "WARNING: this CPU has no arithmetic for bf16: steps will be tens of times slower than in fp32"
-        )
+        print0("WARNING: this CPU has no arithmetic for bf16: expect steps tens of times slower")
     torch.set_float32_matmul_precision("high")
     if args.output_dir and dist.is_main():
         make_dirs(args.output_dir)
