@@ -38,11 +38,11 @@ type: $(INSTALLED)  ## check types
 test: $(INSTALLED)  ## run the tests (below 5 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-slow: $(INSTALLED)  ## run those that `make test` leaves out (kills, hosts, Slurm: 25 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+test-slow: $(INSTALLED)  ## run those that `make test` leaves out (kills, hosts, Slurm: 20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow and not slurm'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm  # one cluster at a time on a machine
 
-test-all: $(INSTALLED)  ## run all the tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+test-all: test test-slow  ## run all the tests
 
 demo: $(INSTALLED)  ## pre-train, fine-tune and test a tiny model on synthetic videos (8 minutes)
 	$(BIN)/python -m demo.end_to_end

@@ -23,7 +23,6 @@ FLAGS = [*PRETRAIN, "--epochs", EPOCHS, "--batch_size", 1, "--checkpoint_minutes
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),  # one cluster at a time on this machine
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="starting Slurm's daemons needs root"),
     pytest.mark.skipif(
