@@ -344,6 +344,7 @@ def test_default_checkpoint_is_the_newest_of_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "DEMO_RUN", tmp_path)
     assert visualize.default_checkpoint() == "k400/vit_large"
     monkeypatch.setattr(released, "ADDRESS", "http://127.0.0.1:9/{size}_{data}.pth")
+    released.fetch.cache_clear()  # of other tests' addresses
     problem = r"`make demo` has left no .* and cannot fetch http://127.*give --checkpoint"
     with pytest.raises(UserError, match=problem):
         visualize.load_autoencoder()
