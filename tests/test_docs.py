@@ -270,7 +270,7 @@ def test_other_command_runs(document, command, world, monkeypatch):
             ".venv/bin/python -m nbconvert --to html --execute demo/video_mae_visualize.ipynb",
             "python3 -m venv .venv",
             ".venv/bin/python -m pip install uv",
-            ".venv/bin/uv pip install --python .venv/bin/python -e '.[dev]'",
+            ".venv/bin/uv pip install --python .venv/bin/python -e '.[dev,demo]'",
         }
         assert command in known
 
