@@ -538,7 +538,8 @@ class VideoLoader:
         self.sampler.start = start_step * self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        with signals_blocked():  # else one could come before a new worker ignores it
+        # signals: else one could come before a new worker ignores it
+        with signals_blocked(), _child_signal_kept():
             batches = map(self._receive, self.loader)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
@@ -636,6 +637,22 @@ def signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _child_signal_kept() -> Iterator[None]:
+    """Undo the SIGCHLD handler that DataLoader installs with its first workers.
+
+    It raises wherever the trainer happens to be when a worker dies: in a save, or in a callback
+    that swallows it with a traceback. Without it the loader finds the worker missing as soon as
+    its batch is waited for (it looks every 5 seconds).
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _start_worker(_: int) -> None:
