@@ -1,9 +1,9 @@
 """Operations of PIL on the frames of a clip, uint8 [T, H, W, C] in and out, fast in loader workers.
 
 Every function does to each frame what Pillow (ImageOps, ImageEnhance, Image.transform) does to an
-image of that frame: equal bit for bit, except that a few warped pixels differ by one level. Clips
-are not changed in place. Meant for frames with a short side of about 256; a warp needs 64 times
-the memory of a frame for 16 frames, and keeps it for the next one.
+image of that frame: equal bit for bit, except that a few warped or blended pixels in 10,000 differ
+by one level. Clips are not changed in place. Meant for frames with a short side of about 256; a
+warp needs 64 times the memory of a frame for 16 frames, and keeps it for the next one.
 
 A crop often follows. Operations on single pixels (POINTWISE) can as well come after it; the others
 take the `box` of the crop, look at the whole frames, and compute no more than the box.
@@ -22,7 +22,10 @@ import torch
 import torch.nn.functional as F
 
 FILL = 128  # level of pixels that a warp brings in from outside the frame
-BLOCK = 8192  # pixels that a warp makes at a time, in memory that stays in the caches
+# PIL clips to uint8 and truncates, OpenCV rounds: shift down by a half, less what float32 sums may
+# fall short of a whole level.
+TRUNCATE = -0.49994
+BLOCK = 16384  # pixels that a warp makes at a time, in memory that stays in the caches
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -70,7 +73,7 @@ def color(clip: np.ndarray, factor: float) -> np.ndarray:
 
 
 def contrast(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
-    means = [int(_gray(frame).mean() + 0.5) for frame in clip]
+    means = [int(cv2.mean(_gray(frame))[0] + 0.5) for frame in clip]
     frames = zip(crop(clip, box), means, strict=True)
     return np.stack([_look_up(x, _blend_table(m, factor)) for x, m in frames])
 
@@ -97,11 +100,11 @@ def shear_y(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarr
 
 
 def translate_x(clip: np.ndarray, share: float, box: Box | None = None) -> np.ndarray:
-    return warp(clip, (1, 0, share * clip.shape[2], 0, 1, 0), box)
+    return _translate(clip, 0, share * clip.shape[2], box)
 
 
 def translate_y(clip: np.ndarray, share: float, box: Box | None = None) -> np.ndarray:
-    return warp(clip, (1, 0, 0, 0, 1, share * clip.shape[1]), box)
+    return _translate(clip, share * clip.shape[1], 0, box)
 
 
 def rotate(clip: np.ndarray, degrees: float, box: Box | None = None) -> np.ndarray:
@@ -139,10 +142,41 @@ def warp(
             part = top + y, left, min(rows, h - y), w
             index, weights = _neighbours(matrix, part, source, H, W)
             pixels = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights).numpy()
-            # Clip to uint8 and truncate as PIL does: OpenCV rounds, so shift down by a half, less
-            # what float32 sums may fall short of a whole level.
-            levels = cv2.addWeighted(pixels, 1, pixels, 0, -0.4998, dtype=cv2.CV_8U)  # (h w, C T)
+            levels = cv2.addWeighted(pixels, 1, pixels, 0, TRUNCATE, dtype=cv2.CV_8U)  # (h w, C T)
             out[:, y : y + rows] = cv2.transpose(levels.reshape(-1, T)).reshape(T, -1, w, C)
+    return out
+
+
+def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.ndarray:
+    """Do what `warp` would do for a move by (dy, dx) pixels, one of them 0.
+
+    All pixels lie alike between their neighbours: this is a convolution with four weights.
+    """
+    T, H, W, C = clip.shape
+    top, left, h, w = box or (0, 0, H, W)
+    out = np.full((T, h, w, C), FILL, np.uint8)
+    source, place, border, weights = [], [], [], []
+    for first, count, size, offset in ((top, h, H, dy), (left, w, W, dx)):
+        # [start, end) takes its values, at k + 0.5 + offset, from inside of the frame.
+        start = max(first, math.ceil(-0.5 - offset))
+        end = min(first + count, math.ceil(size - 0.5 - offset))
+        if start >= end:
+            return out
+        whole = math.floor(offset)
+        low, high = start + whole - 1, end + whole + 2  # neighbours at -1 to +2
+        source.append(slice(max(low, 0), high))
+        place.append(slice(start - first, end - first))
+        border += [max(-low, 0), max(high - size, 0)]
+        weights.append(_cubic_weights(np.array([offset - whole], np.float32)))
+    kernel = np.outer(*weights)
+    above, below, before, after = border
+    part, place = tuple(source), tuple(place)
+    for frame, target in zip(clip, out, strict=True):
+        bordered = cv2.copyMakeBorder(
+            frame[part], above, below, before, after, cv2.BORDER_REPLICATE
+        )
+        moved = cv2.filter2D(bordered, -1, kernel, anchor=(1, 1), delta=TRUNCATE)
+        target[place] = moved[1:-2, 1:-2]
     return out
 
 
@@ -166,9 +200,11 @@ def _source_rectangle(matrix: tuple[float, ...], box: Box, H: int, W: int) -> Bo
 @contextlib.contextmanager
 def _scratch_table(clip: np.ndarray, source: Box) -> Iterator[torch.Tensor]:
     """Give the pixels of a rectangle of the bordered clip as rows of C * T floats, then FILL."""
-    T, _, _, C = clip.shape
-    top, left, h, w = source
-    bordered = [cv2.copyMakeBorder(x, 2, 2, 2, 2, cv2.BORDER_REPLICATE) for x in clip]
+    T, H, W, C = clip.shape
+    top, left, h, w = source[0] - 2, source[1] - 2, *source[2:]  # in the frame
+    border = max(-top, 0), max(top + h - H, 0), max(-left, 0), max(left + w - W, 0)
+    inside = slice(max(top, 0), top + h), slice(max(left, 0), left + w)
+    bordered = [cv2.copyMakeBorder(x[inside], *border, cv2.BORDER_REPLICATE) for x in clip]
     # Fresh memory of this size costs more, in page faults, than what is done with it.
     memory = _free_tables.pop() if _free_tables else torch.empty(0)
     if len(memory) < (h * w + 1) * C * T:
@@ -177,7 +213,7 @@ def _scratch_table(clip: np.ndarray, source: Box) -> Iterator[torch.Tensor]:
     rows = max(1, BLOCK // w)
     for y in range(0, h, rows):
         end = min(y + rows, h)
-        pixels = np.stack([x[top + y : top + end, left : left + w] for x in bordered])
+        pixels = np.stack([x[y:end] for x in bordered])
         values = torch.from_numpy(cv2.transpose(pixels.reshape(T, -1)))
         table[y * w : end * w].view(-1, T).copy_(values)
     table[-1] = FILL
@@ -192,16 +228,19 @@ def _neighbours(
     a, b, c, d, e, f = matrix
     top, left, h, w = box
     x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
-    # Shears and translations leave columns or rows alike: then u is (1, w), or v is (h, 1).
-    u = a * x[None] + b * y + c if b else a * x[None] + c
-    v = d * x + e * y + f if d else e * y + f
-    outside = ((u < 0) | (u >= W)) | ((v < 0) | (v >= H))  # (h, w)
-    first_u, first_v = np.floor(u - 0.5), np.floor(v - 0.5)
-    u_weights = _cubic_weights((u - 0.5 - first_u).astype(np.float32))
-    v_weights = _cubic_weights((v - 0.5 - first_v).astype(np.float32))
+    # Places, less half a pixel. Shears leave columns or rows alike: then u is (1, w), or v (h, 1).
+    u, v = (a * x + (c - 0.5))[None], e * y + (f - 0.5)
+    if b:
+        u = u + b * y
+    if d:
+        v = v + d * x
+    outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # (h, w)
+    first_u, first_v = np.floor(u), np.floor(v)
+    u_weights = _cubic_weights((u - first_u).astype(np.float32))
+    v_weights = _cubic_weights((v - first_v).astype(np.float32))
     # They also move along one axis: three of four rows or columns weigh nothing.
-    rows = [i for i in range(4) if v_weights[i].any()]
-    columns = [i for i in range(4) if u_weights[i].any()]
+    rows = [i for i in range(4) if d or v_weights[i].any()]
+    columns = [i for i in range(4) if b or u_weights[i].any()]
     weights = np.empty((len(rows) * len(columns), h, w), np.float32)
     offsets = np.empty((len(weights), 1), np.int32)
     for k, (i, j) in enumerate(product(rows, columns)):
@@ -281,17 +320,13 @@ def _smooth(frame: np.ndarray) -> np.ndarray:
 
 def _blend(start: Iterable[np.ndarray], end: np.ndarray, factor: float) -> np.ndarray:
     """Go from `start`, given frame by frame, `factor` of the way to `end`, or beyond."""
-    out = np.empty_like(end)
+    out = np.empty(end.shape, np.uint8)
     for low, high, target in zip(start, end, out, strict=True):
-        low = low.astype(np.float32)
-        mixed = high.astype(np.float32)  # in place from here on, and in PIL's order of rounding
-        mixed -= low
-        mixed *= np.float32(factor)
-        mixed += low
-        target[...] = np.clip(mixed, 0, 255, out=mixed)
+        cv2.addWeighted(high, factor, low, 1 - factor, TRUNCATE, dst=target)
     return out
 
 
 def _blend_table(start: int, factor: float) -> np.ndarray:
     levels = np.arange(256, dtype=np.uint8)
-    return _blend([np.full(256, start)], levels[None], factor)[0]
+    mixed = np.float32(start) + (levels - np.float32(start)) * np.float32(factor)
+    return np.clip(mixed, 0, 255).astype(np.uint8)
