@@ -1,5 +1,6 @@
 """Lists from what data sets come with; copies that are cheap to decode; broken videos."""
 
+import contextlib
 import json
 import os
 import threading
@@ -227,13 +228,27 @@ def write_damaged(path: Path) -> str:
     return str(path)
 
 
+def write_concealed(path: Path) -> str:
+    """A video with one wrong byte, which decodes to its end with a frame marked as damaged."""
+    whole = Path(write_counter_video(path, 30, bframes=2)).read_bytes()
+    for place in range(whole.index(b"mdat") + 400, whole.index(b"moov"), 10):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(av.FFmpegError), av.open(str(path)) as container:
+            marks = [frame.is_corrupt for frame in container.decode(video=0)]
+            if any(marks):
+                return str(path)
+    raise AssertionError("no place found")
+
+
 def test_nothing_good_is_replaced_by_something_bad(tmp_path):
+    concealed = write_concealed(tmp_path / "concealed.mp4")
     broken = write_broken(tmp_path / "broken.mp4")
     damaged = write_damaged(tmp_path / "damaged.mp4")
     target = tmp_path / "out.mp4"
     target.write_bytes(b"what stood here")
     (tmp_path / "empty.mp4").touch()
-    for source in (str(tmp_path / "empty.mp4"), str(tmp_path / "missing.mp4"), broken, damaged):
+    nothing = str(tmp_path / "empty.mp4"), str(tmp_path / "missing.mp4")
+    for source in (*nothing, broken, damaged, concealed):
         with pytest.raises(VideoError, match=source):
             transcode(source, str(target))
     assert target.read_bytes() == b"what stood here"
