@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import read_number
+from tests.test_scripts import ROOT
 from tests.video_files import write_video
 from util.errors import UserError
 from util.kinetics import (
@@ -371,6 +373,33 @@ def test_decoding_stops_at_the_time_limit(videos, tmp_path):
             time.sleep(0.35)
             with pytest.raises(VideoError, match=r"not read within 0\.3 seconds"):
                 list(video.frames([0]))
+
+
+def test_time_limits_do_not_count_while_the_process_is_stopped(videos):
+    """A scheduler that suspends a job sends SIGSTOP; twice the limit goes by until SIGCONT."""
+    code = f"""
+import os, signal, time
+from util.time_limit import call_within
+from util.video import Video
+
+def read():
+    count = 0
+    with Video({str(videos / "v0.mp4")!r}, time_limit=1.5) as video:
+        for _ in video.frames(range(video.num_frames)):
+            count += 1
+            if count == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.2)
+        return count == video.num_frames
+
+print(call_within(1.5, read))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    os.waitpid(process.pid, os.WUNTRACED)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=30)
+    assert out == b"True\n"
 
 
 def test_call_within():

@@ -7,7 +7,6 @@ little as the wanted frames need.
 """
 
 import os
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -20,6 +19,8 @@ from av.container import Flags
 from av.stream import Discard
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+
+from util.time_limit import TimeLimit
 
 # width * height: above 8K footage (7680 x 4320), below a decompression bomb
 MAX_PIXELS = 8192 * 8192
@@ -51,7 +52,8 @@ class Video:
         path: local path.
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
         time_limit: seconds from now on after which reading and decoding raise; None for no limit.
-            Looked at between packets: a single read that never returns is not interrupted.
+            Looked at between packets: a single read that never returns is not interrupted, and
+            what lies between two packets counts for a second at most (see util/time_limit.py).
 
     Raises:
         VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
@@ -62,7 +64,7 @@ class Video:
     ) -> None:
         self.path = path
         self._time_limit = time_limit
-        self._deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
+        self._left = TimeLimit(float("inf") if time_limit is None else time_limit)
         if not os.path.isfile(path):
             raise VideoError(f"{path}: {_not_a_file(path)}")
         try:
@@ -297,7 +299,7 @@ class Video:
                     yield number, frame
 
     def _check_time(self) -> None:
-        if time.monotonic() > self._deadline:
+        if self._left.is_over():
             raise VideoError(f"{self.path}: not read within {self._time_limit:g} seconds")
 
     def _restarted_decoder(self) -> av.VideoCodecContext:
