@@ -115,11 +115,12 @@ def evaluate(
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack it
     sums = torch.zeros(2, dtype=exact, device=device)  # loss, top-5
     confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
+    clips_per_step = loader.batch_size * world_size()
     common_steps = len(loader.dataset) // world_size() // loader.batch_size  # of all ranks
-    for step, batch in log.every(loader, "Validate", len(loader), len(loader)):
+    for step, batch in log.every(loader, "Validate", len(loader), clips_per_step):
         if interruption and step < common_steps and interruption.after_step():
             break
-        good = torch.tensor([not error for error in batch.error])
+        good = torch.tensor([not errors for errors in batch.errors])
         if not good.any():
             continue
         clips = batch.clips[good].to(device, non_blocking=True).flatten(0, 1)
@@ -172,9 +173,9 @@ def test(
     dataset = loader.dataset
     rows: list[tuple[int, np.ndarray | None, str]] = []
     for _, batch in log.every(loader, "Test", len(loader), dataset.views * world_size()):
-        for clips, row, error in zip(batch.clips, batch.row, batch.error, strict=True):
-            if error:
-                rows.append((int(row), None, error))
+        for clips, row, errors in zip(batch.clips, batch.row, batch.errors, strict=True):
+            if errors:
+                rows.append((int(row), None, "; ".join(errors.values())))
                 continue
             views = []
             for part in clips.split(clips_per_forward):  # (V, T, H, W, C)

@@ -17,7 +17,7 @@ from util import checkpoint, errors, released
 
 # torch.hub.list shows every public callable of this file: only modules are imported.
 
-dependencies = ["torch", "timm", "numpy", "iopath", "safetensors"]
+dependencies = ["cv2", "torch", "timm", "numpy", "iopath", "safetensors"]
 
 SIZES = ("patch_size", "embed_dim", "depth")
 

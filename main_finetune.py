@@ -30,7 +30,7 @@ from util.dist import print0, seed_step, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.lr_decay import param_groups_lrd
-from util.meters import BadStepError, last_x
+from util.meters import BadStepError, RunLog, last_x
 from util.mixup import Mixup
 from util.optim import make_optimizer, make_scaler
 from util.rand_augment import RandAugment
@@ -142,6 +142,8 @@ def make_mixup(args: argparse.Namespace) -> Mixup | None:
 
 def main(args: argparse.Namespace) -> None:
     """Build data, model and optimiser in this order, then train and validate."""
+    if args.eval and not args.resume:
+        raise UserError("--eval needs weights: give --resume CHECKPOINT")
     device = run.start(args)
 
     folder = run.data_dir(args, "finetune")
@@ -188,7 +190,14 @@ def main(args: argparse.Namespace) -> None:
             sincos_pos_embed=args.sincos_pos_embed,
         )
         model.check_mask_ratio(args.mask_ratio)
-    checkpoint = args.resume if args.eval else find_checkpoint(args)
+    if args.eval:
+        apply_weights(model, read_weights(args.resume), keep_head=True)
+        log = RunLog("", args.print_freq, device)
+        model.to(device)
+        val, _ = evaluate(model, val_loader, device, args.precision, args.num_classes, log)
+        print0(val)
+        return
+    checkpoint = find_checkpoint(args)
     if args.finetune and not checkpoint:
         weights = read_weights(args.finetune)
         keep_head = args.keep_head and has_head_for(weights, model)
@@ -201,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Unlike in pre-training, the published recipes count the repeated clips in this rule.
     batch_size = args.batch_size * args.accum_iter * world_size() * args.repeat_aug
-    args.lr = run.effective_lr(args, args.repeat_aug, batch_size)
+    args.lr = run.effective_lr(args, args.repeat_aug, batch_size, len(train_loader))
     if args.dry_run:
         run.print_flops(model, args)
         return
@@ -215,12 +224,6 @@ def main(args: argparse.Namespace) -> None:
     progress = checkpoints.progress
 
     log = run.open_log(args, device, progress, len(train_loader))
-    if args.eval:
-        if not checkpoint:
-            raise UserError("--eval needs weights: give --resume CHECKPOINT")
-        val, _ = evaluate(model, val_loader, device, args.precision, args.num_classes, log)
-        print0(val)
-        return
     class_names = read_class_names(folder, args.num_classes)
     ddp_model = run.prepare(model, device, args)
     started = time.time()

@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The published recipes count videos, not the repeat_aug clips of each, in this rule.
     batch_size = args.batch_size * args.accum_iter * world_size()
-    args.lr = run.effective_lr(args, args.repeat_aug, batch_size)
+    args.lr = run.effective_lr(args, args.repeat_aug, batch_size, len(loader))
     if args.dry_run:
         ratios = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio")}
         run.print_flops(model, args, **ratios)
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
 
     log = run.open_log(args, device, progress, len(loader))
     fixed_clips = FixedClips(Kinetics(index, "test", **sizes), args, device)
-    ddp_model = run.prepare(model, device, args)
+    ddp_model = run.prepare(model, device, args, dynamic=False)
     started = time.time()
     while progress.epoch < args.epochs:
         try:

@@ -67,7 +67,7 @@ def get_args_parser() -> flags.Parser:
     group.add_argument(
         "--batch_size", type=flags.positive_int, default=32, help="views per forward pass"
     )
-    flags.add_run_args(parser, output_dir="./output/test")
+    flags.add_run_args(parser, output_dir="./output/test", training=False)
     return parser
 
 
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
         num_crops=args.num_crops,
     )
     # one video at a time: its views fill the forward passes
-    loader = VideoLoader(dataset, 1, args.num_workers, args.max_bad_share, device)
+    loader = VideoLoader(dataset, 1, args.num_workers, 1.0, device)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
     weights = read_weights(args.finetune)
@@ -164,6 +164,16 @@ def report(result: VideoScores, index: VideoIndex, args: argparse.Namespace) -> 
         "predictions.csv": prediction_rows(result, index, ranking, views),
         "classes.csv": class_rows(result, index.labels, ranking, hits, names),
     }
+    errors = [error for error in result.errors if error]
+    if errors:
+        print(f"{len(errors)} unreadable videos, counted as wrong:")
+        print("\n".join(f"  {error}" for error in errors))
+    print(
+        f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
+        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; predictions, classes and scores go to "
+        f"{args.output_dir}",
+        flush=True,
+    )
     for name, rows in tables.items():
         text = io.StringIO()
         csv.writer(text).writerows(rows)
@@ -173,17 +183,8 @@ def report(result: VideoScores, index: VideoIndex, args: argparse.Namespace) -> 
         os.path.join(args.output_dir, "scores.npz"),
         lambda file: np.savez(file, scores=result.scores, labels=index.labels),
     )
-    errors = [error for error in result.errors if error]
     record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
     append_log(args.output_dir, record)
-    if errors:
-        print(f"{len(errors)} unreadable videos, counted as wrong:")
-        print("\n".join(f"  {error}" for error in errors))
-    print(
-        f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
-        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; predictions, classes and scores in "
-        f"{args.output_dir}"
-    )
 
 
 def prediction_rows(

@@ -185,7 +185,8 @@ class MaskedAutoencoderViT(Encoder):
             return imgs[:, :, :: T // self.pred_t_dim]
         # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15
         index = torch.linspace(0, T - 1, self.pred_t_dim, dtype=torch.float32).long()
-        return imgs.index_select(2, index.to(imgs.device))
+        # picked by plain numbers: an index made on the host would have it wait for the device
+        return torch.stack([imgs[:, :, t] for t in index.tolist()], dim=2)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keep a random subset of the tokens of every clip (section 3.1, agnostic sampling).

@@ -340,7 +340,7 @@ class Ready(Kinetics):
 
     def read(self, epoch: int, row: int, clips: Tensor) -> Sample:
         flip = torch.zeros(self.views, dtype=torch.bool)
-        return Sample(clips, flip, torch.zeros((self.views, 4), dtype=torch.int64), 0, row, "")
+        return Sample(clips, flip, torch.zeros((self.views, 4), dtype=torch.int64), 0, row, {})
 
 
 class ReadySamples(Dataset):

@@ -80,8 +80,9 @@ def fuzz(folder: Path, count: int, seed: int, originals: Path | None = None) -> 
         for batch in loader:
             longest = max(longest, time.monotonic() - start)
             start = time.monotonic()
-            failed |= {line.split(": ")[0] for line in batch.error[0].splitlines()}
-        assert failed == {line.split(": ")[0] for line in loader.bad}
+            failed |= batch.errors[0].keys()
+        assert failed == loader.bad.keys()
+        assert all(reason.startswith(f"{path}: ") for path, reason in loader.bad.items())
         assert all("mutant" in path for path in failed)
         named += len(failed)
         for path in folder.glob("mutant*"):

@@ -60,8 +60,8 @@ def test_steps_between_printed_lines_do_not_wait_for_the_device(tmp_path, precis
     model = small_mae().to(device)
     args = Namespace(
         batch_size=2, repeat_aug=2, accum_iter=1, seed=0, lr=1e-3, min_lr=0.0, warmup_epochs=1,
-        epochs=2, mask_ratio=0.9, precision=precision, clip_grad=0.02, checkpoint_minutes=0,
-        dist_timeout=30,
+        epochs=2, mask_ratio=0.9, decoder_mask_ratio=0.0, precision=precision, clip_grad=0.02,
+        checkpoint_minutes=0, dist_timeout=30,
     )  # fmt: skip
     batch = Batch(
         torch.randint(0, 256, (2, 2, 8, 32, 32, 3), dtype=torch.uint8),
@@ -69,7 +69,7 @@ def test_steps_between_printed_lines_do_not_wait_for_the_device(tmp_path, precis
         torch.zeros(2, 2, 4, dtype=torch.int64),
         torch.tensor([0, 1]),
         torch.tensor([0, 1]),
-        ["", ""],
+        [{}, {}],
     )
     pinned = batch._replace(clips=batch.clips.pin_memory(), flip=batch.flip.pin_memory())
 

@@ -138,7 +138,7 @@ def test_pretraining_sample_is_the_definition(videos):
     sample = dataset[5, 2]
     assert sample.clips.shape == (3, 4, 32, 32, 3)
     assert sample.clips.dtype == torch.uint8
-    assert (sample.label, sample.row, sample.error) == (2, 2, "")
+    assert (sample.label, sample.row, sample.errors) == (2, 2, {})
     with Video(str(videos / "v2.mp4")) as video:
         everything = np.stack([frame.copy() for _, frame in video.frames(range(video.num_frames))])
         for r in range(3):
@@ -309,6 +309,35 @@ def test_too_many_broken_videos_stop_training(broken):
         list(loader_of(dataset, 2, max_bad_share=0.2))
 
 
+def test_a_video_counts_once_whatever_is_wrong_with_it(broken, monkeypatch, capsys):
+    """A damaged video fails at another frame every time it is read."""
+    loader = loader_of(Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES), 2)
+    reasons = iter(range(1000))
+
+    def fail(path, *args):
+        if path.endswith("/v0.mp4"):
+            raise VideoError(f"{path}: frame {next(reasons)} cannot be decoded")
+        return Video(path, *args)
+
+    monkeypatch.setattr("util.kinetics.Video", fail)
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        list(loader)
+    assert next(reasons) > 2
+    assert len(loader.bad) == 3
+    assert capsys.readouterr().out.count("v0.mp4: frame") == 1
+
+
+def test_ranks_add_up_what_they_cannot_read(broken, monkeypatch):
+    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES)
+    loader = loader_of(dataset, 2, max_bad_share=0.3)
+    list(loader)  # 2 of 8
+    others = {"x.mp4": "x.mp4: gone"}
+    monkeypatch.setattr("util.kinetics.gather_objects", lambda own: [own, others])
+    with pytest.raises(UserError, match="3 of 8 videos"):
+        loader.set_epoch(1)
+
+
 def test_nothing_but_broken_videos(tmp_path):
     dataset = Kinetics(VideoIndex(write_csv(tmp_path, "a.mp4\nb.mp4\n")), "pretrain", **SIZES)
     with pytest.raises(UserError, match=r"[ab]\.mp4: no such file") as caught:
@@ -320,7 +349,7 @@ def test_testing_keeps_the_row_of_a_broken_video(broken):
     dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "test", **SIZES)
     samples = list(loader_of(dataset, 1))
     assert [int(s.row) for s in samples] == list(range(8))
-    assert [bool(s.error[0]) for s in samples] == [False] * 6 + [True] * 2
+    assert [bool(s.errors[0]) for s in samples] == [False] * 6 + [True] * 2
 
 
 # --- time limit, pixel limit ---------------------------------------------------------------------
@@ -344,8 +373,7 @@ def test_a_file_that_never_answers_is_replaced(videos, pipe, tmp_path, monkeypat
     dataset = Kinetics(index, "pretrain", **SIZES, item_timeout=0.2)
     loader = loader_of(dataset, 4, workers)
     batches = list(loader)
-    assert [line.split(": ")[0] for line in loader.bad] == [str(pipe)]
-    assert "does not answer within 0.2 seconds" in next(iter(loader.bad))
+    assert loader.bad == {str(pipe): f"{pipe}: does not answer within 0.2 seconds"}
     assert (
         len(loader.memory.free) < loader.memory.capacity
     )  # what a thread may write to is kept away
@@ -414,7 +442,7 @@ def test_call_within():
 def test_pixel_limit_reaches_the_decoder(videos):
     index = VideoIndex(str(videos / "train.csv"))
     sample = Kinetics(index, "test", **SIZES, max_pixels=1000)[0, 3]
-    assert "v3.mp4: 64 x 48 pixels are more than max_pixels 1000" in sample.error
+    assert "v3.mp4: 64 x 48 pixels are more than max_pixels 1000" in str(sample.errors)
     assert not sample.clips.any()
 
 
@@ -461,7 +489,7 @@ def test_frames_of_any_size_give_the_same_clips(tmp_path, height, width):
         augment = RandAugment("rand-m5") if mode == "finetune" else None
         dataset = Kinetics(index, mode, **SIZES, scales=(1, 1), rand_augment=augment)
         sample = dataset[0, 0]
-        assert not sample.error and sample.clips.shape == (1, 4, 32, 32, 3)
+        assert not sample.errors and sample.clips.shape == (1, 4, 32, 32, 3)
     if min(height, width) < 32:
         return
     clips = Kinetics(index, "test", **SIZES, num_crops=3)[0, 0].clips.float()
@@ -476,10 +504,11 @@ def test_a_narrow_strip_is_not_blown_up(tmp_path):
     index = VideoIndex(write_csv(tmp_path, "v.mkv 0\n"))
     sizes = {**SIZES, "input_size": 224}
     sample = Kinetics(index, "test", **sizes)[0, 0]
-    assert sample.error == f"{tmp_path}/v.mkv: frames are too narrow to scale to 224 pixels"
-    assert not Kinetics(index, "pretrain", **sizes)[0, 0].error
+    reason = f"{tmp_path}/v.mkv: frames are too narrow to scale to 224 pixels"
+    assert sample.errors == {f"{tmp_path}/v.mkv": reason}
+    assert not Kinetics(index, "pretrain", **sizes)[0, 0].errors
     augment = RandAugment("rand-m9-p1")
-    assert not Kinetics(index, "finetune", **sizes, rand_augment=augment)[0, 0].error
+    assert not Kinetics(index, "finetune", **sizes, rand_augment=augment)[0, 0].errors
 
 
 # --- memory of batches ---------------------------------------------------------------------------
@@ -592,11 +621,26 @@ def test_workers_by_the_cpus_of_the_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr("util.kinetics._cpu_quota", lambda: float("inf"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert default_num_workers() == 12
     monkeypatch.setattr("util.kinetics._cpu_quota", lambda: 4.5)  # a container's limit
     assert default_num_workers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert default_num_workers() == 1
+
+
+def test_default_workers_in_a_slurm_task(monkeypatch):
+    """srun binds a task to its own CPUs; torchrun in one task shares them among its ranks."""
+    monkeypatch.setattr("util.kinetics._cpu_quota", lambda: float("inf"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "10")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for bound in (10, 80):  # where Slurm does not bind, all CPUs of the machine are seen
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=bound: set(range(n)))
+        assert default_num_workers() == 10
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "80")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert default_num_workers() == 10
 
 
 def test_fewer_videos_than_a_batch(videos):

@@ -140,7 +140,7 @@ class GivenBatches:
             B, R = clips.shape[:2]
             rows = torch.arange(B) + 100 * step
             flip, erase = torch.zeros(B, R, dtype=torch.bool), torch.zeros(B, R, 4)
-            yield Batch(clips, flip, erase, torch.zeros(B, dtype=torch.int64), rows, [""] * B)
+            yield Batch(clips, flip, erase, torch.zeros(B, dtype=torch.int64), rows, [{}] * B)
 
 
 class RecordingLog(RunLog):

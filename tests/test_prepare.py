@@ -295,6 +295,14 @@ def test_reencode_never_writes_over_the_source(tmp_path):
         prepare("folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "v")
 
 
+def test_reencode_refuses_two_videos_of_one_name(tmp_path):
+    for suffix in ("mp4", "avi"):
+        (tmp_path / "v/a").mkdir(parents=True, exist_ok=True)
+        write_counter_video(tmp_path / f"v/a/0.{suffix}", 3, codec="mpeg4")
+    with pytest.raises(UserError, match="would have one copy"):
+        prepare("folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "small")
+
+
 def test_verify_lists_the_broken(tmp_path, capsys):
     (tmp_path / "v/a").mkdir(parents=True)
     good = write_counter_video(tmp_path / "v/a/good.mp4", 30, bframes=2)

@@ -335,6 +335,18 @@ def test_superfluous_checkpoints():
     assert superfluous(ended, ended[-1], 0, 0, None) == ended[:1]
 
 
+def test_the_best_epoch_is_saved_between_periods(tmp_path):
+    training = Training(
+        init=0, output_dir=str(tmp_path), checkpoint_period=5, keep_last=1, epochs=10
+    )
+    training.train(0)
+    for epoch in range(10):
+        training.checkpoints.finish_epoch({"epoch": epoch}, steps=3, best=epoch in (1, 6))
+    training.checkpoints.wait()
+    left = [os.path.basename(path) for path in list_checkpoints(str(tmp_path))]
+    assert left == ["checkpoint-00006.pth", "checkpoint-00009.pth"]
+
+
 def test_keep_last_and_every_and_best_in_a_run(tmp_path):
     training = Training(init=0, output_dir=str(tmp_path), keep_last=2, keep_every=4, epochs=10)
     training.train(0)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_pretrain
 import main_test
+from engine_finetune import VideoScores, combine_views
+from tests import golden
 from util import run
+from util.kinetics import VideoIndex
 
 ROOT = Path(__file__).parent.parent
 SIZES = "--input_size 32 --num_frames 4 --sampling_rate 4 --num_workers 0 --device cpu".split()
@@ -160,12 +164,42 @@ def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path):
     )
 
 
-def test_eval_flag_validates_and_exits(videos, finetuned, tmp_path, capsys):
-    call(main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE, "--eval",
-         "--resume", finetuned / "checkpoint-00001.pth")  # fmt: skip
-    last = simplejson.loads((finetuned / "log.txt").read_text().splitlines()[-1])
-    assert f"'acc1': {last['val_acc1']}" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.pth"))
+@pytest.mark.parametrize("ensemble", ["sum", "max"])
+def test_accuracy_of_views_is_the_golden_one(tmp_path, ensemble):
+    arrays, expected = golden.arrays("test_meter.npz"), golden.table("test_meter.json")
+    rows = [f"{i}.mp4 {label}\n" for i, label in enumerate(arrays["labels"])]
+    (tmp_path / "test.csv").write_text("".join(rows))
+    index = VideoIndex(str(tmp_path / "test.csv"))
+    views = torch.from_numpy(arrays["softmax"]).unflatten(0, (5, 30))
+    scores = torch.stack([combine_views(v, ensemble) for v in views]).numpy()
+    np.testing.assert_allclose(scores, arrays[f"video_preds_{ensemble}"], rtol=1e-6)
+    args = Namespace(num_clips=10, num_crops=3, num_classes=12, ensemble=ensemble)
+    for seen, accuracy in ((5, expected[ensemble]), (2, expected["missing"]["only_first_60"])):
+        if seen < 5 and ensemble == "max":
+            continue  # the table knows the sum alone
+        args.output_dir = str(tmp_path / str(seen))
+        os.mkdir(args.output_dir)
+        readable = np.arange(5) < seen
+        errors = ["" if good else "gone" for good in readable]
+        main_test.report(VideoScores(scores * readable[:, None], readable, errors), index, args)
+        record = simplejson.loads((tmp_path / str(seen) / "log.txt").read_text())
+        assert f"{record['test_acc1']:.2f}" == accuracy["top1_acc"]
+        assert f"{record['test_acc5']:.2f}" == accuracy["top5_acc"]
+
+
+def test_eval_flag_validates_and_changes_nothing(videos, finetuned, capsys):
+    """Of an older checkpoint of the very folder, too: its log and curves stay whole."""
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in finetuned.rglob("*") if path.is_file()}
+
+    before = content()
+    for epoch in (0, 1):
+        call(main_finetune, "--path_to_data_dir", videos, "--output_dir", finetuned, *FINETUNE,
+             "--eval", "--resume", finetuned / f"checkpoint-0000{epoch}.pth")  # fmt: skip
+        line = simplejson.loads((finetuned / "log.txt").read_text().splitlines()[epoch])
+        assert f"'acc1': {line['val_acc1']}" in capsys.readouterr().out
+    assert content() == before
 
 
 # --- kills and resumes --------------------------------------------------------------------------
@@ -323,6 +357,14 @@ def test_resume_from_another_model(capsys, videos, tmp_path, pretrained):
     assert "decoder_cls_token" in text
 
 
+def test_finetune_from_other_weights_in_the_folder_of_a_run(capsys, videos, finetuned):
+    """A run that is there would go on, and pass for one from the other weights."""
+    common = ["--path_to_data_dir", videos, "--output_dir", finetuned, *FINETUNE]
+    status, text = fails(capsys, main_finetune, *common, "--finetune", "k600/vit_large")
+    assert status == 2
+    assert "was started from --finetune" in text and "not from k600/vit_large" in text
+
+
 def test_finetune_from_another_shape_and_from_rubbish(capsys, videos, tmp_path, pretrained):
     common = ["--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE, "--finetune"]
     status, text = fails(capsys, main_finetune, *common, pretrained / "checkpoint-00000.pth",
@@ -342,7 +384,7 @@ def test_main_test_without_checkpoint(capsys, videos):
     assert "--finetune" in text
 
 
-def test_full_disk_leaves_old_checkpoints_and_training_goes_on(videos, pretrained, tmp_path):
+def test_full_disk_leaves_old_checkpoints_and_ends_with_status_1(videos, pretrained, tmp_path):
     """A limit on file size stands in for a full disk: writing fails half-way in both."""
     full = (pretrained / "checkpoint-00000.pth").stat().st_size // 2
     argv = ["--path_to_data_dir", videos, "--output_dir", tmp_path, "--epochs", 2, *PRETRAIN]
@@ -350,8 +392,10 @@ def test_full_disk_leaves_old_checkpoints_and_training_goes_on(videos, pretraine
         spawn(
             "main_pretrain.py", *argv,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (full, full)),
-        )
+        ),
+        status=1,
     )  # fmt: skip
+    assert "error: the run's last checkpoint is lost: could not save" in out
     assert out.count("WARNING: could not save") == 2
     assert [p.name for p in tmp_path.glob("checkpoint*")] == []
     assert (tmp_path / "log.txt").read_text().count("\n") == 2

@@ -58,12 +58,6 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
         help="loader processes per rank; None: from the CPUs this process may use",
     )
     group.add_argument(
-        "--max_bad_share",
-        type=float,
-        default=0.1,
-        help="stop when more than this share of a csv's videos cannot be read",
-    )
-    group.add_argument(
         "--item_timeout",
         type=positive_float,
         default=60.0,
@@ -82,6 +76,12 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
         help="frames: every --sampling_rate-th, or one from each of --num_frames equal segments",
     )
     if jitter_scales:
+        group.add_argument(
+            "--max_bad_share",
+            type=float,
+            default=0.1,
+            help="stop when more than this share of a csv's videos cannot be read",
+        )
         group.add_argument(
             "--repeat_aug", type=positive_int, default=1, help="clips taken from each loaded video"
         )
@@ -220,11 +220,15 @@ def add_guard_args(parser: ArgumentParser) -> None:
     )
 
 
-def add_run_args(parser: ArgumentParser, output_dir: str) -> None:
+def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True) -> None:
     """Add the flags of device, folders and logging."""
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default=output_dir, help="folder of checkpoints and log.txt")
-    group.add_argument("--log_dir", default="", help="TensorBoard folder; empty: the output folder")
+    group.add_argument("--output_dir", default=output_dir, help="folder of log.txt and results")
+    if training:
+        group.add_argument(
+            "--log_dir", default="", help="TensorBoard folder; empty: the output folder"
+        )
+        group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto")
     group.add_argument(
         "--precision",
@@ -240,7 +244,6 @@ def add_run_args(parser: ArgumentParser, output_dir: str) -> None:
         default=argparse.SUPPRESS,
         help="short for --precision fp32",
     )
-    group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--dry_run",
         action="store_true",
@@ -279,7 +282,8 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     )
 
 
-# Flags of the reference that mean nothing here, with the number of values they take.
+# Flags of the reference that mean nothing here, or not in every script, with the number of values
+# they take.
 OBSOLETE_FLAGS = {
     "distributed": 0,
     "no_env": 0,
@@ -302,6 +306,8 @@ OBSOLETE_FLAGS = {
     "recount": 1,
     "remode": 1,
     "mixup_mode": 1,
+    "seed": 1,
+    "log_dir": 1,
 }
 
 

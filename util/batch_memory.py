@@ -6,9 +6,11 @@ travels between the processes is the number of a slot. The mappings have no name
 its size (64 MiB in many containers) is no limit.
 """
 
+import contextlib
 import math
 import mmap
 import multiprocessing
+import sys
 import weakref
 from typing import Any
 
@@ -36,11 +38,10 @@ class BatchMemory:
     def __init__(self, slots: int, shape: tuple[int, ...], page_lock: bool):
         self.shape = shape
         self.page_lock = page_lock
-        self.maps = [mmap.mmap(-1, math.prod(shape)) for _ in range(slots)]
+        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]
         self.capacity = slots
         self.free = list(range(slots))  # a stack: what was used last is in the caches
         self.taken: set[int] = set()
-        self.locked: set[int] = set()
 
     def take(self) -> int | None:
         """Return a slot for a worker to write to, or None when all are in use."""
@@ -57,9 +58,8 @@ class BatchMemory:
     def lease(self, slot: int) -> Tensor:
         """Return what was written to a taken slot; it is free again when the tensor is gone."""
         self.taken.remove(slot)
-        if self.page_lock and slot not in self.locked:
-            _lock_pages(self.maps[slot])
-            self.locked.add(slot)
+        if self.page_lock:
+            self.page_lock = self.maps[slot].lock_pages()
         array = np.frombuffer(self.maps[slot], np.uint8).reshape(self.shape)
         weakref.finalize(array, self.free.append, slot).atexit = False
         return torch.from_numpy(array)  # holds on to the array, and so do all views of it
@@ -74,9 +74,28 @@ class BatchMemory:
         self.taken.clear()
 
 
-def _lock_pages(memory: mmap.mmap) -> None:
-    """Page-lock a mapping for CUDA until it is unmapped."""
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    cuda: Any = torch.cuda.cudart()
-    torch.cuda.check_error(cuda.cudaHostRegister(address, len(memory), 0))
-    weakref.finalize(memory, cuda.cudaHostUnregister, address).atexit = False
+class _Mapping(mmap.mmap):
+    """Anonymous memory, which CUDA may have page-locked."""
+
+    address = 0  # of the locked pages
+
+    def lock_pages(self) -> bool:
+        """Page-lock it until it is unmapped; where that is refused, say so and return False."""
+        if self.address:
+            return True
+        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        cuda: Any = torch.cuda.cudart()
+        try:
+            torch.cuda.check_error(cuda.cudaHostRegister(address, len(self), 0))
+        except RuntimeError as error:
+            print(f"WARNING: copies to the GPU will be slow: pages cannot be locked ({error})")
+            with contextlib.suppress(RuntimeError):
+                torch.zeros((), device="cuda")  # is told of the refusal, too, and clears it
+            return False
+        self.address = address
+        return True
+
+    def __del__(self) -> None:  # a finalizer would come after the memory is gone
+        if self.address and not sys.is_finalizing():
+            cuda: Any = torch.cuda.cudart()
+            cuda.cudaHostUnregister(self.address)

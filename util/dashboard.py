@@ -79,8 +79,9 @@ class FixedClips:
         clips: list[torch.Tensor] = []
         for row in range(min(MAX_READS, len(self.dataset))):
             sample = self.dataset[0, row]
-            if sample.error:
-                print0(f"unreadable video, not shown in TensorBoard: {sample.error}")
+            if sample.errors:
+                reason = "; ".join(sample.errors.values())
+                print0(f"unreadable video, not shown in TensorBoard: {reason}")
             else:
                 clips.append(sample.clips[0])
             if len(clips) == NUM_CLIPS:

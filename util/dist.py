@@ -107,7 +107,9 @@ def get_device(name: str) -> torch.device:
         index = device.index
         if index is None:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            index = local_rank if count > 1 else 0  # srun may show each task its own GPU alone
+            # srun may show each task its own GPU alone; torchrun does not
+            alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+            index = 0 if alone else local_rank
         if index >= count:
             raise ValueError(f"GPU {index} was asked for and this machine has {count}")
         device = torch.device("cuda", index)

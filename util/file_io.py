@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import IO, Any
 from urllib.parse import urlparse
 
@@ -32,6 +33,8 @@ def open_file(path: str, mode: str = "r") -> IO:
         UserError: the file cannot be opened; the message names it.
     """
     try:
+        if mode == "r" and path.startswith("http"):  # see local_path
+            path = local_path(path)
         return path_manager.open(path, mode)
     except OSError as error:
         hint = "; it needs `pip install boto3`" if path.startswith("s3://") and not HAS_S3 else ""
@@ -49,7 +52,8 @@ def local_path(path: str) -> str:
         options["cache_dir"] = os.path.join(get_cache_dir(), urlparse(path).netloc)
     try:
         return path_manager.get_local_path(path, **options)
-    except (OSError, AssertionError) as error:  # S3PathHandler asserts that the file is there
+    # S3PathHandler asserts that the file is there
+    except (OSError, HTTPException, AssertionError) as error:
         raise UserError(f"cannot fetch {path}: {error or 'no such file'}") from error
 
 

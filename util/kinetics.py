@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from util.batch_memory import BatchMemory, can_share_memory
-from util.dist import rank, world_size
+from util.dist import gather_objects, rank, world_size
 from util.errors import UserError
 from util.file_io import is_remote, local_path, open_file
 from util.rand_augment import RandAugment
@@ -140,7 +140,7 @@ class Sample(NamedTuple):
     erase: Tensor  # int64 [R, 4], box to erase on the device, empty for none
     label: int
     row: int  # of the csv; -1 when no readable video was found
-    error: str  # "PATH: reason" of unreadable videos met on the way, a line each
+    errors: dict[str, str]  # path -> "PATH: reason" of unreadable videos met on the way
 
 
 DrawBoxes = Callable[[int, int], list[Box]]
@@ -275,7 +275,7 @@ class Kinetics(Dataset):
         """
         seeds = [(self.seed, epoch, row, r) for r in range(self.repeat_aug)]
         replacements = np.random.default_rng((self.seed, epoch, row, self.repeat_aug))
-        errors = []
+        errors = {}
         for _ in range(MAX_REPLACEMENTS if self.training else 1):
             path = self.index.path(row)
             rngs = [np.random.default_rng(seed) for seed in seeds]
@@ -285,13 +285,13 @@ class Kinetics(Dataset):
                 # not come back even then hangs in the file system.
                 flip, erase = call_within(self.item_timeout + 1, load)
             except (VideoError, UserError) as error:
-                errors.append(" ".join(str(error).split()))
+                errors[path] = " ".join(str(error).split())
             except TimeoutError:
-                errors.append(f"{path}: does not answer within {self.item_timeout:g} seconds")
+                errors[path] = f"{path}: does not answer within {self.item_timeout:g} seconds"
                 clips = torch.empty_like(clips)
             else:
                 label = int(self.index.labels[row])
-                return Sample(clips, flip, erase, label, row, "\n".join(errors))
+                return Sample(clips, flip, erase, label, row, errors)
             if self.training:
                 row = int(replacements.integers(len(self.index)))
         return Sample(
@@ -300,7 +300,7 @@ class Kinetics(Dataset):
             torch.zeros((self.views, 4), dtype=torch.int64),
             int(self.index.labels[row]),
             -1 if self.training else row,
-            "\n".join(errors),
+            errors,
         )
 
     def _load_path(
@@ -415,7 +415,7 @@ class Batch(NamedTuple):
     erase: Tensor  # int64 [B, R, 4]
     label: Tensor  # int64 [B]
     row: Tensor  # int64 [B], always on the host
-    error: list[str]
+    errors: list[dict[str, str]]
 
 
 class _MadeBatch(NamedTuple):
@@ -427,7 +427,7 @@ class _MadeBatch(NamedTuple):
     erase: np.ndarray
     label: np.ndarray
     row: np.ndarray
-    error: list[str]
+    errors: list[dict[str, str]]
 
 
 class _BatchRequests(Sampler):
@@ -471,7 +471,7 @@ class _BatchReader(Dataset):
             np.stack([x.erase.numpy() for x in samples]),
             np.array([x.label for x in samples]),
             np.array([x.row for x in samples]),
-            [x.error for x in samples],
+            [x.errors for x in samples],
         )
 
 
@@ -506,7 +506,7 @@ class VideoLoader:
         self.batch_size = batch_size
         self.max_bad_share = max_bad_share
         self.device = device
-        self.bad: set[str] = set()
+        self.bad: dict[str, str] = {}  # path -> "PATH: reason", of all ranks before this epoch
         self.sampler = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
         if dataset.training and self.sampler.used_rows == 0:
             raise UserError(
@@ -533,7 +533,13 @@ class VideoLoader:
         return len(self.loader)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch whose order and clips the next iteration gives, from a step on."""
+        """Choose the epoch whose order and clips the next iteration gives, from a step on.
+
+        All ranks call this together: they tell each other the unreadable videos met so far.
+        """
+        for others in gather_objects(self.bad):
+            self.bad = others | self.bad
+        self._refuse_bad_share()
         self.sampler.epoch = epoch
         self.sampler.start = start_step * self.batch_size
 
@@ -554,26 +560,30 @@ class VideoLoader:
                 self.memory.abandon(made.slot)
         flip, erase = torch.from_numpy(made.flip), torch.from_numpy(made.erase)
         label, row = torch.from_numpy(made.label), torch.from_numpy(made.row)
-        batch = Batch(clips, flip, erase, label, row, made.error)
+        batch = Batch(clips, flip, erase, label, row, made.errors)
         self._record(batch)
         return batch
 
     def _record(self, batch: Batch) -> None:
         """Report unreadable videos once each, and stop when they are too many."""
-        for line in "\n".join(batch.error).split("\n"):
-            if line and line not in self.bad:
-                self.bad.add(line)
-                print(f"unreadable video ({len(self.bad)} so far): {line}", flush=True)
+        for errors in batch.errors:
+            for path in errors.keys() - self.bad.keys():
+                self.bad[path] = errors[path]
+                print(f"unreadable video ({len(self.bad)} so far): {errors[path]}", flush=True)
         if not self.dataset.training:
             return
-        csv_path = self.dataset.index.csv_path
-        if (torch.as_tensor(batch.row) < 0).any():
+        lost = [batch.errors[i] for i in (batch.row < 0).nonzero()]
+        if lost:
             raise UserError(
-                f"{MAX_REPLACEMENTS} videos in a row of {csv_path} could not be read; the last "
-                f"one: {batch.error[-1].splitlines()[-1]}",
+                f"{MAX_REPLACEMENTS} videos in a row of {self.dataset.index.csv_path} could not be "
+                f"read; the last one: {list(lost[0].values())[-1]}",
                 status=1,
             )
-        if len(self.bad) > self.max_bad_share * len(self.dataset):
+        self._refuse_bad_share()
+
+    def _refuse_bad_share(self) -> None:
+        csv_path = self.dataset.index.csv_path
+        if self.dataset.training and len(self.bad) > self.max_bad_share * len(self.dataset):
             raise UserError(
                 f"{len(self.bad)} of {len(self.dataset)} videos of {csv_path} cannot be read, more "
                 f"than --max_bad_share {self.max_bad_share}; they are listed above",
@@ -611,12 +621,15 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def default_num_workers() -> int:
-    """Return the CPUs that this process may use, shared among the ranks of this machine."""
+    """Return the CPUs of this process: its Slurm task's, or a share of the machine's per rank."""
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
     else:
         cpus = os.cpu_count() or 1
     cpus = min(cpus, _cpu_quota())
+    own = os.environ.get("SLURM_CPUS_PER_TASK")
+    if own and "TORCHELASTIC_RUN_ID" not in os.environ:  # a rank is a task; others have their own
+        return max(1, min(16, int(cpus), int(own)))
     return max(1, min(16, int(cpus) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

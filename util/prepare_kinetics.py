@@ -383,10 +383,12 @@ def reencode(lists: Lists, source: str, folder: str, workers: int, **options) ->
     Copies that are there and can be opened are kept, so that a run cut short goes on where it was.
     Videos that cannot be decoded are taken off the lists and returned as 'PATH: reason'.
     """
-    targets = {}
+    targets, sources = {}, {}
     for path, _ in _all_rows(lists):
         name = Path(path).relative_to(source).with_suffix(".mp4")
         targets[path] = os.path.join(folder, name)
+        if sources.setdefault(targets[path], path) != path:
+            raise UserError(f"{path} and {sources[targets[path]]} would have one copy; rename one")
         if os.path.exists(targets[path]) and os.path.samefile(path, targets[path]):
             raise UserError(f"--reencode {folder} would overwrite {path}; choose another folder")
 
@@ -519,5 +521,6 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(get_args_parser().parse_args()))
-    except UserError as error:
-        sys.exit(f"prepare_kinetics: error: {error}")
+    except (UserError, OSError) as error:
+        print(f"prepare_kinetics: error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 1))

@@ -214,6 +214,7 @@ class Checkpoints:
         self.progress = Progress()
         self.last_saved = time.monotonic()
         self.thread: threading.Thread | None = None
+        self.failure = ""  # of the last save
         self.host_copy = HostCopy()
         optimizer.register_step_pre_hook(lambda *_: self.host_copy.wait())
         self.interruption = Interruption(args.dist_timeout)
@@ -241,12 +242,12 @@ class Checkpoints:
             self.save()
 
     def finish_epoch(self, record: dict[str, Any], steps: int, best: bool = False) -> None:
-        """Note an epoch's line for log.txt and save every checkpoint_period epochs."""
+        """Note an epoch's line for log.txt; save every checkpoint_period epochs, and the best."""
         progress, args = self.progress, self.args
         if best:
             progress.best_epoch = progress.epoch
         progress.finish_epoch(record, steps // args.accum_iter)
-        if progress.epoch % args.checkpoint_period == 0 or progress.epoch == args.epochs:
+        if best or progress.epoch % args.checkpoint_period == 0 or progress.epoch == args.epochs:
             self.save()
         write_log(args.output_dir, progress.log)
 
@@ -300,9 +301,15 @@ class Checkpoints:
             self.thread = None
 
     def close(self) -> None:
-        """Wait for the last save and give the signals back, at the end of a run."""
+        """Wait for the last save and give the signals back, at the end of a run.
+
+        Raises:
+            UserError: the last save failed, so that the run's result is lost.
+        """
         self.wait()
         self.interruption.close()
+        if self.failure:
+            raise UserError(f"the run's last checkpoint is lost: {self.failure}", status=1)
 
     def _write(
         self, path: str, finish_copy: Callable[[], dict[str, Any]], best_epoch: int | None
@@ -313,8 +320,10 @@ class Checkpoints:
             write_atomically(path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's zip writer
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print0(f"WARNING: could not save {path}: {reason}; training goes on without it")
+            self.failure = f"could not save {path}: {reason}"
+            print0(f"WARNING: {self.failure}; training goes on without it")
             return
+        self.failure = ""
         print0(f"saved {path}")
         self._prune(path, best_epoch)
 
@@ -372,6 +381,14 @@ class Checkpoints:
         if trained not in (None, self.args.model):
             raise UserError(
                 f"{path} is of --model {trained}, not {self.args.model}; use another --output_dir"
+            )
+        started_from = checkpoint_args(checkpoint).get("finetune")
+        wanted = getattr(self.args, "finetune", None)
+        # whoever names the checkpoint means it; found in the folder, it may be another run's
+        if not self.args.resume and None not in (started_from, wanted) and started_from != wanted:
+            raise UserError(
+                f"{path} was started from --finetune {started_from or '(nothing)'}, not from "
+                f"{wanted or '(nothing)'}; use another --output_dir"
             )
         then = checkpoint.get("identity", self.identity)
         if then["data"] != self.identity["data"]:
@@ -505,6 +522,11 @@ class Interruption:
 
         submitit's handler requeues the job from rank 0 and wants the other ranks to stay.
         """
+        group: Any = self.group
+        if group is not None:
+            # A launcher ends the others when one has left, and the main process may still write.
+            with contextlib.suppress(RuntimeError):
+                dist.barrier(group)
         number = STOP_SIGNALS[self.signal - 1]
         previous: Callable[..., Any] | int | None = self.handlers.get(number)
         if callable(previous):

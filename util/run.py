@@ -41,8 +41,8 @@ def run(
     """Parse flags and call main; a UserError ends with its sentence and status, on every rank."""
     try:
         main(parse(None))
-    except (UserError, RuntimeError) as error:
-        mendable = error if isinstance(error, UserError) else lost_process(error)
+    except (UserError, RuntimeError, OSError) as error:
+        mendable = error if isinstance(error, UserError) else what_happened(error)
         if mendable is None:
             raise
         prefix = f"[rank {dist.rank()}] " if dist.world_size() > 1 else ""
@@ -54,9 +54,11 @@ def run(
         dist.shutdown()
 
 
-def lost_process(error: RuntimeError) -> UserError | None:
-    """Say in a sentence what PyTorch reports when another process is gone; else None."""
+def what_happened(error: RuntimeError | OSError) -> UserError | None:
+    """Say in a sentence that a file system failed, or that another process is gone; else None."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return UserError(text or type(error).__name__, status=1)
     if text.startswith("DataLoader worker"):
         reason = text.partition(". ")[0]
         sentence = (
@@ -107,8 +109,13 @@ def usage_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def prepare(model: Encoder, device: torch.device, args: Namespace) -> nn.Module:
+def prepare(
+    model: Encoder, device: torch.device, args: Namespace, dynamic: bool | None = None
+) -> nn.Module:
     """Do as --grad_checkpointing and --compile say, and average gradients over several ranks.
+
+    Args:
+        dynamic: see Encoder.compile_blocks.
 
     Raises:
         UserError: torch.compile does not work on this machine (no C++ compiler, no Triton ...).
@@ -120,7 +127,7 @@ def prepare(model: Encoder, device: torch.device, args: Namespace) -> nn.Module:
         except Exception as error:  # of whatever compiler there is
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
-        model.compile_blocks()
+        model.compile_blocks(dynamic)
     if dist.world_size() == 1:
         return model
     return DistributedDataParallel(
@@ -157,13 +164,22 @@ def data_dir(args: Namespace, task: str) -> str:
     return str(folder / task)
 
 
-def effective_lr(args: Namespace, clips_per_video: int, batch_size: int) -> float:
+def effective_lr(args: Namespace, clips_per_video: int, batch_size: int, steps: int) -> float:
     """Print the arithmetic of batch size and learning rate, and return the peak rate.
 
     Args:
         clips_per_video: how many clips of a video go through the model per step.
         batch_size: effective batch size by the recipe's own rule, see the two main scripts.
+        steps: of an epoch.
+
+    Raises:
+        UserError: an epoch is too short for a single update.
     """
+    if steps < args.accum_iter:
+        raise UserError(
+            f"an epoch has {steps} steps, too few for an update every --accum_iter "
+            f"{args.accum_iter} steps; lower it, or use more videos"
+        )
     lr = scaled_lr(args.blr, batch_size) if args.lr is None else args.lr
     ranks = dist.world_size()
     videos = args.batch_size * args.accum_iter * ranks
@@ -173,7 +189,10 @@ def effective_lr(args: Namespace, clips_per_video: int, batch_size: int) -> floa
         f"{videos * clips_per_video}"
     )
     if args.lr is None:
-        print0(f"learning rate: blr {args.blr:g} x batch {batch_size} / 256 = {lr:.3g}")
+        counted = "clips" if batch_size > videos else "videos"
+        print0(
+            f"learning rate: blr {args.blr:g} x batch of {batch_size} {counted} / 256 = {lr:.3g}"
+        )
     else:
         print0(f"learning rate: {lr:.3g} as given by --lr")
     return lr

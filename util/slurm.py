@@ -2,11 +2,12 @@
 
 import importlib
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import submitit
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from util import dist
@@ -71,6 +72,9 @@ class Job:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         try:
             importlib.import_module(self.script).main(args)
+        except UserError as error:  # submitit would add a traceback
+            print(f"{self.script}.py: error: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.status)
         finally:
             dist.shutdown()
 
@@ -79,14 +83,14 @@ class Job:
         return DelayedSubmission(Job(self.script, self.args))
 
 
-def submit(script: str, args: Namespace) -> submitit.Job:
-    """Submit a script as a job and print its id, state and folder.
+def submit(script: str, args: Namespace) -> None:
+    """Submit a script as a job and print its id and logs; wait for it where there is no Slurm.
 
     Args:
         script: module with main(args), e.g. "main_pretrain".
 
     Raises:
-        UserError: there is no Slurm on this machine, or it refuses the job.
+        UserError: there is no Slurm on this machine, or it refuses the job; a local one fails.
     """
     folder = Path(args.job_dir).absolute()
     args.job_dir = str(folder)
@@ -97,6 +101,8 @@ def submit(script: str, args: Namespace) -> submitit.Job:
         names = ("partition", "account", "qos", "constraint", "comment")
         extra = {f"slurm_{name}": getattr(args, name) for name in names}
         extra["slurm_signal_delay_s"] = args.signal_delay_s
+        # srun does not take this over from sbatch
+        extra["slurm_srun_args"] = [f"--cpus-per-task={args.cpus_per_task}"]
         executor_options = {"slurm_max_num_timeout": MAX_TIMEOUTS}
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=args.cluster, **executor_options)
@@ -114,4 +120,8 @@ def submit(script: str, args: Namespace) -> submitit.Job:
     except (RuntimeError, OSError, FailedJobError) as error:
         raise UserError(f"the job could not be submitted: {error}", status=1) from error
     print(f"job {job.job_id}; logs: {job.paths.stdout} and {job.paths.stderr}")
-    return job
+    if args.cluster == "local":
+        try:
+            job.results()
+        except UncompletedJobError as error:
+            raise UserError(f"the job failed; the logs in {folder} say why", status=1) from error

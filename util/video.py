@@ -318,7 +318,11 @@ class Video:
             self._rotation = round(frame.rotation / 90) * 90 % 360
         height, width = self._size
         # PyAV starts a thread pool per call unless told not to.
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
+        try:
+            rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
+        except (av.FFmpegError, ValueError, MemoryError) as error:
+            reason = f"its {frame.format.name} frames cannot be converted ({_reason(error)})"
+            raise VideoError(f"{self.path}: {reason}") from error
         if rgb is frame:  # was RGB already: the decoder's memory, rows maybe bottom up
             image = rgb.to_ndarray()
         else:

@@ -170,19 +170,24 @@ class Encoder(nn.Module):
                 x = block(x)
         return x
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, dynamic: bool | None = None) -> None:
         """Compile every block by torch.compile, in place: names in state dicts stay.
 
         Blocks of one kind share their compiled code, masks are drawn outside of it, and gradients
         of a block are sent to other ranks while those of the one before are computed.
+
+        Args:
+            dynamic: False compiles anew for every number of tokens, which is fastest where there
+                are few (encoder and decoder); None makes the second number a variable.
         """
         blocks = [module for module in self.modules() if isinstance(module, Block)]
+        torch._dynamo.config.optimize_ddp = False  # would cut the blocks up; they are the buckets
         # a drop path rate is compiled in: one version of the code per block, in training and not
         torch._dynamo.config.recompile_limit = max(
             torch._dynamo.config.recompile_limit, 4 * len(blocks)
         )
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=dynamic)
 
 
 def num_visible(num_tokens: int, mask_ratio: float) -> int:

@@ -170,7 +170,7 @@ def test_a_documented_batch_script(slurm, uninterrupted, videos, tmp_path, scrip
         ("--cpus-per-task=80", "--cpus-per-task=1"),
         ("--cpus-per-task=10", "--cpus-per-task=1"),
         ("--nnodes 8 --nproc_per_node 8", "--nnodes 2 --nproc_per_node 1"),
-        ("srun torchrun", f"srun {sys.executable} -m torch.distributed.run"),
+        (" torchrun ", f" {sys.executable} -m torch.distributed.run "),
         ("python main_pretrain.py", f"{sys.executable} main_pretrain.py"),
         ("main_pretrain.py", str(ROOT / "main_pretrain.py")),
         ("/data/k400", str(videos)),
