@@ -1,7 +1,7 @@
 """Measure a step of our models against the same step written plainly, with the same weights.
 
     python -m benchmarks.step                         ViT-B, batch 2: pre-train, fine-tune, test
-    python -m benchmarks.step --model large --compile --precision bf16
+    python -m benchmarks.step --model large --precision bf16 --variants plain ours compiled
     python -m benchmarks.step --check                 exit 1 below the targets of this device
 
 The plain step is what one writes first: a Conv3d over all patches, three products for q, k and v,
@@ -307,7 +307,7 @@ class Result:
 def measure(
     row: Row, variants: list[str], device: torch.device, repeats: int, rate: float
 ) -> dict[str, Result]:
-    """Compare the variants of a row, of which the first is "plain".
+    """Compare the variants of a row.
 
     Raises:
         SystemExit: they do not give the same loss.
@@ -453,7 +453,10 @@ def main(argv: list[str] | None = None) -> None:
         "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=None,
         help="None: fp32, and bf16 where the device computes in it",
     )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="a variant by torch.compile, too")
+    parser.add_argument(
+        "--variants", nargs="+", choices=("plain", "ours", "compiled"), default=["plain", "ours"],
+        help="compiled: ours by torch.compile",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--plot", type=Path, help="also draw time over mask ratio into this PNG")
@@ -468,7 +471,6 @@ def main(argv: list[str] | None = None) -> None:
     rates = {precision: matrix_rate(device, precision) for precision in precisions}
     for precision, rate in rates.items():
         print(f"best matrix product in {precision}: {rate / 1e12:.3f} T multiply-adds per second")
-    variants = ["plain", "ours"] + ["compiled"] * args.compile
     results: dict[Row, dict[str, Result]] = {}
     for size, precision, task in itertools.product(args.model, precisions, args.task):
         ratios = {"pretrain": args.mask_ratio, "finetune": args.finetune_mask_ratio}
@@ -478,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
                 task, size, args.batch_size, mask_ratio, precision, decoder,
                 args.input_size, args.num_frames,
             )  # fmt: skip
-            results[row] = measure(row, variants, device, args.repeats, rates[precision])
+            results[row] = measure(row, args.variants, device, args.repeats, rates[precision])
             print_row(row, results[row])
     for row, whole in results.items():
         other = results.get(replace(row, mask_ratio=0.9), {})
