@@ -144,6 +144,21 @@ def test_a_local_job_of_two_tasks(videos, tmp_path):
     assert "2 process(es)" in (folder / f"{job_id}_0_log.out").read_text()
 
 
+@pytest.mark.slow
+def test_a_local_job_that_fails_says_so_in_a_sentence(tmp_path):
+    out = finish(
+        spawn(
+            "submitit_pretrain.py", *PRETRAIN, "--path_to_data_dir", tmp_path / "nowhere",
+            "--cluster", "local", "--ngpus", 0, "--job_dir", tmp_path / "%j",
+        ),
+        status=1,
+    )  # fmt: skip
+    assert "submitit_pretrain.py: error: the job failed; the logs in" in out
+    (log,) = tmp_path.glob("*/*_0_log.err")
+    assert "main_pretrain.py: error: cannot open" in log.read_text()
+    assert "Traceback" not in out + log.read_text()
+
+
 def wait_until(what: Callable[[], object], printed: Callable[[], str], seconds=120.0) -> None:
     """Poll until something is so; else fail with what the processes printed."""
     deadline = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -376,6 +377,23 @@ def test_finetune_from_another_shape_and_from_rubbish(capsys, videos, tmp_path, 
     status, text = fails(capsys, main_finetune, *common, rubbish)
     assert status == 2
     assert str(rubbish) in text
+
+
+def test_results_that_cannot_be_written_are_printed_at_least(capsys, videos, finetuned, tmp_path):
+    (tmp_path / "predictions.csv").mkdir()
+    process = spawn("main_test.py", "--path_to_data_dir", videos, "--output_dir", tmp_path,
+                    "--finetune", finetuned / "checkpoint-00001.pth", "--num_clips", 1,
+                    "--num_crops", 1, "--num_workers", 0, "--device", "cpu")  # fmt: skip
+    out = finish(process, status=1)
+    assert re.search(r"top-1 [\d.]+ %", out)
+    assert "main_test.py: error: [Errno 21] Is a directory" in out
+    assert "Traceback" not in out
+
+
+def test_an_epoch_without_an_update_is_refused(capsys, videos, tmp_path):
+    status, text = pretrain_fails(capsys, videos, tmp_path, "--accum_iter", "4")
+    assert status == 2
+    assert "an epoch has 3 steps, too few for an update every --accum_iter 4 steps" in text
 
 
 def test_main_test_without_checkpoint(capsys, videos):
