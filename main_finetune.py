@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
             sincos_pos_embed=args.sincos_pos_embed,
         )
         model.check_mask_ratio(args.mask_ratio)
-    if args.eval:
+    if args.eval and not args.dry_run:
         apply_weights(model, read_weights(args.resume), keep_head=True)
         log = RunLog("", args.print_freq, device)
         model.to(device)
