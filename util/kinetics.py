@@ -544,7 +544,7 @@ class VideoLoader:
         self.sampler.start = start_step * self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        # signals: else one could come before a new worker ignores it
+        # blocked: else a signal could come before a new worker ignores it
         with signals_blocked(), _child_signal_kept():
             batches = map(self._receive, self.loader)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
@@ -567,9 +567,10 @@ class VideoLoader:
     def _record(self, batch: Batch) -> None:
         """Report unreadable videos once each, and stop when they are too many."""
         for errors in batch.errors:
-            for path in errors.keys() - self.bad.keys():
-                self.bad[path] = errors[path]
-                print(f"unreadable video ({len(self.bad)} so far): {errors[path]}", flush=True)
+            for path, error in errors.items():
+                if path not in self.bad:
+                    self.bad[path] = error
+                    print(f"unreadable video ({len(self.bad)} so far): {error}", flush=True)
         if not self.dataset.training:
             return
         lost = [batch.errors[i] for i in (batch.row < 0).nonzero()]
