@@ -1,11 +1,13 @@
 """The data set: csv rows, samples, determinism, sampler and unreadable videos."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -437,6 +439,25 @@ def test_call_within():
         call_within(5, lambda: 1 // 0)
     with pytest.raises(TimeoutError):
         call_within(0.05, lambda: time.sleep(0.5))
+
+
+def test_call_within_keeps_its_thread_unless_it_hangs_or_is_a_forks():
+    kept = call_within(5, threading.get_ident)
+    with pytest.raises(ZeroDivisionError):
+        call_within(5, lambda: 1 // 0)
+    assert call_within(5, threading.get_ident) == kept != threading.get_ident()
+    child = multiprocessing.get_context("fork").Process(target=call_within, args=(5, int))
+    child.start()
+    child.join()
+    assert child.exitcode == 0  # else it would wait for a thread that only the parent has
+    release = threading.Event()
+    with pytest.raises(TimeoutError):
+        call_within(0.05, release.wait)
+    [hung] = [thread for thread in threading.enumerate() if thread.ident == kept]
+    assert call_within(5, threading.get_ident) != kept
+    release.set()
+    hung.join(5)
+    assert not hung.is_alive()
 
 
 def test_pixel_limit_reaches_the_decoder(videos):
