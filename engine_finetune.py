@@ -66,7 +66,7 @@ def train_one_epoch(
         clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # (B*R, T, H, W, C)
         flip = batch.flip.to(device, non_blocking=True).flatten()
         erase = batch.erase.to(device, non_blocking=True).flatten(0, 1) if args.reprob else None
-        labels = torch.as_tensor(batch.label).to(device, non_blocking=True)
+        labels = batch.label.to(device, non_blocking=True)
         targets = labels.repeat_interleave(args.repeat_aug)  # (N,)
         clips = augment_on_device(clips, flip, erase)  # (N, C, T, H, W)
         smoothing = args.smoothing
@@ -120,11 +120,14 @@ def evaluate(
     for step, batch in log.every(loader, "Validate", len(loader), clips_per_step):
         if interruption and step < common_steps and interruption.after_step():
             break
-        good = torch.tensor([not errors for errors in batch.errors])
-        if not good.any():
+        good = [i for i, errors in enumerate(batch.errors) if not errors]
+        if not good:
             continue
-        clips = batch.clips[good].to(device, non_blocking=True).flatten(0, 1)
-        labels = torch.as_tensor(batch.label)[good].to(device, non_blocking=True)
+        clips, labels = batch.clips, batch.label
+        if len(good) < len(clips):  # else no copy
+            clips, labels = clips[good], labels[good]
+        clips = clips.to(device, non_blocking=True).flatten(0, 1)
+        labels = labels.to(device, non_blocking=True)
         with autocast(device, precision):
             logits = model(augment_on_device(clips, flip=None, erase=None))
         logits = logits.float()

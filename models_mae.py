@@ -111,6 +111,10 @@ class MaskedAutoencoderViT(Encoder):
                 f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
             )
         self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
+        # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15; plain
+        # numbers, for an index made on the host in every step would have it wait for the device
+        index = torch.linspace(0, num_frames - 1, pred_t_dim, dtype=torch.float32, device="cpu")
+        self.predicted_frames: list[int] = index.long().tolist()
         require_multiple(
             decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
         )
@@ -180,13 +184,9 @@ class MaskedAutoencoderViT(Encoder):
 
     def target_frames(self, imgs: Tensor) -> Tensor:
         """Pick the frames that are predicted: [N, C, T, H, W] -> [N, C, pred_t_dim, H, W]."""
-        T = imgs.shape[2]
         if self.strided_targets:
-            return imgs[:, :, :: T // self.pred_t_dim]
-        # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15
-        index = torch.linspace(0, T - 1, self.pred_t_dim, dtype=torch.float32).long()
-        # picked by plain numbers: an index made on the host would have it wait for the device
-        return torch.stack([imgs[:, :, t] for t in index.tolist()], dim=2)
+            return imgs[:, :, :: imgs.shape[2] // self.pred_t_dim]
+        return torch.stack([imgs[:, :, t] for t in self.predicted_frames], dim=2)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keep a random subset of the tokens of every clip (section 3.1, agnostic sampling).

@@ -1,9 +1,14 @@
 """Tests of what makes a step faster or smaller, and of the benchmarks that measure it."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import main_finetune
 import models_mae
@@ -11,8 +16,12 @@ import models_vit
 from benchmarks import scaling
 from benchmarks import step as step_benchmark
 from tests.test_scripts import FINETUNE, PRETRAIN, call, finish, spawn
+from util.confusion import count_confusions
 from util.flops import count_flops
 from util.lr_sched import annealed_mask_ratio
+from util.meters import topk_correct
+from util.mixup import Mixup
+from util.transforms import augment_on_device
 
 CLIP = (3, 4, 32, 32)
 
@@ -37,6 +46,46 @@ def gradients(model, loss):
 
 def clips(count=2):
     return torch.randn(count, *CLIP, generator=torch.Generator().manual_seed(3))
+
+
+# --- no waiting for the device
+
+
+def on_a_gpu(model):
+    """Give a model parameters that say they are on a GPU; in a FakeTensorMode, of no memory."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            fake = nn.Parameter(torch.empty(p.shape, device="cuda"), p.requires_grad)
+            setattr(module, name, fake)
+    return model
+
+
+def test_a_step_on_a_gpu_reads_nothing_back():
+    """Shapes and devices are computed as on a GPU, without one; reading a value raises.
+
+    The backward pass and the update are the libraries' and left out.
+    """
+    mae, vit = autoencoder(), classifier(drop_path_rate=0.5, dropout=0.5)
+    with FakeTensorMode():
+        mae, vit = on_a_gpu(mae), on_a_gpu(vit)
+        gpu = torch.device("cuda", 0)
+        pixels = torch.empty(4, 4, 32, 32, 3, dtype=torch.uint8, device=gpu)
+        flip = torch.empty(4, dtype=torch.bool, device=gpu)
+        boxes = torch.empty(4, 4, dtype=torch.int64, device=gpu)
+        labels = torch.empty(4, dtype=torch.int64, device=gpu)
+        for norm_pix_loss, ratio in itertools.product((False, True), (0.0, 0.5)):
+            mae.norm_pix_loss = norm_pix_loss
+            loss, pred, mask = mae(augment_on_device(pixels, flip, None), 0.75, ratio)
+            assert loss.device == pred.device == mask.device == gpu
+        for draw, ratio in itertools.product(range(8), (0.0, 0.5)):
+            x = augment_on_device(pixels, flip, boxes)
+            x, soft = Mixup(5)(x, labels, np.random.default_rng(draw))
+            logits = vit(x, ratio)
+            assert F.cross_entropy(logits, soft).device == gpu
+        assert topk_correct(logits, labels, 5).device == gpu
+        assert count_confusions(labels, logits.argmax(dim=1), 5).device == gpu
+        with pytest.raises(DataDependentOutputException):
+            loss.item()  # as said
 
 
 # --- activation checkpointing and compilation

@@ -19,8 +19,9 @@ BLUE, RED = (8, 48, 107), (165, 15, 21)  # right and wrong predictions, the dark
 
 def count_confusions(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """Count videos by label and prediction: two int64 [N] -> int64 [C, C] on their device."""
-    cells = labels * num_classes + predictions
-    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+    counts = labels.new_zeros(num_classes, num_classes)
+    counts.view(-1).scatter_add_(0, labels * num_classes + predictions, torch.ones_like(labels))
+    return counts
 
 
 class ClassReport(NamedTuple):
