@@ -173,6 +173,7 @@ def cut_views(
         for v, t in places[number]:
             top, left, h, w = boxes[v]
             resize_frame(frame[top : top + h, left : left + w], targets[v, t])
+        del frame  # the next one takes its memory, which is still in the caches
 
 
 def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
@@ -184,6 +185,7 @@ def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
         if not len(clip):
             clip = np.empty((len(frames), *frame.shape), np.uint8)
         clip[frames == number] = frame
+        del frame  # as above
     return clip
 
 
