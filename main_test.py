@@ -41,6 +41,16 @@ MODEL_FLAGS = (
     "num_classes",
 )
 
+# Flags of training that the reference's test script has, too, and that change no result.
+OBSOLETE_FLAGS = flags.OBSOLETE_FLAGS | {
+    "checkpoint_period": 1,
+    "drop_path_rate": 1,
+    "dropout": 1,
+    "eval": 0,
+    "rand_aug": 0,
+    "repeat_aug": 1,
+}
+
 
 def get_args_parser() -> flags.Parser:
     """Build the flags; views default to 10 x 3 (the paper's tables use 7 x 3)."""
@@ -88,13 +98,15 @@ def parse_args(
 
     parser = get_args_parser()
     add_args(parser)
-    return flags.parse(parser, argv, default_flags)
+    return flags.parse(parser, argv, default_flags, OBSOLETE_FLAGS)
 
 
 def checkpoint_flags(path: str) -> list[str]:
     """Return the flags that describe the model and the clips of a checkpoint."""
     weights = read_weights(path)
     values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
+    if weights.doubt:  # the user must say
+        values |= {"input_size": None, "num_frames": None}
     return flags.as_flags(values, MODEL_FLAGS)
 
 
@@ -121,14 +133,14 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
     weights = read_weights(args.finetune)
-    build = partial(models_vit.VisionTransformer, **weights.classifier_arguments())
+    sizes = {"num_frames": args.num_frames, "img_size": args.input_size}
+    build = partial(models_vit.VisionTransformer, **weights.classifier_arguments(**sizes))
     if args.model:
         build = models_vit.MODELS[args.model]
     with run.usage_errors():
         model = build(
-            num_frames=args.num_frames,
+            **sizes,
             t_patch_size=args.t_patch_size,
-            img_size=args.input_size,
             num_classes=args.num_classes,
             no_qkv_bias=args.no_qkv_bias,
             sep_pos_embed=args.sep_pos_embed,

@@ -105,10 +105,15 @@ class MaskedAutoencoderViT(Encoder):
             img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
         )
         input_size = patch_embed.input_size
-        if not 1 <= pred_t_dim <= num_frames or t_patch_size * pred_t_dim % num_frames:
+        if pred_t_dim < 1 or t_patch_size * pred_t_dim % num_frames:
             raise ValueError(
                 f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
                 f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
+            )
+        if strided_targets and num_frames % pred_t_dim:
+            raise ValueError(
+                f"strided_targets needs num_frames = {num_frames} to be a multiple of "
+                f"pred_t_dim = {pred_t_dim}"
             )
         self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
         # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15; plain
@@ -260,12 +265,13 @@ class MaskedAutoencoderViT(Encoder):
         return pred.new_zeros(N, L, pred.shape[-1]).scatter(1, ids, pred)
 
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Mean squared error of every patch in float32: pred [N, L, u*p*p*C] -> [N, L]."""
-        target = self.patchify(self.target_frames(imgs)).float()
+        """Mean squared errors of patches, in float32 or better: pred [N, L, u*p*p*C] -> [N, L]."""
+        exact = torch.promote_types(pred.dtype, torch.float32)
+        target = self.patchify(self.target_frames(imgs)).to(exact)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
-        return (pred.float() - target).square().mean(dim=-1)
+        return (pred.to(exact) - target).square().mean(dim=-1)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Average the losses of the removed patches (1 in mask), a scalar."""

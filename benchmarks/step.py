@@ -332,8 +332,13 @@ def measure(
             sys.exit(f"{row}: {variant} has loss {loss}, another {first}: nothing timed")
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in steps}
     for _ in range(repeats):
-        for variant in steps:
-            times[variant].append(steps[variant].run())
+        for variant in list(steps):
+            try:
+                times[variant].append(steps[variant].run())
+            except torch.OutOfMemoryError:  # alone it fitted
+                print(f"{row}: {variant} not measured, out of memory beside the others")
+                del steps[variant], times[variant]
+                free_memory(device)
     steps.clear()
     free_memory(device)
     memory = {variant: peak_memory_apart(row, variant, device) for variant in times}

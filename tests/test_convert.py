@@ -371,6 +371,15 @@ def test_fused_qkv_is_written_apart(tmp_path):
     assert torch.equal(joined, fused["model_state"]["blocks.0.attn.qkv.weight"])
 
 
+def test_qkv_is_written_fused(tmp_path):
+    fused = formats.pyslowfast(fused=True)
+    path = saved(tmp_path / "in.pth", fused)
+    convert.main([path, str(tmp_path / "out.pth"), "--to", "pyslowfast-fused"])
+    state = read_checkpoint(str(tmp_path / "out.pth"))["model_state"]
+    assert state.keys() == fused["model_state"].keys()
+    assert all(torch.equal(state[k], v) for k, v in fused["model_state"].items())
+
+
 def test_videomae_here_and_back_differs_in_the_folded_patch_embedding_alone(tmp_path):
     path = saved(tmp_path / "in.pth", formats.videomae("finetune"))
     convert.main([path, str(tmp_path / "own.pth"), "--to", "mae_st"])
@@ -482,19 +491,116 @@ def test_positions_that_are_no_sum_are_not_split(tmp_path):
 
 @pytest.mark.parametrize(
     "side, frames, words",
-    [(20, 18, "3136 x 16 x 16"), (12, 20, r"may be .*20 x 192 x 192.*frames x height x width")],
+    [(20, 18, "7200 x 16 x 16"), (12, 20, r"may be .*20 x 192 x 192.*frames x height x width")],
 )
-def test_joint_positions_of_unknown_grids_are_not_guessed(tmp_path, side, frames, words):
+def test_joint_positions_of_unknown_grids_are_not_guessed(tmp_path, capsys, side, frames, words):
     checkpoint = formats.first_release()
     rows = side * side * frames // 2
     for name, width in (("pos_embed", 128), ("decoder_pos_embed", 64)):
         checkpoint["model"][name] = torch.zeros(1, rows, width)
     path = saved(tmp_path / "in.pth", checkpoint)
+    for make in (autoencoder, classifier):
+        with pytest.raises(UserError, match=r"does not say the size of its clips.*" + words):
+            make(path)
+    with pytest.raises(SystemExit):
+        convert.main([path, str(tmp_path / "out.pth"), "--to", "safetensors"])
+    assert "does not say the size of its clips" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match=r"does not say the size of its clips"):
-        read_weights(path)
+        autoencoder(path, num_frames=frames, img_size=2 * side * 16)  # nor does it fit
+
+
+@pytest.mark.parametrize("cls_embed", [False, True])
+@pytest.mark.parametrize("frames, side", [(4, 32), (4, 64), (8, 32), (8, 64), (32, 256)])
+@pytest.mark.parametrize("args", [{}, {"num_frames": 4, "input_size": 224}])
+def test_joint_positions_of_the_models_own_number_stay(tmp_path, args, frames, side, cls_embed):
+    """A bare file may be of many grids; into the model that wrote it, it goes as it is."""
+    sizes = {"img_size": side, "patch_size": 8, "num_frames": frames, "cls_embed": cls_embed}
+    small = {"embed_dim": 64, "depth": 1, "num_heads": 1, "sep_pos_embed": False}
+    small_decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    for model_class, arguments in (
+        (MaskedAutoencoderViT, sizes | small | small_decoder | {"pred_t_dim": frames}),
+        (VisionTransformer, sizes | small),
+    ):
+        torch.manual_seed(0)
+        written, read = model_class(**arguments), model_class(**arguments)
+        torch.nn.init.normal_(written.pos_embed)
+        path = saved(tmp_path / "in.pth", {"model": written.state_dict(), "args": args})
+        load_weights(read, path, keep_head=True)
+        for name, tensor in written.state_dict().items():
+            assert torch.equal(read.state_dict()[name], tensor), name
+
+
+def test_stated_sizes_decide_over_equal_numbers_of_positions(tmp_path):
+    """8 x 2 x 2 tokens and 2 x 4 x 4 are as many, but the file says which."""
+    sizes = {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1, "sep_pos_embed": False}
+    written = VisionTransformer(img_size=16, num_frames=16, **sizes)
+    torch.nn.init.normal_(written.pos_embed)
+    arguments = written.arguments
+    path = saved(tmp_path / "in.pth", {"model": written.state_dict(), "arguments": arguments})
+    model = VisionTransformer(img_size=32, num_frames=4, **sizes)
+    load_weights(model, path, keep_head=True)
+    expected = pos_embed.resize_joint(written.pos_embed[:, 1:], (8, 2, 2), (2, 4, 4))
+    assert torch.equal(model.pos_embed[:, 1:], expected)
+
+
+def test_a_table_that_is_not_stored_is_made_for_the_model(tmp_path):
+    checkpoint = formats.videomae("finetune")
+    del checkpoint["args"]
+    path = saved(tmp_path / "in.pth", checkpoint)
+    model = classifier(path, img_size=64, num_frames=4)
+    expected = pos_embed.sincos_pos_embed(2 * 4 * 4, 128)
+    assert torch.equal(model.pos_embed[0], expected)
 
 
 # --- what is loaded, missing, dropped
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "backbone.",
+        "encoder.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "encoder.module.",
+        "encoder.backbone.",
+        "module.encoder.backbone.",
+        "encoder._orig_mod.",
+    ],
+)
+def test_prefixes_of_training_wrappers_are_stripped(prefix):
+    state = formats.reference(decoder=False)["model"]
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    assert convert.model_state({"model": wrapped}, "in.pth").keys() == state.keys()
+    compiled = {name.replace("attn.", "attn._orig_mod."): tensor for name, tensor in state.items()}
+    assert convert.model_state({"model": compiled}, "in.pth").keys() == state.keys()
+
+
+def test_every_dropped_tensor_is_named(tmp_path, capsys):
+    path = saved(tmp_path / "in.pth", formats.reference())
+    classifier(path, keep_head=False)
+    dropped = re.search(r"dropped: (.*)", capsys.readouterr().out)[1]
+    names = {re.sub(r"blocks\.\d+", "blocks.*", k) for k in formats.reference()["model"]}
+    assert {name for name in names if convert.is_decoder(name)} == set(dropped.split(", "))
+
+
+def test_heads_that_are_guessed_are_told(tmp_path):
+    model = VisionTransformer(img_size=16, num_frames=4, embed_dim=48, depth=1, num_heads=4)
+    path = saved(tmp_path / "in.pth", {"model": model.state_dict()})
+    assert any("num_heads 1 is a guess" in note for note in read_weights(path).notes)
+    path = saved(tmp_path / "in.pth", {"model": model.state_dict(), "arguments": model.arguments})
+    assert read_weights(path).arguments["num_heads"] == 4 and not read_weights(path).notes
+    assert not read_weights(saved(tmp_path / "b.pth", formats.reference(decoder=False))).notes
+
+
+def test_a_head_on_the_first_token_of_videomae_is_left_out(tmp_path):
+    checkpoint = formats.videomae("finetune")
+    state = checkpoint["module"]
+    state |= {"norm.weight": state.pop("fc_norm.weight"), "norm.bias": state.pop("fc_norm.bias")}
+    weights = read_weights(saved(tmp_path / "in.pth", checkpoint))
+    assert not weights.has_head and any("reads one token" in note for note in weights.notes)
 
 
 def test_every_tensor_is_accounted_for(tmp_path, capsys):
@@ -502,7 +608,8 @@ def test_every_tensor_is_accounted_for(tmp_path, capsys):
     classifier(path, keep_head=False, num_classes=5, num_frames=16)
     out = capsys.readouterr().out
     assert f"loaded 40 of 42 tensors from {path} (PySlowFast)" in out
-    rows = dict(line.split(": ", 1)[::-1] for line in out.splitlines()[1:])
+    lines = [line for line in out.splitlines()[1:] if "note: " not in line]
+    rows = dict(line.split(": ", 1)[::-1] for line in lines)
     counts = {text: int(row.split()[0]) for text, row in rows.items()}
     assert sum(counts.values()) == 42 + sum("decoder" in k for k in read_weights(path).state) + 1
     assert "missing, left as drawn: head.weight, head.bias" in out

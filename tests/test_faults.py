@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import main_finetune
 import main_pretrain
@@ -59,6 +60,62 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout(videos, tmp_path):
         assert process.returncode == 1
     finally:
         kill_all(process)
+
+
+FAILS_ALONE = """
+import threading, time
+from pathlib import Path
+import torch
+from util import dist, run
+
+def save():
+    time.sleep(1)
+    Path("saved").touch()
+
+def main(args):
+    device = dist.get_device({device!r})
+    dist.init_distributed(device.type, 30)
+    dist.barrier()
+    if device.type == "cpu":  # NCCL waits for the others to leave their collectives
+        torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+    if dist.rank() == 1:
+        threading.Thread(target=save, name=dist.SAVING).start()
+        raise AssertionError("of rank 1 alone")
+    dist.all_reduce_sum(torch.zeros(1, device=device)).item()
+
+run.run(main, lambda argv: None)
+"""
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+            ],
+        ),
+    ],
+)
+def test_a_rank_that_fails_alone_leaves_at_once(tmp_path, device):
+    """The others wait for it in a collective: it must not wait for them, but for its save."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_ALONE.format(device=device))
+    began = time.monotonic()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(script)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "AssertionError: of rank 1 alone" in process.stderr
+    assert (tmp_path / "saved").exists()
+    assert time.monotonic() - began < 100
 
 
 @pytest.mark.slow

@@ -431,6 +431,16 @@ def test_optim_step_skips_an_overflow():
     assert scaler.get_scale() == 2.0**126
 
 
+def test_optim_step_does_not_blame_a_low_scale_for_an_overflow():
+    """Else a broken gradient would freeze the run without a word, the scale falling for ever."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    (scaler.scale(weight.sum()) * math.inf).backward()
+    norm = optim_step(optimizer, scaler, [weight], clip_grad=1.0)
+    assert not norm.isfinite() and weight.tolist() == [0.0, 0.0]
+
+
 def test_precision():
     assert choose_precision(None, CPU) == "fp32"
     assert choose_precision("bf16", CPU) == "bf16"

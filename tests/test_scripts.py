@@ -21,6 +21,7 @@ import main_finetune
 import main_pretrain
 import main_test
 from engine_finetune import VideoScores, combine_views
+from models_vit import VisionTransformer
 from tests import golden
 from util import run
 from util.kinetics import VideoIndex
@@ -430,23 +431,36 @@ def test_help_names_every_flag(capsys):
 # --- the reference's command lines --------------------------------------------------------------
 
 
+REFERENCE = golden.table("cli_defaults.json")
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(main_pretrain, "pretrain"), (main_finetune, "finetune"), (main_test, "test")],
+)
+def test_every_flag_of_the_reference_is_known(script, name, tmp_path):
+    model = VisionTransformer(img_size=16, embed_dim=64, depth=1, num_heads=1, num_frames=4)
+    path = tmp_path / "vit.pth"
+    torch.save({"model": model.state_dict(), "arguments": model.arguments}, path)
+    for flag, default in REFERENCE[name].items():
+        values = default if isinstance(default, list) else [default]
+        if isinstance(default, bool):
+            values = []
+        elif default in (None, ""):
+            values = {"beta": [0.9, 0.95], "cutmix_minmax": [0.2, 0.8]}.get(flag, ["1"])
+        if flag in ("finetune", "resume"):
+            continue
+        given = ["--path_to_data_dir", "X", "--finetune", path, f"--{flag}", *values]
+        if name == "pretrain":
+            given[2:4] = []
+        script.parse_args(list(map(str, given)))
+
+
 def test_documented_command_lines_of_the_reference_parse(capsys):
-    pretrain = (
-        "--path_to_data_dir X --batch_size 2 --no_env --epochs 100 --distributed --num_frames 16 "
-        "--decoder_embed_dim 512 --decoder_depth 4 --pin_mem --num_workers 14 --t_patch_size 2 "
-        "--repeat_aug 4 --sampling_rate 4 --norm_pix_loss --blr 1.6e-3 --warmup_epochs 5 "
-        "--mask_ratio 0.9 --pred_t_dim 8 --clip_grad 0.02"
-    )
-    args = main_pretrain.parse_args(pretrain.split())
+    args = main_pretrain.parse_args(REFERENCE["PRETRAIN_md_argv"])
     assert args.notice == "no longer needed, ignored: --distributed --no_env --pin_mem"
     assert (args.epochs, args.warmup_epochs, args.norm_pix_loss) == (100, 5, True)
-    finetune = (
-        "--path_to_data_dir X --rand_aug --epochs 50 --repeat_aug 2 --batch_size 2 --distributed "
-        "--dist_eval --smoothing 0.1 --mixup 0.8 --cutmix 1.0 --mixup_prob 1.0 --blr 0.0024 "
-        "--num_frames 16 --sampling_rate 4 --dropout 0.3 --warmup_epochs 5 --layer_decay 0.75 "
-        "--drop_path_rate 0.2 --aa rand-m7-mstd0.5-inc1 --clip_grad 5.0 --fp32"
-    )
-    args = main_finetune.parse_args(finetune.split())
+    args = main_finetune.parse_args(["--path_to_data_dir", "X", *REFERENCE["FINETUNE_md_argv"]])
     assert (args.precision, args.layer_decay, args.clip_grad) == ("fp32", 0.75, 5.0)
     assert "--dist_eval" in args.notice
 

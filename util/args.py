@@ -315,15 +315,17 @@ def parse(
     parser: ArgumentParser,
     argv: Sequence[str] | None,
     default_flags: Callable[[Namespace], Sequence[str]] | None = None,
+    obsolete: dict[str, int] = OBSOLETE_FLAGS,
 ) -> Namespace:
     """Parse flags, accepting obsolete ones with one line of notice.
 
     Args:
         default_flags: maps the parsed flags to more flags, which those of argv then override
             (a recipe for the embedded data, or the flags a checkpoint was trained with).
+        obsolete: those flags that the script does not have, with the number of their values.
     """
     argv = sys.argv[1:] if argv is None else argv
-    for name, values in OBSOLETE_FLAGS.items():
+    for name, values in obsolete.items():
         if f"--{name}" in parser._option_string_actions:
             continue
         options = {"dest": f"obsolete_{name}", "help": argparse.SUPPRESS, "default": None}
@@ -333,7 +335,7 @@ def parse(
     if default_flags is not None:
         args = parser.parse_args([*default_flags(args), *argv])
     ignored = []
-    for name in OBSOLETE_FLAGS:
+    for name in obsolete:
         if vars(args).pop(f"obsolete_{name}", None) is not None:
             ignored.append(f"--{name}")
     args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""

@@ -172,7 +172,8 @@ def coverage(
     lines = [f"loaded {loaded} of {len(own)} tensors from {weights.path} ({weights.source})"]
     lines += [f"  note: {note}" for note in weights.notes]
     for row, names in rows.items():
-        lines.append(f"  {len(names):4}  {row}: {_some(_summarise(names), 8)}")
+        names_shown = _some(_summarise(names), 8 if row == "loaded" else len(names))
+        lines.append(f"  {len(names):4}  {row}: {names_shown}")
     return "\n".join(lines)
 
 

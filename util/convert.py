@@ -1,6 +1,6 @@
 """Checkpoint formats of this family and its neighbours: read into our names, written from them.
 
-    python -m util.convert IN OUT --to {mae_st,pyslowfast,videomae-hf,safetensors}
+    python -m util.convert IN OUT --to {mae_st,pyslowfast,pyslowfast-fused,videomae-hf,safetensors}
 
 IN is a path, an address or the name of a released checkpoint. FINETUNE.md lists the formats.
 Shapes: C channels, T frames, L tokens, D width; kernels are [D, C, t, p, p].
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ IMAGE_MAE = "image MAE"
 VIDEOMAE = "VideoMAE"
 HF_VIDEOMAE = "Hugging Face VideoMAE"
 
-FORMATS = ("mae_st", "pyslowfast", "videomae-hf", "safetensors")
+FORMATS = ("mae_st", "pyslowfast", "pyslowfast-fused", "videomae-hf", "safetensors")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors cannot say
 
@@ -101,7 +101,9 @@ OUR_NAMES = re.compile(
     r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.(q|k|v|proj)|mlp\.fc[12]))\.(weight|bias)"
 )
 WRAPPERS = ("model", "model_state", "module", "state_dict")
-PREFIXES = re.compile(r"^((module|backbone|_orig_mod)\.)+")
+# what training wrappers put before a name, in any order ("encoder." alone is VideoMAE's)
+PREFIXES = re.compile(r"^((module|backbone|encoder(?=\.(module|backbone|encoder)\.))\.)+")
+SINCOS = "VideoMAE's sine-cosine table"
 
 
 @dataclass
@@ -119,6 +121,9 @@ class Weights:
         unused: names in the file that have no place here.
         mean, std: per-channel normalisation of the clips it was trained on; None: ours.
         notes: sentences for the user.
+        grid_stated: the file says of how many tokens along t, h and w its positions are; else
+            they are first of all taken to be of the grid of the model that they are loaded into.
+        doubt: why no model can be built of the file alone; empty when one can.
     """
 
     state: dict[str, Tensor]
@@ -132,6 +137,8 @@ class Weights:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     notes: list[str] = field(default_factory=list)
+    grid_stated: bool = True
+    doubt: str = ""
 
     @property
     def has_decoder(self) -> bool:
@@ -151,7 +158,11 @@ class Weights:
         """Return the arguments of the MaskedAutoencoderViT in the file; overrides replace some.
 
         Another num_frames keeps the frames predicted per patch.
+
+        Raises:
+            UserError: the file does not say the size of its clips, nor do the overrides.
         """
+        self.refuse_doubt(overrides)
         arguments = {k: v for k, v in self.arguments.items() if k != "num_classes"}
         if "num_frames" in overrides and "pred_t_dim" in arguments:
             scaled = arguments["pred_t_dim"] * overrides["num_frames"] / arguments["num_frames"]
@@ -159,9 +170,19 @@ class Weights:
         return _with_norm_layer(arguments | overrides)
 
     def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
-        """Return the arguments of the VisionTransformer in the file; overrides replace some."""
+        """Return the arguments of the VisionTransformer in the file; overrides replace some.
+
+        Raises:
+            UserError: the file does not say the size of its clips, nor do the overrides.
+        """
+        self.refuse_doubt(overrides)
         arguments = {k: v for k, v in self.arguments.items() if k not in DECODER_ARGUMENTS}
         return _with_norm_layer(arguments | overrides)
+
+    def refuse_doubt(self, said: Collection[str] = ()) -> None:
+        """Raise UserError when the size of the clips is neither in the file nor said."""
+        if self.doubt and not {"num_frames", "img_size"} <= set(said):
+            raise UserError(self.doubt)
 
     def with_our_normalisation(self) -> "Weights":
         """Fold the file's input normalisation into the patch embedding; exact for the encoder.
@@ -209,7 +230,11 @@ def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     inner = checkpoint
     while wrapper := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
         inner = inner[wrapper]
-    state = {PREFIXES.sub("", k): v for k, v in inner.items() if isinstance(v, Tensor)}
+    state = {
+        PREFIXES.sub("", k.replace("_orig_mod.", "")): v
+        for k, v in inner.items()
+        if isinstance(v, Tensor)
+    }
     if not state:
         raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
     return state
@@ -239,6 +264,18 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             renamed[key_bias] = torch.zeros_like(renamed[name])
             converted[key_bias] = "zero: the file has none"
     return renamed, converted
+
+
+def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join q, k and v of every block to one qkv: the other way round than our_names."""
+    fused = {}
+    for name, tensor in state.items():
+        if ".attn.q." in name:
+            parts = [state[name.replace(".q.", f".{part}.")] for part in "qkv"]
+            fused[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.k." not in name and ".attn.v." not in name:
+            fused[name] = tensor
+    return fused
 
 
 def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
@@ -388,7 +425,11 @@ def resize_kernel(kernel: Tensor, t: int) -> Tensor:
 
 def _drop_class_token_head(weights: Weights, theirs: dict[str, Tensor]) -> None:
     """Leave out heads that read the first token: ours reads the mean of the patches."""
-    pools_tokens = "fc_norm.weight" in theirs or weights.source not in (IMAGE_MAE, HF_VIDEOMAE)
+    pools_tokens = "fc_norm.weight" in theirs or weights.source not in (
+        IMAGE_MAE,
+        VIDEOMAE,
+        HF_VIDEOMAE,
+    )
     if "head.weight" in weights.state and not pools_tokens:
         for name in ("head.weight", "head.bias"):
             weights.state.pop(name, None)
@@ -444,6 +485,14 @@ def _find_arguments(weights: Weights, path: str) -> dict[str, Any]:
             "norm_pix_loss": not raw_pixels,
             "pred_t_dim": frames * t,
         }
+    guessed = []
+    if D % 64 and D not in HEADS_OF_WIDTH:
+        guessed.append("num_heads")
+    if arguments.get("decoder_embed_dim", 512) < 256:  # no published one is as narrow
+        guessed.append("decoder_num_heads")
+    if guessed := [name for name in guessed if weights.recorded.get(name) is None]:
+        said = " and ".join(f"{name} {arguments[name]}" for name in guessed)
+        weights.notes.append(f"it does not say its numbers of heads: {said} is a guess by width")
     from_shapes = ("img_size", "num_frames", "num_classes", "embed_dim", "depth")
     said = {k: v for k, v in weights.recorded.items() if k in arguments and k not in from_shapes}
     return arguments | {k: v for k, v in said.items() if v is not None}
@@ -456,8 +505,10 @@ def _count_blocks(state: dict[str, Tensor], name: str) -> int:
 def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
     """Tell the grid of tokens: steps in time, and patches along a side.
 
+    What the file does not say is guessed, and `grid_stated` and `doubt` of weights are set.
+
     Raises:
-        UserError: the file has no positions, or joint ones that fit several grids.
+        UserError: the file has no positions, or not those of square frames.
     """
     state, recorded = weights.state, weights.recorded
     _, _, t_patch, p, _ = state["patch_embed.proj.weight"].shape
@@ -472,10 +523,12 @@ def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
     said = (frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p
     if "pos_embed" not in state:
         if weights.source in (VIDEOMAE, HF_VIDEOMAE):  # they compute their positions
-            if frames is None or pixels is None:
+            weights.grid_stated = frames is not None and pixels is not None
+            if not weights.grid_stated:
                 weights.notes.append(
-                    "it stores neither positions nor the size of its clips, which are taken to be "
-                    f"{said[0] * t_patch} frames of {said[1] * p} x {said[1] * p} pixels"
+                    "it stores neither positions nor the size of its clips, which is taken to be "
+                    f"the model's, or {said[0] * t_patch} frames of {said[1] * p} x {said[1] * p} "
+                    "pixels where the file alone makes the model"
                 )
             return said
         raise UserError(f"{path} has no position embeddings; without them it cannot be used")
@@ -488,9 +541,10 @@ def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
         or [grid for grid in grids if grid[0] * t_patch == NUM_FRAMES]
         or grids
     )
+    weights.grid_stated = None not in (frames, pixels) and likely == [said]
     if len(likely) != 1:
         sizes = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
-        raise UserError(
+        weights.doubt = (
             f"{path} has {patches} joint positions and does not say the size of its clips; it may "
             f"be {sizes} (frames x height x width)"
         )
@@ -499,13 +553,12 @@ def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
 
 def _add_sincos_positions(weights: Weights) -> None:
     """Write out the positions that VideoMAE computes."""
-    how = "VideoMAE's sine-cosine table"
     tokens = math.prod(weights.grid)
     for prefix, width in (("", "embed_dim"), ("decoder_", "decoder_embed_dim")):
         if width in weights.arguments and f"{prefix}pos_embed" not in weights.state:
             table = sincos_pos_embed(tokens, weights.arguments[width]).unsqueeze(0)
             weights.state[f"{prefix}pos_embed"] = table
-            weights.converted[f"{prefix}pos_embed"] = how
+            weights.converted[f"{prefix}pos_embed"] = SINCOS
 
 
 # --- fitting to a model --------------------------------------------------------------------------
@@ -555,7 +608,15 @@ def _fit_positions(
     if is_joint:
         rows = state.pop(name)
         count = int(weights.arguments["cls_embed"])
-        cls, joint = rows[:, :count], resize_joint(rows[:, count:], old, new)
+        cls, joint = rows[:, :count], rows[:, count:]
+        if not weights.grid_stated:
+            if weights.converted.get(name) == SINCOS:
+                joint = sincos_pos_embed(math.prod(new), joint.shape[-1]).unsqueeze(0)
+            if joint.shape[1] == math.prod(new):
+                old = new
+            else:
+                weights.refuse_doubt()
+        joint = resize_joint(joint, old, new)
         spatial = temporal = None
     else:
         spatial, temporal = state.pop(f"{name}_spatial"), state.pop(f"{name}_temporal")
@@ -617,8 +678,8 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
     return {"model": _own_storage(weights.state), "args": flags, "arguments": arguments}
 
 
-def to_pyslowfast(weights: Weights) -> dict[str, Any]:
-    """Return a checkpoint in PySlowFast's layout: separate q, k, v and separable positions.
+def to_pyslowfast(weights: Weights, fused: bool = False) -> dict[str, Any]:
+    """Return a checkpoint in PySlowFast's layout: separable positions; q, k, v separate or fused.
 
     Raises:
         ValueError: PySlowFast has no such model; the message says why.
@@ -660,7 +721,7 @@ def to_pyslowfast(weights: Weights) -> dict[str, Any]:
         (r"^decoder_pred\.", "pred_head.projections.0."),
         (r"^head\.", "head.projection."),
     )
-    return {"model_state": _rename(state, names)}
+    return {"model_state": _rename(fuse_qkv(state) if fused else state, names)}
 
 
 def to_videomae_hf(
@@ -775,14 +836,16 @@ def write(weights: Weights, path: str, to: str) -> None:
     """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file.
 
     Raises:
+        UserError: the file that the weights come from does not say the size of its clips.
         ValueError: that project has no such model; the message says why.
         OSError: the file cannot be written.
     """
+    weights.refuse_doubt()
     if to == "mae_st":
         checkpoint = to_mae_st(weights)
         write_atomically(path, lambda file: torch.save(checkpoint, file))
-    elif to == "pyslowfast":
-        checkpoint = to_pyslowfast(weights)
+    elif to.startswith("pyslowfast"):
+        checkpoint = to_pyslowfast(weights, fused=to == "pyslowfast-fused")
         write_atomically(path, lambda file: torch.save(checkpoint, file))
     elif to == "safetensors":
         content = to_safetensors(weights)

@@ -1,13 +1,17 @@
 """Process groups: started by torchrun, by srun or by nobody, with the same code."""
 
 import os
+import sys
+import threading
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SAVING = "saving"  # name of the thread that writes a checkpoint
 
 
 def rank() -> int:
@@ -55,12 +59,13 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
 
     It is described by RANK, WORLD_SIZE, MASTER_ADDR ...; NCCL carries CUDA tensors, Gloo all
     others. A collective that waits longer than the timeout ends the process with an error instead
-    of hanging for ever.
+    of hanging for ever; NCCL's later, as its way of ending says less than util.resume.Interruption.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        nccl = device_type == "cuda"
         dist.init_process_group(
-            "nccl" if device_type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
+            "nccl" if nccl else "gloo",
+            timeout=timedelta(minutes=timeout_minutes + (5 if nccl else 0)),
         )
 
 
@@ -79,16 +84,31 @@ def warn_of_stale_store() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, together with all other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit_alone(status: int) -> NoReturn:
+    """End this process at once, after a save that is under way: the other ranks do not end yet.
+
+    NCCL leaves a group only when no rank is in a collective any more, and the others wait in one
+    for this process. That it is gone is what tells them and the launcher.
+    """
+    for thread in threading.enumerate():
+        if thread.name == SAVING:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def get_device(name: str) -> torch.device:
     """Return the device of this process: cuda (one per local rank), mps, cpu, or the best for auto.
 
     Raises:
-        ValueError: the machine has no such device, or fewer GPUs than processes.
+        ValueError: the machine has no such device, or fewer GPUs than processes, or one GPU is
+            named for several processes.
     """
     if name == "auto":
         name = "cpu"
@@ -105,6 +125,10 @@ def get_device(name: str) -> torch.device:
         if count == 0:
             raise ValueError(f"--device {name} asks for a GPU and PyTorch sees none; use cpu")
         index = device.index
+        if index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"--device {name} names one GPU for all processes; with cuda each takes its own"
+            )
         if index is None:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             # srun may show each task its own GPU alone; torchrun does not
@@ -155,7 +179,9 @@ def broadcast_object(value: Any) -> Any:
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
-        dist.barrier()
+        # else NCCL takes the GPU numbered as the rank, which may be another process's
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 def seed_step(*key: int) -> None:

@@ -4,6 +4,7 @@ Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 """
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -596,7 +597,7 @@ class VideoLoader:
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Copy batches to a CUDA device one ahead, on a stream of its own; rows stay on the host."""
-    stream = torch.cuda.Stream(device)
+    stream = _copy_stream(device)
 
     def arrive(batch: Batch, host: Batch, copied: torch.Event) -> Iterator[Batch]:
         current = torch.cuda.current_stream(device)
@@ -621,6 +622,12 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         waiting = batch, host, copied
     if waiting is not None:
         yield from arrive(*waiting)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of copies to a device; the memory of one is of no use to another."""
+    return torch.cuda.Stream(device)
 
 
 def default_num_workers() -> int:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from util.checkpoint import read_checkpoint
 from util.convert import checkpoint_args, model_state
-from util.dist import broadcast_object, is_main, print0, world_size
+from util.dist import SAVING, broadcast_object, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, open_file, path_manager, write_atomically
 
@@ -290,7 +290,7 @@ class Checkpoints:
         path = os.path.join(self.args.output_dir, name)
         finish_copy = self.host_copy.begin(state, on_gpu)
         self.thread = threading.Thread(
-            target=self._write, args=(path, finish_copy, progress.best_epoch)
+            target=self._write, args=(path, finish_copy, progress.best_epoch), name=SAVING
         )
         self.thread.start()
 
@@ -423,10 +423,11 @@ class HostCopy:
         """Return a function for the writing thread: it gives the copy, and the last one is gone."""
         if on_gpu:
             copy = self._copy(state)
-            copied = torch.cuda.Event()
+            copied, device = torch.cuda.Event(), torch.cuda.current_device()
             copied.record()
 
             def finish_on_gpu() -> dict[str, Any]:
+                torch.cuda.set_device(device)  # every thread starts with the first one
                 copied.synchronize()
                 return copy
 
@@ -454,7 +455,10 @@ class HostCopy:
                 self.buffers.append(torch.empty(0))
             buffer = self.buffers[used]
             if buffer.shape != x.shape or buffer.dtype != x.dtype:
-                buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                try:
+                    buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                except RuntimeError:  # no more memory may be locked: the copy is a slow one
+                    buffer = torch.empty(x.shape, dtype=x.dtype)
                 self.buffers[used] = buffer
             used += 1
             return buffer.copy_(x.detach(), non_blocking=x.is_cuda)

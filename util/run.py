@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,23 +40,47 @@ def run(
     main: Callable[[Namespace], None], parse: Callable[[Sequence[str] | None], Namespace]
 ) -> None:
     """Parse flags and call main; a UserError ends with its sentence and status, on every rank."""
-    try:
+    with ending(Path(sys.argv[0]).name):
         main(parse(None))
-    except (UserError, RuntimeError, OSError) as error:
+
+
+@contextlib.contextmanager
+def ending(script: str) -> Iterator[None]:
+    """End the process as what comes out of the body says, or leave the group of ranks.
+
+    A UserError ends it with a sentence and its status, and so does what happens to a machine. All
+    ranks return together, and stop together for a signal; an error may be one rank's alone.
+    """
+    try:
+        yield
+    except SystemExit:
+        dist.shutdown()
+        raise
+    except BaseException as error:
         mendable = error if isinstance(error, UserError) else what_happened(error)
-        if mendable is None:
+        several = dist.world_size() > 1
+        if mendable is not None:
+            status = mendable.status
+            prefix = f"[rank {dist.rank()}] " if several else ""
+            print(f"{prefix}{script}: error: {mendable}", file=sys.stderr, flush=True)
+        elif isinstance(error, KeyboardInterrupt):
+            status = 130
+        elif several:
+            status = 1
+            traceback.print_exc()
+        else:
             raise
-        prefix = f"[rank {dist.rank()}] " if dist.world_size() > 1 else ""
-        print(f"{prefix}{Path(sys.argv[0]).name}: error: {mendable}", file=sys.stderr, flush=True)
-        sys.exit(mendable.status)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
+        if several:
+            dist.exit_alone(status)
+        sys.exit(status)
+    else:
         dist.shutdown()
 
 
-def what_happened(error: RuntimeError | OSError) -> UserError | None:
+def what_happened(error: BaseException) -> UserError | None:
     """Say in a sentence that a file system failed, or that another process is gone; else None."""
+    if not isinstance(error, RuntimeError | OSError):
+        return None
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         return UserError(text or type(error).__name__, status=1)
@@ -67,8 +92,13 @@ def what_happened(error: RuntimeError | OSError) -> UserError | None:
         )
     elif re.search("[Tt]imed out waiting", text):
         sentence = f"another rank did not answer within --dist_timeout ({text[:200]})"
-    elif re.search("Connection (closed|reset) by peer|connectFullMesh failed", text):
+    elif re.search("Connection (closed|reset) by peer", text):
         sentence = f"another rank is gone; its own message says why ({text[:200]})"
+    elif "connectFullMesh failed" in text:
+        sentence = (
+            "another rank is gone, or cannot be reached from here: GLOO_SOCKET_IFNAME names the "
+            f"network interface to use ({text[:200]})"
+        )
     else:
         return None
     return UserError(sentence + "; the same command goes on from the newest checkpoint", status=1)

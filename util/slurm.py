@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from util import dist
 from util.errors import UserError
+from util.run import ending
 
 MAX_TIMEOUTS = 1000  # time limits that a job may run into; submitit alone would stop at the fourth
 
@@ -70,13 +69,8 @@ class Job:
         args.output_dir = args.output_dir or args.job_dir.replace("%j", environment.job_id)
         if environment.num_tasks > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        try:
+        with ending(f"{self.script}.py"):
             importlib.import_module(self.script).main(args)
-        except UserError as error:  # submitit would add a traceback
-            print(f"{self.script}.py: error: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.status)
-        finally:
-            dist.shutdown()
 
     def checkpoint(self) -> DelayedSubmission:
         """Tell submitit what to requeue when the job is preempted or out of time."""
