@@ -48,9 +48,11 @@ demo: $(INSTALLED)  ## pre-train, fine-tune and test a tiny model on synthetic v
 	$(BIN)/python -m demo.end_to_end
 
 bench: $(INSTALLED)  ## measure loader, saving and step against their targets (VIDEOS=folder; else synthetic)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --check $(if $(VIDEOS),--videos $(VIDEOS))
-	$(BIN)/python -m benchmarks.checkpoint --check
-	$(BIN)/python -m benchmarks.step --check
+	@status=0; set -x; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --check $(if $(VIDEOS),--videos $(VIDEOS)) || status=1; \
+	$(BIN)/python -m benchmarks.checkpoint --check || status=1; \
+	$(BIN)/python -m benchmarks.step --check || status=1; \
+	exit $$status
 
-clean:  ## remove .venv, data and output
-	rm -rf $(VENV) data output *.egg-info
+clean:  ## remove .venv and what make demo wrote, no run of yours
+	rm -rf $(VENV) data/synthetic output/demo *.egg-info

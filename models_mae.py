@@ -34,7 +34,7 @@ class MaskedAutoencoderViT(Encoder):
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         mlp_ratio: hidden width of the MLPs over the token width.
         norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
-        norm_pix_loss: normalise each target patch by its own mean and deviation (section 4.2).
+        norm_pix_loss: normalise each target patch by its own mean and deviation.
         num_frames: frames of a clip.
         no_qkv_bias: leave out the biases of q, k and v.
         sep_pos_embed: separable positions (space + time) in place of joint ones.
@@ -194,7 +194,9 @@ class MaskedAutoencoderViT(Encoder):
         return torch.stack([imgs[:, :, t] for t in self.predicted_frames], dim=2)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keep a random subset of the tokens of every clip (section 3.1, agnostic sampling).
+        """Keep a random subset of the tokens of every clip: the paper's agnostic sampling.
+
+        The definition; `forward_encoder` draws the same masks and embeds what is kept alone.
 
         Args:
             x: tokens [N, L, D].

@@ -79,7 +79,7 @@ def load_autoencoder(checkpoint: str | None = None) -> Autoencoder:
     try:
         weights = read_weights(path)
     except UserError as error:
-        if checkpoint:
+        if path != RELEASED or checkpoint:
             raise
         raise UserError(
             f"`make demo` has left no checkpoint in {DEMO_RUN}, and {error}; give --checkpoint"

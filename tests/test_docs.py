@@ -269,6 +269,7 @@ def test_other_command_runs(document, command, world, monkeypatch):
         known = {
             ".venv/bin/python -m nbconvert --to html --execute demo/video_mae_visualize.ipynb",
             "python3 -m venv .venv",
+            "source .venv/bin/activate",
             ".venv/bin/python -m pip install uv",
             ".venv/bin/uv pip install --python .venv/bin/python -e '.[dev,demo]'",
         }

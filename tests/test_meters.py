@@ -43,7 +43,7 @@ def test_meters_average_every_step_once():
     assert meters.flush() == []  # nothing is read twice
     meters.update(2, rows(2), loss=torch.tensor(6.0), lr=0.0)
     assert meters.flush() == [(2, {"loss": 6.0, "lr": 0.0})]
-    assert meters.latest == {"loss": 6.0, "lr": 0.0}
+    assert meters.latest == {"loss": 6.0, "lr": 0.0, "grad_norm": 8.0}  # of the last update
     assert meters.means() == {"loss": 3.0, "lr": 0.25, "grad_norm": 8.0}
 
 

@@ -226,7 +226,9 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
     group.add_argument("--output_dir", default=output_dir, help="folder of log.txt and results")
     if training:
         group.add_argument(
-            "--log_dir", default="", help="TensorBoard folder; empty: the output folder"
+            "--log_dir",
+            default="",
+            help="TensorBoard folder; empty: OUTPUT_DIR/tensorboard",
         )
         group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto")

@@ -143,9 +143,9 @@ def has_head_for(weights: Weights, model: nn.Module) -> bool:
 def _flags_hint(weights: Weights, model: nn.Module) -> str:
     """Name the flags that would build the model of the file."""
     flags = []
-    for name in ("cls_embed", "sep_pos_embed", "no_qkv_bias"):
+    for name in ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed"):
         theirs = weights.arguments[name]
-        if theirs != vars(model)["arguments"][name]:
+        if theirs != vars(model)["arguments"][name] and (theirs or name != "no_qkv_bias"):
             flags.append(f"--{name}" if theirs else f"--no-{name}")
     if flags:
         return f"the file is of a model with {' '.join(flags)}"

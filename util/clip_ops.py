@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from util.transforms import Box
+
 FILL = 128  # level of pixels that a warp brings in from outside the frame
 # PIL clips to uint8 and truncates, OpenCV rounds: shift down by a half, less what float32 sums may
 # fall short of a whole level.
 TRUNCATE = -0.49994
 BLOCK = 16384  # pixels that a warp makes at a time, in memory that stays in the caches
-
-Box = tuple[int, int, int, int]  # top, left, height, width
 
 _free_tables: list[torch.Tensor] = []  # see _scratch_table
 

@@ -78,7 +78,7 @@ class VideoIndex:
         with open_file(csv_path) as file:
             try:
                 for number, line in enumerate(file, start=1):
-                    line = line.strip()
+                    line = line.removeprefix("\ufeff").strip()  # of editors on Windows
                     if not line or line.startswith("#"):
                         continue
                     path, label = _parse_row(line)
@@ -114,10 +114,13 @@ def _parse_row(line: str) -> tuple[str, int]:
     """Split a csv line at its last separator into path and label (NO_LABEL without one)."""
     cut = max(line.rfind(separator) for separator in " ,\t")
     try:
-        label = int(line[cut + 1 :])
+        path, label = line[: max(cut, 0)], int(line[cut + 1 :])
     except ValueError:
-        return line.strip(" ,\t"), NO_LABEL
-    return line[: max(cut, 0)].strip(" ,\t"), label
+        path, label = line, NO_LABEL
+    path = path.strip(" ,\t")
+    if len(path) > 2 and path[0] == path[-1] == '"':  # as spreadsheets write those with commas
+        path = path[1:-1]
+    return path, label
 
 
 def _row_problem(path: str, label: int, num_classes: int | None) -> str:
@@ -204,7 +207,7 @@ class Kinetics(Dataset):
     Every random choice of a sample comes from a generator seeded by (seed, epoch, row, repeat), so
     that clips depend neither on the number of workers nor on the step a run was resumed at.
 
-    mode "pretrain": `repeat_aug` clips, each with its own start, crop and flip (section 4.2,
+    mode "pretrain": `repeat_aug` clips, each with its own start, crop and flip (the paper's
     repeated sampling). "finetune": `repeat_aug` augmentations of one random clip. "test":
     `num_clips` x `num_crops` views without randomness, time outermost; 1 x 1 (the centre) is what
     validation uses. In training a video that cannot be read, or not in time, is replaced by another
@@ -630,17 +633,22 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def default_num_workers() -> int:
-    """Return the CPUs of this process: its Slurm task's, or a share of the machine's per rank."""
+def available_cpus() -> int:
+    """Count the CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
     else:
         cpus = os.cpu_count() or 1
-    cpus = min(cpus, _cpu_quota())
+    return int(min(cpus, _cpu_quota()))
+
+
+def default_num_workers() -> int:
+    """Return the CPUs of this process: its Slurm task's, or a share of the machine's per rank."""
+    cpus = available_cpus()
     own = os.environ.get("SLURM_CPUS_PER_TASK")
     if own and "TORCHELASTIC_RUN_ID" not in os.environ:  # a rank is a task; others have their own
-        return max(1, min(16, int(cpus), int(own)))
-    return max(1, min(16, int(cpus) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        return max(1, min(16, cpus, int(own)))
+    return max(1, min(16, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _cpu_quota() -> float:

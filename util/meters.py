@@ -153,7 +153,8 @@ class Meters:
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
             steps.append((step, row))
-        self.latest = steps[-1][1]
+        for _, row in steps:  # the gradient norm is there in updates alone
+            self.latest = self.latest | row
         self.pending.clear()
         return steps
 

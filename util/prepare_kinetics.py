@@ -30,7 +30,7 @@ from tqdm import tqdm
 from util.args import positive_int
 from util.errors import UserError
 from util.file_io import open_file, write_atomically
-from util.kinetics import default_num_workers
+from util.kinetics import available_cpus
 from util.video import MAX_PIXELS, Video, VideoError
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}
@@ -469,7 +469,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     common.add_argument("--crf", type=float, default=23, help="x264's quality, smaller is better")
     common.add_argument("--verify", action="store_true", help="decode all and list the broken")
     common.add_argument(
-        "--workers", type=positive_int, default=default_num_workers(), help="videos at a time"
+        "--workers", type=positive_int, default=available_cpus(), help="videos at a time"
     )
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official annotation csvs")

@@ -9,7 +9,8 @@ import re
 from util.errors import UserError
 from util.file_io import local_path
 
-# Pre-trained on Kinetics for 800 epochs; first digits of each file's md5. Both sizes are patch 16.
+# Pre-trained on Kinetics for 400 epochs of 4 repeats; first digits of each file's md5. Both sizes
+# are patch 16.
 MD5 = {
     "k400/vit_large": "edf3a5",
     "k600/vit_large": "9a9645",

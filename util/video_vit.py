@@ -252,7 +252,7 @@ def get_pos_embed(module: nn.Module, prefix: str, cls_embed: bool) -> tuple[Tens
     """Assemble the positions of the class token [1, 1, D] (or None) and of the patches [1, L, D].
 
     Separable positions are the spatial ones repeated over time plus the temporal ones repeated
-    over space (paper, section 3.3: "separable positional embeddings").
+    over space (the paper's "separable positional embeddings").
     """
     joint = getattr(module, prefix + "pos_embed", None)
     if joint is not None:

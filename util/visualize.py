@@ -46,7 +46,7 @@ class Reconstruction(NamedTuple):
 def draw_masks(
     num_clips: int, grid: Grid, mask_ratio: float, mask_type: str = "random", seed: int = 0
 ) -> Masks:
-    """Draw the masks of section 5.1's ablation; the ith clip's comes from (seed, i) alone.
+    """Draw masks of the kinds that the paper compares; the ith clip's comes from (seed, i) alone.
 
     With the same seed, what is visible at a higher ratio is visible at a lower one.
 
