@@ -12,10 +12,10 @@ import main_pretrain
 from engine_pretrain import train_one_epoch
 from models_mae import MaskedAutoencoderViT
 from tests.test_scripts import FINETUNE, PRETRAIN, call, weights
-from util.kinetics import Batch
+from util.kinetics import Batch, Kinetics, VideoIndex, VideoLoader
 from util.meters import RunLog
 from util.optim import autocast, make_optimizer, make_scaler, param_groups_weight_decay
-from util.resume import Checkpoints
+from util.resume import Checkpoints, HostCopy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,6 +96,31 @@ def test_steps_between_printed_lines_do_not_wait_for_the_device(tmp_path, precis
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 < stats["loss"] < 10
+
+
+def test_a_save_is_of_its_moment_though_the_gpu_goes_on():
+    state = {"weight": torch.randn(1 << 24, device="cuda")}
+    expected = state["weight"].cpu()
+    copy = HostCopy()
+    for _ in range(2):  # the second one into the buffers of the first
+        finish = copy.begin(state, on_gpu=True)
+        state["weight"].add_(1)
+        assert torch.equal(finish()["weight"], expected)
+        expected = expected + 1
+
+
+def test_epochs_of_a_loader_reserve_no_more_memory(videos):
+    """Memory of one stream is of no use to another: the copies of all epochs share theirs."""
+    index = VideoIndex(str(videos / "train.csv"))
+    sizes = {"input_size": 32, "num_frames": 4, "sampling_rate": 4}
+    dataset = Kinetics(index, "pretrain", **sizes, repeat_aug=2)
+    loader = VideoLoader(dataset, 2, 0, 1.0, torch.device("cuda"))
+    reserved = []
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        assert all(batch.clips.is_cuda for batch in loader)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
