@@ -128,7 +128,11 @@ def kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed
 
 
 @pytest.mark.parametrize(
-    ("script", "moment"), [("main_pretrain.py", "step"), ("main_finetune.py", "save")]
+    ("script", "moment"),
+    [
+        ("main_pretrain.py", "step"),
+        pytest.param("main_finetune.py", "save", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_bitwise(videos, uninterrupted, tmp_path, script, moment):
     kills(videos, uninterrupted, tmp_path, script, 1, 0, [moment], seed=0)
