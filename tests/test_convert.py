@@ -530,6 +530,18 @@ def test_joint_positions_of_the_models_own_number_stay(tmp_path, args, frames, s
             assert torch.equal(read.state_dict()[name], tensor), name
 
 
+def test_flags_settle_the_size_of_clips_that_a_file_leaves_open(tmp_path):
+    """main_test.py takes no size from a guess: without flags its own defaults do not fit."""
+    sizes = {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1, "sep_pos_embed": False}
+    written = VisionTransformer(img_size=32, num_frames=8, num_classes=3, **sizes)
+    path = saved(tmp_path / "in.pth", {"model": written.state_dict()})
+    assert read_weights(path).doubt
+    told = main_test.checkpoint_flags(path)
+    assert "--input_size" not in told and "--num_frames" not in told and "--num_classes" in told
+    model = classifier(path, img_size=32, num_frames=8)
+    assert torch.equal(model.pos_embed, written.pos_embed)
+
+
 def test_stated_sizes_decide_over_equal_numbers_of_positions(tmp_path):
     """8 x 2 x 2 tokens and 2 x 4 x 4 are as many, but the file says which."""
     sizes = {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1, "sep_pos_embed": False}

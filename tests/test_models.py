@@ -537,6 +537,20 @@ def test_autoencoder_sizes_that_do_not_fit(arguments, words):
         golden.build(MaskedAutoencoderViT, SEP1_CLS1, **arguments)
 
 
+def test_more_frames_may_be_predicted_than_there_are():
+    model = golden.build(MaskedAutoencoderViT, SEP1_CLS1, pred_t_dim=8)
+    assert model.predicted_frames == [0, 0, 0, 1, 1, 2, 2, 3]
+    clips = torch.randn(2, 3, 4, 32, 32)
+    loss, pred, _ = model(clips, 0.75)
+    assert loss.isfinite() and model.unpatchify(pred).shape == (2, 3, 8, 32, 32)
+
+
+def test_a_float64_model_has_a_float64_loss():
+    model = golden.build(MaskedAutoencoderViT, SEP1_CLS1, norm_pix_loss=True).double()
+    loss, _, _ = model(torch.randn(2, 3, 4, 32, 32, dtype=torch.float64), 0.75)
+    assert loss.dtype == torch.float64
+
+
 @pytest.mark.parametrize("model_class", [MaskedAutoencoderViT, VisionTransformer])
 @pytest.mark.parametrize("size", [(8, 32, 32), (4, 32, 40), (4, 64, 32), (2, 32, 32)])
 def test_clips_of_another_size(model_class, size):

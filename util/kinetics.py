@@ -189,7 +189,7 @@ def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
         if not len(clip):
             clip = np.empty((len(frames), *frame.shape), np.uint8)
         clip[frames == number] = frame
-        del frame  # as above
+        del frame  # as in cut_views
     return clip
 
 

@@ -95,8 +95,8 @@ def optim_step(
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler.is_enabled():
-        # An overflow is no failure of the run: the scaler skips the step and lowers its scale,
-        # unless that is so low already that it cannot be the reason.
+        # An overflow is no failure of the run: the scaler skips the step and lowers its scale.
+        # Below 1 the scale is no reason to overflow, and the gradient itself is broken.
         scale = scaler.scale(torch.ones_like(norm))
         norm = torch.where(norm.isfinite() | (scale < 1), norm, 0.0)
     if allows(norm):
