@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 
@@ -140,41 +139,8 @@ def make_mixup(args: argparse.Namespace) -> Mixup | None:
     )
 
 
-def main(args: argparse.Namespace) -> None:
-    """Build data, model and optimiser in this order, then train and validate."""
-    if args.eval and not args.resume:
-        raise UserError("--eval needs weights: give --resume CHECKPOINT")
-    device = run.start(args)
-
-    folder = run.data_dir(args, "finetune")
-    sizes: dict[str, Any] = {
-        "input_size": args.input_size,
-        "num_frames": args.num_frames,
-        "sampling_rate": args.sampling_rate,
-        "sampling": args.sampling,
-        "max_pixels": args.max_pixels,
-        "item_timeout": args.item_timeout,
-        "seed": args.seed,
-    }
-    train_set = Kinetics(
-        VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
-        "finetune",
-        **sizes,
-        repeat_aug=args.repeat_aug,
-        scales=args.jitter_scales_relative,
-        ratios=args.jitter_aspect_relative,
-        hflip=args.hflip,
-        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
-        reprob=args.reprob,
-    )
-    val_index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
-    val_set = Kinetics(val_index, "test", **sizes)
-    loading = args.num_workers, args.max_bad_share, device
-    train_loader = VideoLoader(train_set, args.batch_size, *loading)
-    val_loader = VideoLoader(val_set, args.batch_size * args.repeat_aug, *loading)
-    print0(f"{len(train_set)} videos to train, {len(val_set)} to validate on")
-    mixup = make_mixup(args)
-
+def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
+    """Build the classifier that the flags describe, with fresh weights drawn from --seed."""
     seed_step(args.seed)
     with run.usage_errors():
         model = models_vit.MODELS[args.model](
@@ -190,13 +156,60 @@ def main(args: argparse.Namespace) -> None:
             sincos_pos_embed=args.sincos_pos_embed,
         )
         model.check_mask_ratio(args.mask_ratio)
-    if args.eval and not args.dry_run:
-        apply_weights(model, read_weights(args.resume), keep_head=True)
-        log = RunLog("", args.print_freq, device)
-        model.to(device)
-        val, _ = evaluate(model, val_loader, device, args.precision, args.num_classes, log)
-        print0(val)
+    return model
+
+
+def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> VideoLoader:
+    """Open the validation videos: one centre view of each, as many clips a batch as in training."""
+    index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
+    dataset = Kinetics(index, "test", **run.clip_options(args))
+    batch_size = args.batch_size * args.repeat_aug
+    return VideoLoader(dataset, batch_size, args.num_workers, args.max_bad_share, device)
+
+
+def validate(args: argparse.Namespace, loader: VideoLoader, device: torch.device) -> None:
+    """Print how the weights of --resume do on the validation videos."""
+    model = build_model(args)
+    if args.dry_run:
+        run.print_flops(model, args)
         return
+    apply_weights(model, read_weights(args.resume), keep_head=True)
+    model.to(device)
+    log = RunLog("", args.print_freq, device)
+    val, _ = evaluate(model, loader, device, args.precision, args.num_classes, log)
+    print0(val)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build data, model and optimiser in this order, then train and validate."""
+    if args.eval and not args.resume:
+        raise UserError("--eval needs weights: give --resume CHECKPOINT")
+    device = run.start(args)
+
+    folder = run.data_dir(args, "finetune")
+    if args.eval:
+        validate(args, open_val(args, folder, device), device)
+        return
+    train_set = Kinetics(
+        VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
+        "finetune",
+        **run.clip_options(args),
+        seed=args.seed,
+        repeat_aug=args.repeat_aug,
+        scales=args.jitter_scales_relative,
+        ratios=args.jitter_aspect_relative,
+        hflip=args.hflip,
+        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
+        reprob=args.reprob,
+    )
+    train_loader = VideoLoader(
+        train_set, args.batch_size, args.num_workers, args.max_bad_share, device
+    )
+    val_loader = open_val(args, folder, device)
+    print0(f"{len(train_set)} videos to train, {len(val_loader.dataset)} to validate on")
+    mixup = make_mixup(args)
+
+    model = build_model(args)
     checkpoint = find_checkpoint(args)
     if args.finetune and not checkpoint:
         weights = read_weights(args.finetune)
@@ -241,10 +254,10 @@ def main(args: argparse.Namespace) -> None:
             model, val_loader, device, args.precision, args.num_classes, log, stop
         )
         checkpoints.stop_if_told()
-        best = max([line["val_acc1"] for line in progress.log] + [val["acc1"]])
+        before = max((line["val_acc1"] for line in progress.log), default=-1.0)
         print0(
             f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
-            f"loss {val['loss']:.4f}  best top-1 {best:.2f} %"
+            f"loss {val['loss']:.4f}  best top-1 {max(before, val['acc1']):.2f} %"
         )
         x = last_x(progress.epoch, args.repeat_aug)
         for name, value in val.items():
@@ -253,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
         log.flush()
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         record |= {f"val_{k}": v for k, v in val.items()}
-        checkpoints.finish_epoch(record, len(train_loader), best=val["acc1"] == best)
+        checkpoints.finish_epoch(record, len(train_loader), best=val["acc1"] > before)
     checkpoints.close()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")

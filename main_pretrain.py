@@ -92,18 +92,10 @@ def main(args: argparse.Namespace) -> None:
     device = run.start(args)
 
     index = VideoIndex(os.path.join(run.data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
-    sizes = {
-        "input_size": args.input_size,
-        "num_frames": args.num_frames,
-        "sampling_rate": args.sampling_rate,
-        "sampling": args.sampling,
-        "max_pixels": args.max_pixels,
-        "item_timeout": args.item_timeout,
-    }
     dataset = Kinetics(
         index,
         "pretrain",
-        **sizes,
+        **run.clip_options(args),
         seed=args.seed,
         repeat_aug=args.repeat_aug,
         scales=args.jitter_scales_relative,
@@ -154,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     progress = checkpoints.progress
 
     log = run.open_log(args, device, progress, len(loader))
-    fixed_clips = FixedClips(Kinetics(index, "test", **sizes), args, device)
+    fixed_clips = FixedClips(Kinetics(index, "test", **run.clip_options(args)), args, device)
     ddp_model = run.prepare(model, device, args, dynamic=False)
     started = time.time()
     while progress.epoch < args.epochs:
@@ -165,7 +157,8 @@ def main(args: argparse.Namespace) -> None:
         except BadStepError as error:
             raise run.bad_step_report(error, checkpoints, index) from error
         checkpoints.stop_if_told()
-        log.scalar("epoch/loss", stats["loss"], last_x(progress.epoch, args.repeat_aug))
+        if "loss" in stats:  # else --skip_nonfinite left out every step
+            log.scalar("epoch/loss", stats["loss"], last_x(progress.epoch, args.repeat_aug))
         fixed_clips.show(model, progress.epoch, log)
         log.flush()
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}

@@ -119,12 +119,7 @@ def main(args: argparse.Namespace) -> None:
     dataset = Kinetics(
         index,
         "test",
-        input_size=args.input_size,
-        num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate,
-        sampling=args.sampling,
-        max_pixels=args.max_pixels,
-        item_timeout=args.item_timeout,
+        **run.clip_options(args),
         num_clips=args.num_clips,
         num_crops=args.num_crops,
     )

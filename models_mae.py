@@ -262,7 +262,7 @@ class MaskedAutoencoderViT(Encoder):
         x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
         if not partial:
             return self.decoder_pred(x)[:, int(self.cls_embed) :]
-        pred = self.decoder_pred(x[:, -M:])
+        pred = self.decoder_pred(x[:, x.shape[1] - M :])
         ids = ids[:, K:].unsqueeze(-1).expand_as(pred)
         return pred.new_zeros(N, L, pred.shape[-1]).scatter(1, ids, pred)
 

@@ -1,11 +1,14 @@
 """Fixtures shared by the tests."""
 
+import http.server
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.video_files import write_video
+from util import released
 
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -35,3 +38,24 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val", "test"):
         (folder / f"{split}.csv").write_text("".join(rows))
     return folder
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve tmp_path/www; returns (folder, address, list of requested paths)."""
+    www, requested = tmp_path / "www", []
+    (www / "pretrain").mkdir(parents=True)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    released.fetch.cache_clear()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(www))
+
+        def log_message(self, format, *args):
+            requested.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield www / "pretrain", f"http://127.0.0.1:{httpd.server_port}/pretrain", requested
+        httpd.shutdown()

@@ -5,11 +5,9 @@ own implementation is the judge of its format.
 """
 
 import hashlib
-import http.server
 import json
 import os
 import re
-import threading
 
 import numpy as np
 import pytest
@@ -763,27 +761,6 @@ def test_vit_base_of_pyslowfast(tmp_path):
 
 
 # --- addresses and names
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serve tmp_path/www; returns (folder, address, list of requested paths)."""
-    www, requested = tmp_path / "www", []
-    (www / "pretrain").mkdir(parents=True)
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    released.fetch.cache_clear()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(www))
-
-        def log_message(self, format, *args):
-            requested.append(self.path)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield www / "pretrain", f"http://127.0.0.1:{httpd.server_port}/pretrain", requested
-        httpd.shutdown()
 
 
 def test_addresses_are_cached(server):

@@ -1,5 +1,6 @@
 """What TensorBoard shows of real runs, told by a real TensorBoard; class reports; predictions."""
 
+import argparse
 import contextlib
 import csv
 import io
@@ -31,6 +32,7 @@ from tests.test_scripts import (
     assert_same_weights,
     call,
 )
+from util import slurm
 from util.confusion import (
     BLUE,
     RED,
@@ -43,6 +45,7 @@ from util.confusion import (
 from util.dashboard import FixedClips
 from util.kinetics import Kinetics, VideoIndex
 from util.meters import RunLog, epoch_1000x, last_x
+from util.run import NOT_COMPARED
 
 CPU = torch.device("cpu")
 
@@ -102,6 +105,21 @@ def test_class_names_are_beside_the_csvs_or_above(tmp_path):
     assert read_class_names(folder, 3) == ["0", "1", "2"]  # of another data set
     (tmp_path / "lists/classes.txt").write_text("left\nright\n")
     assert read_class_names(folder, 2) == ["left", "right"]
+
+
+def test_class_names_on_a_web_server(server):
+    folder, address, _ = server
+    assert read_class_names(address, 2) == ["0", "1"]
+    (folder / "classes.txt").write_text("up\ndown\n")
+    assert read_class_names(address, 2) == ["up", "down"]
+
+
+def test_flags_of_a_job_are_not_compared():
+    """Where a run was computed says nothing of what it learns."""
+    parser = argparse.ArgumentParser()
+    slurm.add_slurm_args(parser)
+    job = {name for name in vars(parser.parse_args([])) if name != "output_dir"}
+    assert job <= set(NOT_COMPARED)
 
 
 # --- fixed clips --------------------------------------------------------------------------------

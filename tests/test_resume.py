@@ -333,6 +333,7 @@ def test_superfluous_checkpoints():
     assert superfluous(middle, middle[-2], 0, 0, None) == []
     ended = [*middle[-2:], *names("00004")]
     assert superfluous(ended, ended[-1], 0, 0, None) == ended[:1]
+    assert superfluous(paths[:3], paths[3], 1, 0, None) == paths[:3]  # not listed yet
 
 
 def test_the_best_epoch_is_saved_between_periods(tmp_path):
@@ -377,6 +378,19 @@ def test_log_txt_has_a_json_line_per_epoch(tmp_path):
     write_log(str(tmp_path), records[:1])
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records[:1]
+
+
+def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path):
+    """JSON has no NaN; a run whose fp16 validation overflows goes on, and resumes."""
+    training = Training(init=0, output_dir=str(tmp_path))
+    record = {"epoch": 0, "val_loss": float("nan"), "val_acc1": 12.5}
+    training.train(0)
+    training.checkpoints.finish_epoch(record, steps=3)
+    training.checkpoints.wait()
+    Training(init=1, output_dir=str(tmp_path)).resume(tmp_path / "checkpoint-00000.pth")
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert json.loads(line) == {"epoch": 0, "val_loss": None, "val_acc1": 12.5}
+    assert "NaN" not in line
 
 
 # --- writes that fail

@@ -204,6 +204,13 @@ def test_eval_flag_validates_and_changes_nothing(videos, finetuned, capsys):
     assert content() == before
 
 
+def test_eval_needs_no_training_videos(videos, finetuned, tmp_path, capsys):
+    (tmp_path / "val.csv").write_text(f"{videos}/v1.mp4 1\n")
+    call(main_finetune, "--path_to_data_dir", tmp_path, *FINETUNE, "--output_dir", "",
+         "--eval", "--resume", finetuned / "checkpoint-00001.pth")  # fmt: skip
+    assert "'bad': 0" in capsys.readouterr().out
+
+
 # --- kills and resumes --------------------------------------------------------------------------
 
 

@@ -22,12 +22,13 @@ from util.file_io import is_remote, open_file
 from util.released import fetch, refuse_other_kinds
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint file on the CPU without running code from it.
 
     Args:
         path: a path, an address, or the name of a released checkpoint; PyTorch's format or
             .safetensors, which gives {"model": tensors, "metadata": the header's strings}.
+        mmap: leave the tensors of a local file on the disk until they are used.
 
     Raises:
         UserError: missing, damaged, not a checkpoint, or one that asks to run code.
@@ -42,7 +43,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             if start[8:9] == b"{":
                 return read_safetensors(file.read())
             with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                lazy = mmap and not is_remote(path)
+                source = path if lazy else file
+                checkpoint = torch.load(source, "cpu", weights_only=True, mmap=lazy)
         except Exception as error:  # torch's readers raise every kind of them for damaged files
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
             if code:

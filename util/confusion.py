@@ -3,6 +3,7 @@
 Shapes: C classes. A confusion matrix [C, C] counts videos by label (row) and prediction (column).
 """
 
+import contextlib
 import os
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from util.file_io import open_file, path_manager
+from util.errors import UserError
+from util.file_io import open_file
 
 PICTURE_SIDE = 400  # pixels, at least, unless there are more classes
 BLUE, RED = (8, 48, 107), (165, 15, 21)  # right and wrong predictions, the darker the more
@@ -58,10 +60,9 @@ def report_classes(
 def read_class_names(folder: str, num_classes: int) -> list[str]:
     """Read classes.txt (one name per label) beside the csvs or one folder above; else numbers."""
     for place in (folder, os.path.dirname(folder.rstrip("/"))):
-        path = os.path.join(place, "classes.txt")
-        if path_manager.isfile(path):
-            with open_file(path) as file:
-                names = file.read().splitlines()
+        # whether a file is there, a web server only tells when asked for it
+        with contextlib.suppress(UserError), open_file(os.path.join(place, "classes.txt")) as file:
+            names = file.read().splitlines()
             if len(names) == num_classes:
                 return names
     return [str(label) for label in range(num_classes)]

@@ -99,9 +99,11 @@ def superfluous(
     (0: all), with every keep_every-th and the best.
 
     Args:
+        newest: one of them, or not listed there yet (an object store).
         paths: of one folder, oldest first; those beyond the newest are another run's and stay.
     """
-    paths = paths[: paths.index(newest)]
+    age = checkpoint_order(os.path.basename(newest)) or (0, 0)
+    paths = [path for path in paths if (checkpoint_order(os.path.basename(path)) or age) < age]
     mid_epoch = [path for path in paths if not is_epoch_end(path)]
     before = paths[-1:]  # should the newest prove damaged
     finished = [path for path in paths if is_epoch_end(path)]
@@ -144,22 +146,29 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
     if is_main():
         for candidate in reversed(list_checkpoints(args.output_dir)):
             try:
-                checkpoint = read_intact(candidate)
+                if args.resume:  # a look before gigabytes are read
+                    flags = checkpoint_args(read_checkpoint(candidate, mmap=True))
+                    if flags.get("resume") != args.resume:
+                        continue
+                read_intact(candidate)
             except UserError as error:
                 print0(f"WARNING: {error}; trying the one before it")
-                continue
-            if args.resume and checkpoint_args(checkpoint).get("resume") != args.resume:
                 continue
             path = candidate
             break
     return broadcast_object(path)
 
 
+def log_line(record: dict[str, Any]) -> str:
+    """Make a line of log.txt; a validation loss that is no number, which JSON lacks, is null."""
+    return simplejson.dumps(record, ignore_nan=True) + "\n"
+
+
 def append_log(output_dir: str, record: dict[str, Any]) -> None:
     """Append one JSON line to log.txt, from the main process."""
     if is_main() and output_dir:
         with open_file(os.path.join(output_dir, "log.txt"), "a") as file:
-            file.write(simplejson.dumps(record) + "\n")
+            file.write(log_line(record))
 
 
 def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
@@ -169,7 +178,7 @@ def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
     """
     if not (is_main() and output_dir):
         return
-    text = "".join(simplejson.dumps(record) + "\n" for record in records)
+    text = "".join(map(log_line, records))
     path = os.path.join(output_dir, "log.txt")
     try:
         make_dirs(output_dir)
@@ -501,8 +510,9 @@ class Interruption:
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = max(self.signal, STOP_SIGNALS.index(signal.Signals(number)) + 1)
-        name = signal.Signals(number).name
-        print(f"{name}: stopping after this step with a checkpoint", file=sys.stderr, flush=True)
+        text = f"{signal.Signals(number).name}: stopping after this step with a checkpoint\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print raises where the signal comes within another print
 
     def after_step(self) -> bool:
         """Tell, alike on every rank, whether to stop now; every rank must ask equally often."""

@@ -8,6 +8,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ NOT_COMPARED = """
     num_workers item_timeout max_bad_share max_pixels
     checkpoint_period checkpoint_minutes keep_last keep_every
     cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos constraint
-    comment job_name job_dir
+    comment job_name job_dir signal_delay_s
 """.split()
 
 
@@ -192,6 +193,12 @@ def data_dir(args: Namespace, task: str) -> str:
         write_dataset(str(folder))
     dist.barrier()
     return str(folder / task)
+
+
+def clip_options(args: Namespace) -> dict[str, Any]:
+    """Return what the flags say of the clips of every data set, for Kinetics."""
+    names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def effective_lr(args: Namespace, clips_per_video: int, batch_size: int, steps: int) -> float:
