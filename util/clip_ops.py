@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 
 from util.transforms import Box
 
@@ -89,6 +90,15 @@ def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.nda
     y, x = max(top - 1, 0), max(left - 1, 0)
     clip = clip[:, y : top + h + 1, x : left + w + 1]
     return crop(_blend(map(_smooth, clip), clip, factor), (top - y, left - x, h, w))
+
+
+def desaturate(clip: np.ndarray, share: float) -> np.ndarray:
+    return color(clip, 1 - share)
+
+
+def gaussian_blur(clip: np.ndarray, radius: float, box: Box | None = None) -> np.ndarray:
+    blur = ImageFilter.GaussianBlur(radius)  # PIL's own approximation of it
+    return crop(np.stack([np.asarray(Image.fromarray(x).filter(blur)) for x in clip]), box)
 
 
 def shear_x(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:

@@ -34,10 +34,13 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "ShearY": clip_ops.shear_y,
     "TranslateX": clip_ops.translate_x,
     "TranslateY": clip_ops.translate_y,
+    "Desaturate": clip_ops.desaturate,
+    "GaussianBlur": clip_ops.gaussian_blur,
 }
+OF_3A = ["Solarize", "Desaturate", "GaussianBlur"]  # 3-Augment (DeiT III, arXiv 2204.07118)
 
 # Operations on single pixels give the same before and after a crop.
-POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
+POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness", "Desaturate"}
 
 # timm's weights of operations that are not drawn equally often.
 WEIGHTS = {
@@ -48,9 +51,17 @@ WEIGHTS = {
     **dict.fromkeys(["Solarize", "SolarizeAdd", "Contrast", "Brightness", "Equalize"], 0.05),
 }
 OPERATION_SETS = {  # section of the config -> weights
-    "all": dict.fromkeys(OPERATIONS, 1.0),
+    "all": dict.fromkeys(list(OPERATIONS)[:15], 1.0),
     "w0": WEIGHTS,  # of earlier versions of timm
     "tweights": {**WEIGHTS, "Posterize": 0.05, "Invert": 0.05},
+    "t3a": dict.fromkeys(OF_3A, 1.0),
+    "t3aw": {
+        **dict.fromkeys(OF_3A, 6.0),
+        **dict.fromkeys(["Rotate"], 3.0),
+        **dict.fromkeys(["ShearX", "ShearY"], 2.0),
+        **dict.fromkeys(["Posterize", "AutoContrast", "Color", "Sharpness", "Contrast"], 1.0),
+        **dict.fromkeys(["Brightness", "Equalize", "Invert"], 1.0),
+    },
 }
 
 
@@ -72,37 +83,39 @@ def parse_config(config: str) -> Config:
 
     Sections after "rand", in any order: m magnitude (default 10), n number of operations (2), p
     probability of each (0.5), mstd deviation of the magnitude (0; above 100: uniform in [0, m]),
-    mmax bound of the magnitude (10), inc1 for increasing operations, and w0 or tweights to draw
-    them by timm's weights, none twice. Raise UserError for anything else.
+    mmax bound of the magnitude (10), inc1 for increasing operations, and a set of operations: w0 or
+    tweights to draw them by timm's weights, none twice; t3a the three of 3-Augment; t3aw more, with
+    weights. As in the reference, any inc means yes, inc0 too. Raise UserError for anything else.
     """
     policy, *sections = config.split("-")
     if policy != "rand":
         raise UserError(f"RandAugment config {config!r} does not start with 'rand'")
-    numbers = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "mmax": 10.0, "inc": 0.0}
+    numbers = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "mmax": 10.0}
     chosen = "all"
     for section in sections:
         match = re.fullmatch(r"(m|p|mstd|mmax|(?:n|inc)(?=\d+$))(\d+\.?\d*)", section)
         if match:
             numbers[match[1]] = float(match[2])
-        elif section in ("w0", "tweights"):
+        elif section in OPERATION_SETS.keys() - {"all"}:
             chosen = section
         else:
             raise UserError(
                 f"section {section!r} of RandAugment config {config!r} is none of m, p, mstd, mmax "
-                "with a number, n, inc with an integer, w0, tweights"
+                "with a number, n, inc with an integer, w0, tweights, t3a, t3aw"
             )
     weights = OPERATION_SETS[chosen]
     if numbers["p"] > 1:
         raise UserError(f"RandAugment config {config!r} has a probability above 1")
-    if chosen != "all" and numbers["n"] > len(weights):
+    replace = len(set(weights.values())) == 1  # none twice where there are weights
+    if not replace and numbers["n"] > len(weights):
         raise UserError(f"RandAugment config {config!r} has only {len(weights)} operations")
     return Config(
         weights=weights,
-        replace=chosen == "all",
-        increasing=chosen == "tweights" or bool(numbers["inc"]),
+        replace=replace,
+        increasing=chosen.startswith("t") or "inc" in numbers,
         magnitude=numbers["m"],
         magnitude_std=numbers["mstd"] if numbers["mstd"] <= 100 else math.inf,
-        magnitude_max=numbers["mmax"],
+        magnitude_max=numbers["mmax"] or 10,
         num_layers=int(numbers["n"]),
         probability=numbers["p"],
     )
@@ -175,6 +188,10 @@ def operation_arguments(
         return (256 - threshold if increasing else threshold,)
     if name == "SolarizeAdd":
         return (min(128, int(level * 110)),)
+    if name == "Desaturate":
+        return (min(0.5 + 0.5 * level, 1.0),)  # share of the colour that goes
+    if name == "GaussianBlur":
+        return (min(0.1 + 1.9 * level, 2.0),)  # pixels
     return ()
 
 
