@@ -25,7 +25,7 @@ from util.checkpoint import (
 )
 from util.confusion import read_class_names
 from util.dashboard import show_classes
-from util.dist import print0, seed_step, world_size
+from util.dist import print0, seed_step
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.lr_decay import param_groups_lrd
@@ -43,9 +43,11 @@ def get_args_parser() -> flags.Parser:
     flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
     flags.add_classifier_args(parser)
     group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument("--dropout", type=float, default=0.3, help="probability before the head")
     group.add_argument(
-        "--drop_path_rate", type=float, default=0.2, help="stochastic depth of the last block"
+        "--dropout", type=flags.share, default=0.3, help="probability before the head"
+    )
+    group.add_argument(
+        "--drop_path_rate", type=flags.share, default=0.2, help="stochastic depth of the last block"
     )
     group.add_argument(
         "--rand_aug", action=argparse.BooleanOptionalAction, default=True, help="use RandAugment"
@@ -53,18 +55,35 @@ def get_args_parser() -> flags.Parser:
     group.add_argument(
         "--aa", default="rand-m7-mstd0.5-inc1", help="RandAugment policy, timm's grammar"
     )
-    group.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    group.add_argument("--mixup", type=float, default=0.8, help="mixup alpha, 0 for none")
-    group.add_argument("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 for none")
     group.add_argument(
-        "--cutmix_minmax", type=float, nargs=2, default=None, help="cutmix side range, share"
+        "--reprob",
+        type=flags.share,
+        default=0.25,
+        help="probability of random erasing, a part of --rand_aug",
+    )
+    group.add_argument("--smoothing", type=flags.share, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--mixup", type=flags.natural_float, default=0.8, help="mixup alpha, 0 for none"
     )
     group.add_argument(
-        "--mixup_prob", type=float, default=1.0, help="probability of mixing a batch at all"
+        "--cutmix", type=flags.natural_float, default=1.0, help="cutmix alpha, 0 for none"
     )
     group.add_argument(
-        "--mixup_switch_prob", type=float, default=0.5, help="probability of cutmix over mixup"
+        "--cutmix_minmax",
+        type=flags.share,
+        action=flags.Range,
+        nargs=2,
+        default=None,
+        help="cutmix side range, share",
+    )
+    group.add_argument(
+        "--mixup_prob", type=flags.share, default=1.0, help="probability of mixing a batch at all"
+    )
+    group.add_argument(
+        "--mixup_switch_prob",
+        type=flags.share,
+        default=0.5,
+        help="probability of cutmix over mixup",
     )
     group.add_argument(
         "--mask_ratio",
@@ -74,7 +93,10 @@ def get_args_parser() -> flags.Parser:
     )
     flags.add_optim_args(parser)
     parser.add_argument(
-        "--layer_decay", type=float, default=0.75, help="factor of the rate from layer to layer"
+        "--layer_decay",
+        type=flags.positive_float,
+        default=0.75,
+        help="factor of the rate from layer to layer",
     )
     flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
@@ -121,7 +143,9 @@ def parse_args(
     parser = get_args_parser()
     add_args(parser)
     default_flags = run.synthetic_recipe("synthetic_finetune.args")
-    return flags.parse(parser, argv, default_flags)
+    args = flags.parse(parser, argv, default_flags)
+    args.reprob *= args.rand_aug
+    return args
 
 
 def make_mixup(args: argparse.Namespace) -> Mixup | None:
@@ -222,8 +246,7 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{args.model}: {millions:.1f} M parameters")
 
     # Unlike in pre-training, the published recipes count the repeated clips in this rule.
-    batch_size = args.batch_size * args.accum_iter * world_size() * args.repeat_aug
-    args.lr = run.effective_lr(args, args.repeat_aug, batch_size, len(train_loader))
+    args.lr = run.effective_lr(args, "clips", len(train_loader))
     if args.dry_run:
         run.print_flops(model, args)
         return

@@ -17,7 +17,7 @@ from engine_pretrain import train_one_epoch
 from util import args as flags
 from util import run
 from util.dashboard import FixedClips
-from util.dist import print0, seed_step, world_size
+from util.dist import print0, seed_step
 from util.kinetics import Kinetics, VideoIndex, VideoLoader
 from util.meters import BadStepError, last_x
 from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
@@ -57,7 +57,7 @@ def get_args_parser() -> flags.Parser:
     flags.add_run_args(parser, output_dir="./output/pretrain")
     parser.add_argument(
         "--vis_period",
-        type=int,
+        type=flags.natural_int,
         default=10,
         help="epochs between reconstructions of fixed clips in TensorBoard; 0: none",
     )
@@ -129,8 +129,7 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{args.model}: {millions:.1f} M parameters")
 
     # The published recipes count videos, not the repeat_aug clips of each, in this rule.
-    batch_size = args.batch_size * args.accum_iter * world_size()
-    args.lr = run.effective_lr(args, args.repeat_aug, batch_size, len(loader))
+    args.lr = run.effective_lr(args, "videos", len(loader))
     if args.dry_run:
         ratios = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio")}
         run.print_flops(model, args, **ratios)

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 def write_csv(folder: Path, text: str) -> str:
     path = folder / "train.csv"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return str(path)
 
 
@@ -80,6 +80,12 @@ def test_pretraining_csv_may_have_no_labels(tmp_path):
     assert [index.path(i) for i in range(3)] == [str(tmp_path / name) for name in names]
 
 
+@pytest.mark.parametrize("row", ["b.mp4 3.0", "b.mp4,3,", "b.mp4 3 # good", f"b.mp4 {10**20}"])
+def test_labels_that_are_none_are_no_part_of_a_path(tmp_path, row):
+    with pytest.raises(UserError, match=r"line 2: a label"):
+        VideoIndex(write_csv(tmp_path, f"a.mp4 3\n{row}\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -87,7 +93,9 @@ def test_pretraining_csv_may_have_no_labels(tmp_path):
         ("a.mp4 0\nb.mp4 5\n", ["line 2", "label 5", "--num_classes 5"]),
         ("a.mp4 -3\n", ["line 1", "negative"]),
         ("a.mp4 1.5\n", ["line 1", "no label"]),
+        ("a.mp4 1_0\n", ["line 1", "no label"]),
         (" 3\n", ["line 1", "no path"]),
+        ("a.mp4 0\ncaf\udce9.mp4 1\n", ["line 2", "not UTF-8", "xe9"]),
         ("", ["lists no videos"]),
         ("# nothing\n\n", ["lists no videos"]),
     ],
@@ -104,7 +112,7 @@ def test_missing_and_binary_csv(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.csv"):
         VideoIndex(str(tmp_path / "nowhere.csv"))
     (tmp_path / "train.csv").write_bytes(bytes(range(256)))
-    with pytest.raises(UserError, match="not a text file"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         VideoIndex(str(tmp_path / "train.csv"))
 
 

@@ -565,6 +565,9 @@ def test_mask_ratio_that_keeps_or_removes_nothing(ratio, kept):
     model = golden.build(MaskedAutoencoderViT, SEP1_CLS1)
     with pytest.raises(ValueError, match=rf"mask_ratio = {ratio} keeps {kept} of 32 tokens"):
         model(mae_video(SEP1_CLS1), mask_ratio=ratio)
+    if kept != 32:
+        with pytest.raises(ValueError, match=rf"mask_ratio = {ratio} keeps {kept} of 32 tokens"):
+            model.forward_encoder(mae_video(SEP1_CLS1), ratio)
 
 
 @pytest.mark.parametrize("ratio", [0.03125, 0.96875])

@@ -432,7 +432,30 @@ def test_help_names_every_flag(capsys):
         with pytest.raises(SystemExit) as caught:
             module.parse_args(["--help"])
         assert caught.value.code == 0
-        assert "--path_to_data_dir" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        names = [f"--{action.dest}" for action in module.get_args_parser()._actions]
+        assert len(names) > 20 and all(name in text for name in names)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seed -1", "--clip_grad -1", "--weight_decay -0.1", "--dropout 1.5", "--keep_last -1",
+        "--jitter_scales_relative 0.2 0.1", "--jitter_aspect_relative 0 1", "--warmup_epochs nan",
+        "--remode const", "--recount 3", "--mixup_mode elem", "--cutmix_minmax 0.8 0.2",
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_where_they_are_given(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main_finetune.parse_args(flags.split())
+    assert caught.value.code == 2
+    assert f"argument {flags.split()[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_erasing_is_a_part_of_randaugment():
+    flags = ["--path_to_data_dir", "X"]
+    assert main_finetune.parse_args(flags).reprob == 0.25
+    assert main_finetune.parse_args([*flags, "--no-rand_aug"]).reprob == 0
 
 
 # --- the reference's command lines --------------------------------------------------------------
@@ -457,6 +480,7 @@ def test_every_flag_of_the_reference_is_known(script, name, tmp_path):
             values = {"beta": [0.9, 0.95], "cutmix_minmax": [0.2, 0.8]}.get(flag, ["1"])
         if flag in ("finetune", "resume"):
             continue
+        values = {"mixup_mode": ["batch"], "remode": ["pixel"]}.get(flag, values)
         given = ["--path_to_data_dir", "X", "--finetune", path, f"--{flag}", *values]
         if name == "pretrain":
             given[2:4] = []

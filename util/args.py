@@ -1,6 +1,7 @@
 """Flags shared by the scripts, in groups; each script adds its own and states its recipe."""
 
 import argparse
+import math
 import shlex
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -16,12 +17,47 @@ def positive_int(text: str) -> int:
     return value
 
 
+def natural_int(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return value
+
+
 def positive_float(text: str) -> float:
     """Parse a number above 0."""
     value = float(text)
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
+
+
+def natural_float(text: str) -> float:
+    """Parse a number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse a probability, or a part of a whole."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
+class Range(argparse.Action):
+    """Take two numbers in order."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
+        """Store them."""
+        low, high = values
+        if low > high:
+            raise argparse.ArgumentError(self, f"{low:g} is above {high:g}: give MIN MAX")
+        setattr(namespace, self.dest, values)
 
 
 class Parser(ArgumentParser):
@@ -53,7 +89,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     )
     group.add_argument(
         "--num_workers",
-        type=int,
+        type=natural_int,
         default=None,
         help="loader processes per rank; None: from the CPUs this process may use",
     )
@@ -78,7 +114,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     if jitter_scales:
         group.add_argument(
             "--max_bad_share",
-            type=float,
+            type=share,
             default=0.1,
             help="stop when more than this share of a csv's videos cannot be read",
         )
@@ -87,7 +123,8 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
         )
         group.add_argument(
             "--jitter_scales_relative",
-            type=float,
+            type=positive_float,
+            action=Range,
             nargs=2,
             default=jitter_scales,
             metavar=("MIN", "MAX"),
@@ -95,7 +132,8 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
         )
         group.add_argument(
             "--jitter_aspect_relative",
-            type=float,
+            type=positive_float,
+            action=Range,
             nargs=2,
             default=(3 / 4, 4 / 3),
             metavar=("MIN", "MAX"),
@@ -176,19 +214,27 @@ def add_optim_args(parser: ArgumentParser) -> None:
     )
     group.add_argument("--epochs", type=positive_int, default=100, help="passes over train.csv")
     group.add_argument(
-        "--warmup_epochs", type=float, default=5, help="epochs of linear warm-up from 0"
+        "--warmup_epochs", type=natural_float, default=5, help="epochs of linear warm-up from 0"
     )
     group.add_argument(
-        "--lr", type=float, default=None, help="peak learning rate; None: from --blr and the batch"
+        "--lr",
+        type=natural_float,
+        default=None,
+        help="peak learning rate; None: from --blr and the batch",
     )
     group.add_argument(
-        "--blr", type=float, default=1e-3, help="base learning rate, for a batch of 256"
+        "--blr", type=natural_float, default=1e-3, help="base learning rate, for a batch of 256"
     )
-    group.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end")
-    group.add_argument("--weight_decay", type=float, default=0.05)
-    group.add_argument("--beta", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's betas")
     group.add_argument(
-        "--clip_grad", type=float, default=None, help="largest global gradient norm; None: no limit"
+        "--min_lr", type=natural_float, default=1e-6, help="learning rate at the end"
+    )
+    group.add_argument("--weight_decay", type=natural_float, default=0.05)
+    group.add_argument("--beta", type=share, nargs=2, default=(0.9, 0.999), help="AdamW's betas")
+    group.add_argument(
+        "--clip_grad",
+        type=natural_float,
+        default=None,
+        help="largest global gradient norm; None or 0: no limit",
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the transformer blocks by torch.compile"
@@ -205,7 +251,7 @@ def add_guard_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("bad steps")
     group.add_argument(
         "--skip_nonfinite",
-        type=int,
+        type=natural_int,
         default=0,
         metavar="N",
         help="skip up to N updates in a row whose loss or gradient is not finite, reading the "
@@ -213,7 +259,7 @@ def add_guard_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--kill_loss_factor",
-        type=float,
+        type=natural_float,
         default=0.0,
         metavar="F",
         help="stop when a step's loss is more than F times the epoch's mean before it; 0: never",
@@ -230,7 +276,7 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
             default="",
             help="TensorBoard folder; empty: OUTPUT_DIR/tensorboard",
         )
-        group.add_argument("--seed", type=int, default=0)
+        group.add_argument("--seed", type=natural_int, default=0)
     group.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto")
     group.add_argument(
         "--precision",
@@ -255,7 +301,10 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
         "--print_freq", type=positive_int, default=20, help="steps between printed lines"
     )
     group.add_argument(
-        "--dist_timeout", type=float, default=30, help="minutes a rank waits for the others"
+        "--dist_timeout",
+        type=positive_float,
+        default=30,
+        help="minutes a rank waits for the others",
     )
 
 
@@ -267,15 +316,21 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--checkpoint_minutes",
-        type=float,
+        type=natural_float,
         default=30,
         help="also save within an epoch, after so many minutes; 0: never",
     )
     group.add_argument(
-        "--keep_last", type=int, default=0, help="finished epochs whose checkpoints stay; 0: all"
+        "--keep_last",
+        type=natural_int,
+        default=0,
+        help="finished epochs whose checkpoints stay; 0: all",
     )
     group.add_argument(
-        "--keep_every", type=int, default=0, help="keep every n-th epoch's checkpoint anyway"
+        "--keep_every",
+        type=natural_int,
+        default=0,
+        help="keep every n-th epoch's checkpoint anyway",
     )
     group.add_argument(
         "--resume",
@@ -305,12 +360,11 @@ OBSOLETE_FLAGS = {
     "decoder_device": 1,
     "encoder_attn": 1,
     "color_jitter": 1,
-    "recount": 1,
-    "remode": 1,
-    "mixup_mode": 1,
     "seed": 1,
     "log_dir": 1,
 }
+# Flags of the reference that would change the result, with the one value that is built here.
+FIXED_FLAGS = {"remode": "pixel", "recount": "1", "mixup_mode": "batch"}
 
 
 def parse(
@@ -333,6 +387,10 @@ def parse(
         options = {"dest": f"obsolete_{name}", "help": argparse.SUPPRESS, "default": None}
         options |= {"nargs": 1} if values else {"action": "store_true"}
         parser.add_argument(f"--{name}", **options)
+    for name, value in FIXED_FLAGS.items():
+        parser.add_argument(
+            f"--{name}", choices=[value], default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     args = parser.parse_args(argv)
     if default_flags is not None:
         args = parser.parse_args([*default_flags(args), *argv])
@@ -340,5 +398,7 @@ def parse(
     for name in obsolete:
         if vars(args).pop(f"obsolete_{name}", None) is not None:
             ignored.append(f"--{name}")
+    for name in FIXED_FLAGS:
+        vars(args).pop(name, None)
     args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""
     return args

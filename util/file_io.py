@@ -33,7 +33,7 @@ def open_file(path: str, mode: str = "r") -> IO:
         UserError: the file cannot be opened; the message names it.
     """
     try:
-        if mode == "r" and path.startswith("http"):  # see local_path
+        if "r" in mode and path.startswith("http"):  # see local_path
             path = local_path(path)
         return path_manager.open(path, mode)
     except OSError as error:

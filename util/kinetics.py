@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -75,21 +76,22 @@ class VideoIndex:
         self.csv_path = csv_path
         self.folder = path_prefix or os.path.dirname(csv_path)
         blob, ends, labels = bytearray(), [], []
-        with open_file(csv_path) as file:
-            try:
-                for number, line in enumerate(file, start=1):
-                    line = line.removeprefix("\ufeff").strip()  # of editors on Windows
-                    if not line or line.startswith("#"):
-                        continue
-                    path, label = _parse_row(line)
-                    problem = _row_problem(path, label, num_classes)
-                    if problem:
-                        raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
-                    blob += os.fsencode(path)
-                    ends.append(len(blob))
-                    labels.append(label)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{csv_path} is not a text file: {error}") from error
+        with open_file(csv_path, "rb") as file:
+            for number, row in enumerate(file, start=1):
+                try:
+                    line = row.decode().removeprefix("\ufeff").strip()  # of editors on Windows
+                except UnicodeDecodeError as error:
+                    reason = f"not UTF-8 text: {error.reason}"
+                    raise UserError(f"{csv_path}, line {number}: {reason}: {row[:60]}") from error
+                if not line or line.startswith("#"):
+                    continue
+                path, label = _parse_row(line)
+                problem = _row_problem(path, label, num_classes)
+                if problem:
+                    raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
+                blob += os.fsencode(path)
+                ends.append(len(blob))
+                labels.append(label)
         if not ends:
             raise UserError(f"{csv_path} lists no videos; it needs one `path label` per line")
         self._paths = np.frombuffer(bytes(blob), dtype=np.uint8)
@@ -113,10 +115,9 @@ class VideoIndex:
 def _parse_row(line: str) -> tuple[str, int]:
     """Split a csv line at its last separator into path and label (NO_LABEL without one)."""
     cut = max(line.rfind(separator) for separator in " ,\t")
-    try:
+    path, label = line, NO_LABEL
+    if re.fullmatch("[+-]?[0-9]+", line[cut + 1 :]):
         path, label = line[: max(cut, 0)], int(line[cut + 1 :])
-    except ValueError:
-        path, label = line, NO_LABEL
     path = path.strip(" ,\t")
     if len(path) > 2 and path[0] == path[-1] == '"':  # as spreadsheets write those with commas
         path = path[1:-1]
@@ -129,8 +130,11 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
         return "no path"
     if label < NO_LABEL:
         return "negative label"
+    if label > 2**31:
+        return "a label that large cannot be one"
     if num_classes is None:
-        return ""
+        almost = re.search(r"[ ,\t][+-]?[0-9]*\.?[0-9]+(,|\s+#.*)?$", path)
+        return "a label must be an integer at the end" if label == NO_LABEL and almost else ""
     if label == NO_LABEL:
         return "no label (an integer after the path)"
     return f"label {label} is not below --num_classes {num_classes}" if label >= num_classes else ""

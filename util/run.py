@@ -201,12 +201,11 @@ def clip_options(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names.split()}
 
 
-def effective_lr(args: Namespace, clips_per_video: int, batch_size: int, steps: int) -> float:
+def effective_lr(args: Namespace, counted: str, steps: int) -> float:
     """Print the arithmetic of batch size and learning rate, and return the peak rate.
 
     Args:
-        clips_per_video: how many clips of a video go through the model per step.
-        batch_size: effective batch size by the recipe's own rule, see the two main scripts.
+        counted: "videos" or their "clips", which the rule of the recipe calls the batch.
         steps: of an epoch.
 
     Raises:
@@ -217,19 +216,17 @@ def effective_lr(args: Namespace, clips_per_video: int, batch_size: int, steps: 
             f"an epoch has {steps} steps, too few for an update every --accum_iter "
             f"{args.accum_iter} steps; lower it, or use more videos"
         )
-    lr = scaled_lr(args.blr, batch_size) if args.lr is None else args.lr
     ranks = dist.world_size()
     videos = args.batch_size * args.accum_iter * ranks
+    batch = {"videos": videos, "clips": videos * args.repeat_aug}
+    lr = scaled_lr(args.blr, batch[counted]) if args.lr is None else args.lr
     print0(
         f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
-        f"ranks = {videos}; clips per update: {videos} x {clips_per_video} = "
-        f"{videos * clips_per_video}"
+        f"ranks = {videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
     )
     if args.lr is None:
-        counted = "clips" if batch_size > videos else "videos"
-        print0(
-            f"learning rate: blr {args.blr:g} x batch of {batch_size} {counted} / 256 = {lr:.3g}"
-        )
+        size = f"{batch[counted]} {counted}"
+        print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
     else:
         print0(f"learning rate: {lr:.3g} as given by --lr")
     return lr

@@ -357,7 +357,7 @@ def frame_indices(start: float, clip_len: float, num_frames: int, total: int) ->
 
     Rounding decides whole frames here, so it is torch's float32 linspace, as in published results.
     """
-    numbers = torch.linspace(start, start + clip_len - 1, num_frames)
+    numbers = torch.linspace(start, start + clip_len - 1, num_frames, dtype=torch.float32)
     return numbers.clamp(0, total - 1).long().numpy()
 
 

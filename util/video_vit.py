@@ -31,7 +31,8 @@ def constructor_arguments(names: dict[str, Any]) -> dict[str, Any]:
     norm_layer, a callable, becomes layer_norm_eps.
     """
     arguments = {k: v for k, v in names.items() if k not in ("self", "__class__")}
-    return arguments | {"layer_norm_eps": arguments.pop("norm_layer")(1).eps}
+    norm = arguments.pop("norm_layer")(1)
+    return arguments | {"layer_norm_eps": getattr(norm, "eps", None)}
 
 
 class PatchEmbed(nn.Module):
@@ -202,11 +203,16 @@ def random_mask(
 
     Returns:
         mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
+
+    Raises:
+        ValueError: nothing is kept.
     """
     noise = torch.rand(num_clips, num_tokens, device=device)
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     K = num_visible(num_tokens, mask_ratio)
+    if not 0 < K <= num_tokens:
+        raise ValueError(f"mask_ratio = {mask_ratio} keeps {K} of {num_tokens} tokens")
     mask = (ids_restore >= K).to(noise.dtype)
     return mask, ids_restore, ids_shuffle[:, :K]
 
