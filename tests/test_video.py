@@ -1,13 +1,18 @@
 """Decoding is compared with decoding everything, bit for bit; numbers with what the frames show."""
 
+import io
 import os
 import shutil
+import struct
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
+from PIL import Image
 
 from tests.video_files import (
     moving_frames,
@@ -42,6 +47,24 @@ def decode_all(path: str, limit: int | None = None) -> list[np.ndarray]:
                 if len(frames) == limit:
                     return frames
     return frames
+
+
+def remux(sources: str | list[str], target: Path, change: Callable) -> str:
+    """Copy the packets of one video, or several in a row, each after `change(number, packet)`.
+
+    Packets for which it returns False are left out; it may also return another packet.
+    """
+    inputs = [av.open(path) for path in ([sources] if isinstance(sources, str) else sources)]
+    packets = [packet for file in inputs for packet in file.demux(video=0) if packet.size]
+    with av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(inputs[0].streams.video[0])
+        for number, packet in enumerate(packets):
+            changed = change(number, packet)
+            if changed is not False:
+                packet = changed if isinstance(changed, av.Packet) else packet
+                packet.stream = stream
+                new.mux(packet)
+    return str(target)
 
 
 def assert_same(video: Video, wanted: list[int], reference: list[np.ndarray]) -> None:
@@ -162,10 +185,203 @@ def test_rotated_frames_come_upright(tmp_path, rotation):
     assert image.flags.c_contiguous or image.strides[1:] == (3, 1)
 
 
-def test_rotation_is_known_without_asking_for_frames(tmp_path):
+def test_the_upright_size_is_known_without_asking_for_frames(tmp_path):
     path = write_video(tmp_path / "r.mp4", moving_frames(3, 32, 64), rotation=90)
     with Video(path) as video:
-        assert (video.height, video.width, video.rotation) == (64, 32, 90)
+        assert (video.height, video.width) == (64, 32)
+
+
+TURNED = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
+MIRRORED = [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("a, b, c, d", TURNED + MIRRORED)
+def test_frames_are_turned_and_mirrored_as_the_matrix_says(tmp_path, a, b, c, d):
+    """A stored pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    path = tmp_path / "m.mp4"
+    write_video(path, moving_frames(2, 32, 64), codec="mpeg4")
+    (stored, _) = decode_all(str(path))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44
+    matrix = [x << 16 for x in (a, b, 0, c, d, 0, 0, 0)]
+    data[place : place + 36] = struct.pack(">9i", *matrix, 1 << 30)
+    path.write_bytes(data)
+    y, x = np.mgrid[:32, :64]
+    column, row = a * x + c * y, b * x + d * y
+    expected = np.empty((32, 64, 3) if a else (64, 32, 3), np.uint8)
+    expected[row - row.min(), column - column.min()] = stored
+    with Video(str(path)) as video:
+        assert (video.height, video.width) == expected.shape[:2]
+        ((_, image),) = video.frames([0])
+    np.testing.assert_array_equal(image, expected)
+
+
+def with_cover(path: str) -> str:
+    """Put a picture in front of the streams of an MP4 whose index is its last box, as tags."""
+
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    picture = io.BytesIO()
+    Image.new("RGB", (90, 90)).save(picture, "png")
+    tag = box(b"covr", box(b"data", struct.pack(">II", 14, 0) + picture.getvalue()))
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    tags = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", tag)))
+    data = Path(path).read_bytes()
+    place = data.rindex(b"moov") - 4
+    length = int.from_bytes(data[place + 8 : place + 12], "big")
+    index = data[place + 8 : place + 8 + length] + tags + data[place + 8 + length :]
+    Path(path).write_bytes(data[:place] + box(b"moov", index))
+    return path
+
+
+def test_cover_pictures_are_no_videos(tmp_path):
+    """A picture may be the first stream of a file, or its only one."""
+    film = write_video(tmp_path / "film.mp4", moving_frames(5))
+    reference = decode_all(film)
+    with av.open(with_cover(film)) as container:
+        assert container.streams.video[0].codec_context.name == "png"
+    with Video(film) as video:
+        assert (video.num_frames, video.height) == (5, 48)
+        assert_same(video, [1, 3], reference)
+    song = str(tmp_path / "song.mp4")
+    with av.open(song, "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        block.sample_rate = 16000
+        container.mux(sound.encode(block))
+        container.mux(sound.encode(None))
+    with pytest.raises(VideoError, match="no video stream"):
+        Video(with_cover(song))
+
+
+def test_the_default_video_of_several_is_watched(tmp_path):
+    sources = [write_video(tmp_path / f"{n}.mkv", moving_frames(n)) for n in (1, 5)]
+    with av.open(str(tmp_path / "both.mkv"), "w") as container:
+        for source, disposition in zip(sources, (Disposition(0), Disposition.default), strict=True):
+            with av.open(source) as old:
+                stream = container.add_stream_from_template(old.streams.video[0])
+                stream.disposition = disposition
+        for stream, source in zip(container.streams, sources, strict=True):
+            with av.open(source) as old:
+                for packet in old.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        container.mux(packet)
+    with Video(str(tmp_path / "both.mkv")) as video:
+        assert_same(video, list(range(video.num_frames)), decode_all(sources[1]))
+
+
+def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
+    """Alternate reference frames have packets of their own, with the show bit clear."""
+    options = {"deadline": "realtime", "cpu-used": "8"}
+    shown = write_video(tmp_path / "s.webm", moving_frames(40), codec="libvpx", options=options)
+
+    def hide(k, packet):
+        data = bytearray(bytes(packet))
+        if k % 10 == 9 and data[0] & 1:  # no key frame
+            data[0] &= 0xEF
+            packet.update(bytes(data))
+
+    path = remux(shown, tmp_path / "h.webm", hide)
+    reference = decode_all(path)
+    assert len(reference) == 36
+    with Video(path) as video:
+        assert video.num_frames == 36
+        assert_same(video, [35], reference)
+        assert_same(video, [0, 8, 9, 17, 30], reference)
+
+
+STARTS = [("libx264", ".ts", 3), ("libx264", ".mkv", 17), ("libx265", ".ts", 3)]
+STARTS += [("mpeg2video", ".ts", 12)]
+
+
+@pytest.mark.parametrize("codec, suffix, cut", STARTS)
+def test_a_file_that_starts_within_a_group_has_the_frames_that_are_decodable(
+    tmp_path, codec, suffix, cut
+):
+    whole = write_video(tmp_path / f"w{suffix}", moving_frames(60), codec, gop=12, bframes=2,
+                        open_gop=codec == "libx265")  # fmt: skip
+    path = remux(whole, tmp_path / f"c{suffix}", lambda k, packet: k >= cut)
+    reference = decode_all(path)
+    with Video(path) as video:
+        assert video.num_frames == len(reference) < 60
+        assert_same(video, [len(reference) - 1], reference)
+        assert_same(video, [0, 20, 33], reference)
+
+
+def test_parts_whose_clocks_overlap_follow_one_another(tmp_path):
+    first, second = (
+        write_video(tmp_path / f"{seed}.ts", moving_frames(30, seed=seed), bframes=2)
+        for seed in (0, 5)
+    )
+
+    def later(k, packet):
+        packet.pts, packet.dts = packet.pts + 1500, packet.dts + 1500
+
+    second = remux(second, tmp_path / "later.ts", later)
+    path = tmp_path / "both.ts"
+    path.write_bytes(Path(first).read_bytes() + Path(second).read_bytes())
+    reference = decode_all(str(path))
+    with Video(str(path)) as video:
+        assert video.num_frames == len(reference) == 60
+        assert_same(video, [0, 29, 30, 31, 59], reference)
+
+
+def test_a_jump_of_the_clock_is_no_frame_rate(tmp_path):
+    stamps = [*range(10), *range(100_000, 100_010)]
+    path = write_video(tmp_path / "j.mkv", moving_frames(20), stamps=stamps)
+    with Video(path) as video:
+        assert video.fps == pytest.approx(30, rel=0.02)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_parameters_that_change_within_a_file(tmp_path, suffix):
+    """The second part's parameter sets stand once, in front of it: all must go by them."""
+    parts = []
+    for name, params in (("a", "cabac=1"), ("b", "cabac=1:chroma-qp-offset=10")):
+        frames = moving_frames(30, seed=ord(name))
+        parts.append(write_video(tmp_path / f"{name}.mp4", frames, gop=10,
+                                 options={"x264-params": f"ref=1:8x8dct=0:{params}"}))  # fmt: skip
+    with av.open(parts[1]) as file:
+        extradata = bytes(file.streams.video[0].codec_context.extradata)  # avcC: one SPS, one PPS
+    sps = int.from_bytes(extradata[6:8], "big")
+    pps = extradata[8 + sps + 1 :]
+    headers = b"".join(
+        len(unit).to_bytes(4, "big") + unit
+        for unit in (extradata[8 : 8 + sps], pps[2 : 2 + int.from_bytes(pps[:2], "big")])
+    )
+
+    def follow(k, packet):
+        if k >= 30:
+            packet.pts, packet.dts = packet.pts + length, packet.dts + length
+        if k != 30:
+            return packet
+        first = av.Packet(headers + bytes(packet))
+        first.pts, first.dts, first.duration = packet.pts, packet.dts, packet.duration
+        first.time_base, first.is_keyframe = packet.time_base, True
+        return first
+
+    with av.open(parts[0]) as file:
+        length = file.streams.video[0].duration
+    path = remux(parts, tmp_path / f"both{suffix}", follow)
+    reference = decode_all(path)
+    assert len(reference) == 60
+    for wanted in ([45], [55, 58], [5, 55]):
+        with Video(path) as video:
+            assert video.num_frames == 60
+            assert_same(video, wanted, reference)
+            assert_same(video, [3, 12], reference)
+
+
+def test_a_packet_that_is_cut_off_is_no_frame(tmp_path):
+    path = tmp_path / "t.mp4"
+    write_video(path, moving_frames(60), container_options={"movflags": "faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    reference = decode_all(str(path))
+    with Video(str(path)) as video:
+        assert video.num_frames == len(reference) < 60
 
 
 def test_an_edit_list_hides_frames(tmp_path):
@@ -234,17 +450,6 @@ def test_bt709_full_range_is_converted_as_pyav_does(tmp_path):
     )
     with Video(path) as video:
         assert_same(video, [0, 1, 2], decode_all(path))
-
-
-def remux(source: str, target: Path, change) -> str:
-    """Copy the packets of a video, each passed through `change(number, packet)`."""
-    with av.open(source) as old, av.open(str(target), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for number, packet in enumerate(old.demux(video=0)):
-            if packet.dts is not None and change(number, packet) is not False:
-                packet.stream = stream
-                new.mux(packet)
-    return str(target)
 
 
 def test_stamps_that_ignore_b_frames_are_not_believed(tmp_path):

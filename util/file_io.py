@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from typing import IO, Any
@@ -12,6 +13,8 @@ from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
 from iopath.common.s3 import S3PathHandler
 
 from util.errors import UserError
+
+ADDRESSES = ("http://", "https://", "s3://")
 
 path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
@@ -47,13 +50,17 @@ def local_path(path: str) -> str:
         return path
     if path.startswith("s3://") and not HAS_S3:
         raise UserError(f"cannot fetch {path}: it needs `pip install boto3`")
+    if not path.startswith(ADDRESSES):
+        raise UserError(f"cannot fetch {path}: addresses start with {', '.join(ADDRESSES)}")
     options = {}
-    if not path.startswith("s3://"):  # the cache would take two hosts' files of one name for one
-        options["cache_dir"] = os.path.join(get_cache_dir(), urlparse(path).netloc)
     try:
+        if not path.startswith("s3://"):  # the cache would take files of one name for one
+            address = urlparse(path)
+            name = f"{address.netloc}{zlib.crc32(address.query.encode()) if address.query else ''}"
+            options["cache_dir"] = os.path.join(get_cache_dir(), name)
         return path_manager.get_local_path(path, **options)
-    # S3PathHandler asserts that the file is there
-    except (OSError, HTTPException, AssertionError) as error:
+    # S3PathHandler asserts that the file is there; ValueError: an address that is none
+    except (OSError, HTTPException, AssertionError, ValueError) as error:
         raise UserError(f"cannot fetch {path}: {error or 'no such file'}") from error
 
 

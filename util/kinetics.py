@@ -5,6 +5,7 @@ Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 
 import contextlib
 import functools
+import io
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from util.batch_memory import BatchMemory, can_share_memory
 from util.dist import gather_objects, rank, world_size
 from util.errors import UserError
-from util.file_io import is_remote, local_path, open_file
+from util.file_io import ADDRESSES, is_remote, local_path, open_file
 from util.rand_augment import RandAugment
 from util.rand_augment import apply as augment
 from util.time_limit import call_within
@@ -77,12 +78,10 @@ class VideoIndex:
         self.folder = path_prefix or os.path.dirname(csv_path)
         blob, ends, labels = bytearray(), [], []
         with open_file(csv_path, "rb") as file:
-            for number, row in enumerate(file, start=1):
-                try:
-                    line = row.decode().removeprefix("\ufeff").strip()  # of editors on Windows
-                except UnicodeDecodeError as error:
-                    reason = f"not UTF-8 text: {error.reason}"
-                    raise UserError(f"{csv_path}, line {number}: {reason}: {row[:60]}") from error
+            # names of files are bytes: what is no UTF-8 stays as it is, as in os.listdir
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
+            for number, line in enumerate(text, start=1):
+                line = line.removeprefix("\ufeff").strip()  # of editors on Windows
                 if not line or line.startswith("#"):
                     continue
                 path, label = _parse_row(line)
@@ -128,6 +127,10 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
     """Say what is wrong with a row, or nothing."""
     if not path:
         return "no path"
+    if "\0" in path:
+        return "not a text file"
+    if re.match(r"[a-z0-9]+://", path) and not path.startswith(ADDRESSES):
+        return f"an address of another kind than {', '.join(ADDRESSES)}"
     if label < NO_LABEL:
         return "negative label"
     if label > 2**31:

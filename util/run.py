@@ -1,6 +1,7 @@
 """What every script does around its own work: errors, device, data folders, ranks."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -41,6 +42,8 @@ def run(
     main: Callable[[Namespace], None], parse: Callable[[Sequence[str] | None], Namespace]
 ) -> None:
     """Parse flags and call main; a UserError ends with its sentence and status, on every rank."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     with ending(Path(sys.argv[0]).name):
         main(parse(None))
 
