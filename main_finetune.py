@@ -16,6 +16,7 @@ import torch
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
+from main_test import MODEL_FLAGS, checkpoint_flags
 from util import args as flags
 from util import run
 from util.checkpoint import (
@@ -137,12 +138,20 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse flags; without --path_to_data_dir, the embedded videos' recipe sets the defaults.
 
+    With --eval, those of the model default to what the checkpoint holds.
+
     Args:
         add_args: adds a launcher's own flags.
     """
     parser = get_args_parser()
     add_args(parser)
-    default_flags = run.synthetic_recipe("synthetic_finetune.args")
+    recipe = run.synthetic_recipe("synthetic_finetune.args")
+
+    def default_flags(args: argparse.Namespace) -> Sequence[str]:
+        if not (args.eval and args.resume):
+            return recipe(args)
+        return [*recipe(args), *checkpoint_flags(args.resume, ("model", *MODEL_FLAGS))]
+
     args = flags.parse(parser, argv, default_flags)
     args.reprob *= args.rand_aug
     return args
@@ -201,7 +210,16 @@ def validate(args: argparse.Namespace, loader: VideoLoader, device: torch.device
     model.to(device)
     log = RunLog("", args.print_freq, device)
     val, _ = evaluate(model, loader, device, args.precision, args.num_classes, log)
-    print0(val)
+    print_validation(val)
+
+
+def print_validation(val: dict[str, float], more: str = "") -> None:
+    """Print a line with what evaluate returns."""
+    unreadable = f"  unreadable {val['bad']}" if val["bad"] else ""
+    print0(
+        f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
+        f"loss {val['loss']:.4f}{unreadable}{more}"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -230,6 +248,9 @@ def main(args: argparse.Namespace) -> None:
         train_set, args.batch_size, args.num_workers, args.max_bad_share, device
     )
     val_loader = open_val(args, folder, device)
+    highest = int(train_set.index.labels.max())
+    if highest + 1 < args.num_classes:
+        print0(f"WARNING: --num_classes {args.num_classes}, but the labels end at {highest}")
     print0(f"{len(train_set)} videos to train, {len(val_loader.dataset)} to validate on")
     mixup = make_mixup(args)
 
@@ -278,9 +299,9 @@ def main(args: argparse.Namespace) -> None:
         )
         checkpoints.stop_if_told()
         before = max((line["val_acc1"] for line in progress.log), default=-1.0)
-        print0(
-            f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
-            f"loss {val['loss']:.4f}  best top-1 {max(before, val['acc1']):.2f} %"
+        best = progress.best_epoch if val["acc1"] <= before else progress.epoch
+        print_validation(
+            val, f"  best top-1 {max(before, val['acc1']):.2f} % (checkpoint-{best:05d}.pth)"
         )
         x = last_x(progress.epoch, args.repeat_aug)
         for name, value in val.items():

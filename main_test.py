@@ -101,13 +101,13 @@ def parse_args(
     return flags.parse(parser, argv, default_flags, OBSOLETE_FLAGS)
 
 
-def checkpoint_flags(path: str) -> list[str]:
-    """Return the flags that describe the model and the clips of a checkpoint."""
+def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]:
+    """Return the named flags as the checkpoint has them: of its model and its clips."""
     weights = read_weights(path)
     values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
     if weights.doubt:  # the user must say
         values |= {"input_size": None, "num_frames": None}
-    return flags.as_flags(values, MODEL_FLAGS)
+    return flags.as_flags(values, names)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -147,6 +147,8 @@ def main(args: argparse.Namespace) -> None:
         run.print_flops(model, args)
         return
     model.to(device)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{args.finetune}: {millions:.1f} M parameters")
 
     log = RunLog("", args.print_freq, device)
     result = test(model, loader, device, args.precision, args.batch_size, args.ensemble, log)
@@ -190,7 +192,12 @@ def report(result: VideoScores, index: VideoIndex, args: argparse.Namespace) -> 
         os.path.join(args.output_dir, "scores.npz"),
         lambda file: np.savez(file, scores=result.scores, labels=index.labels),
     )
+    seen = np.bincount(index.labels)
+    per_class = np.bincount(index.labels, weights=hits[:, 0])[seen > 0] / seen[seen > 0]
     record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
+    record["test_mean_class_acc"] = 100 * float(per_class.mean())
+    names = "finetune", "num_clips", "num_crops", "ensemble"
+    record |= {name: getattr(args, name) for name in names}
     append_log(args.output_dir, record)
 
 

@@ -108,7 +108,8 @@ class MaskedAutoencoderViT(Encoder):
         if pred_t_dim < 1 or t_patch_size * pred_t_dim % num_frames:
             raise ValueError(
                 f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
-                f"{num_frames} must be a whole number of at least 1: the frames predicted per patch"
+                f"{num_frames} must be a whole number of at least 1: the frames predicted per "
+                "patch (one with pred_t_dim = num_frames / t_patch_size)"
             )
         if strided_targets and num_frames % pred_t_dim:
             raise ValueError(

@@ -33,6 +33,7 @@ from tests.test_scripts import (
     call,
 )
 from util import slurm
+from util.args import NOT_COMPARED
 from util.confusion import (
     BLUE,
     RED,
@@ -45,7 +46,6 @@ from util.confusion import (
 from util.dashboard import FixedClips
 from util.kinetics import Kinetics, VideoIndex
 from util.meters import RunLog, epoch_1000x, last_x
-from util.run import NOT_COMPARED
 
 CPU = torch.device("cpu")
 

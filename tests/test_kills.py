@@ -167,9 +167,11 @@ def rank_pid(process: subprocess.Popen, rank: int) -> int:
     ("ranks", "number"),
     [
         (1, signal.SIGTERM),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGUSR2, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),  # torchrun hands it on
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_all_processes_stops_with_a_checkpoint(
@@ -187,7 +189,7 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     assert f"{number.name}: stopping after this step" in out
     assert out.count("the same command goes on from here") == 1, out
     if ranks == 1:
-        assert process.returncode == REQUEUE_STATUS
+        assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS)
         assert "Traceback" not in out
     else:  # torchrun's own end is a traceback, but it must not have to kill: it waits for 30 s
         assert process.returncode != 0

@@ -125,7 +125,7 @@ def test_plain_lines_where_there_is_no_terminal(capfd):
             r"clips/s [\d.]+  data \d+%  mem \d+M",
             line,
         ), line
-    assert re.fullmatch(r"Epoch \[0/2\]  done in \d:\d\d:\d\d", last)
+    assert re.fullmatch(r"Epoch \[0/2\]  done in \d:\d\d:\d\d  loss 2", last)
 
 
 def test_speed_and_share_of_waiting_for_data(capfd, monkeypatch):

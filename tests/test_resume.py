@@ -209,7 +209,7 @@ def test_resuming_another_model_is_refused(tmp_path, trained):
 def test_resuming_another_size_is_refused(tmp_path, trained):
     path = trained.save(tmp_path)
     other = Training(init=1, decoder={"decoder_embed_dim": 16})
-    with pytest.raises(UserError, match=r"00003\.pth does not fit the model.*decoder_cls_token"):
+    with pytest.raises(UserError, match=r"00003\.pth does not fit the model; .*decoder_cls_token"):
         other.resume(path)
 
 
@@ -310,6 +310,18 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
     again = Training(init=0, resume=start)
     own = again.save(tmp_path, epoch=5)
     assert find_checkpoint(args) == str(own)
+
+
+def test_flags_that_changed_are_told(tmp_path, trained, capsys):
+    path = trained.save(tmp_path)
+    again = Training(init=1, accum_iter=2, keep_last=3)
+    capsys.readouterr()
+    again.resume(path)
+    out = capsys.readouterr().out
+    assert f"WARNING: flags are not those of {path}: --accum_iter 1 -> 2\n" in out
+    finished = Training(init=1, epochs=4)
+    finished.resume(path)
+    assert "all 4 epochs are done; for more raise --epochs" in capsys.readouterr().out
 
 
 # --- pruning
@@ -478,6 +490,6 @@ def test_signals_are_given_back_after_an_error(tmp_path):
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(UserError), signals_restored():
         checkpoints = Training(init=0, output_dir=str(tmp_path)).checkpoints
-        assert [signal.getsignal(n) for n in STOP_SIGNALS] == [checkpoints.interruption._note] * 3
+        assert [signal.getsignal(n) for n in STOP_SIGNALS] == [checkpoints.interruption._note] * 4
         raise UserError("a bad step")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -125,6 +125,21 @@ def test_learning_rate_arithmetic(videos, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert rate.split(" = ")[1] in printed.split("learning rate:")[1].splitlines()[0]
         assert "clips per update: 4 x 2 = 8" in printed
+        assert "WARNING: --warmup_epochs 1 do not end within --epochs 1" in printed
+
+
+def test_classes_without_videos_are_told(videos, tmp_path, capsys):
+    call(main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE,
+         "--num_classes", 400, "--dry_run")  # fmt: skip
+    assert "WARNING: --num_classes 400, but the labels end at 2" in capsys.readouterr().out
+
+
+def test_flags_by_hand_override_those_of_a_file(tmp_path):
+    (tmp_path / "x.args").write_text("--batch_size 7 --epochs 3\n")
+    file, data = f"@{tmp_path}/x.args", ["--path_to_data_dir", "X"]
+    for argv in (["--epochs", "5", *data, file], [file, *data, "--epochs", "5"]):
+        args = main_pretrain.parse_args(argv)
+        assert (args.batch_size, args.epochs) == (7, 5)
 
 
 def test_finetuning_validates_and_logs(finetuned):
@@ -175,7 +190,7 @@ def test_accuracy_of_views_is_the_golden_one(tmp_path, ensemble):
     views = torch.from_numpy(arrays["softmax"]).unflatten(0, (5, 30))
     scores = torch.stack([combine_views(v, ensemble) for v in views]).numpy()
     np.testing.assert_allclose(scores, arrays[f"video_preds_{ensemble}"], rtol=1e-6)
-    args = Namespace(num_clips=10, num_crops=3, num_classes=12, ensemble=ensemble)
+    args = Namespace(num_clips=10, num_crops=3, num_classes=12, ensemble=ensemble, finetune="x")
     for seen, accuracy in ((5, expected[ensemble]), (2, expected["missing"]["only_first_60"])):
         if seen < 5 and ensemble == "max":
             continue  # the table knows the sum alone
@@ -187,6 +202,7 @@ def test_accuracy_of_views_is_the_golden_one(tmp_path, ensemble):
         record = simplejson.loads((tmp_path / str(seen) / "log.txt").read_text())
         assert f"{record['test_acc1']:.2f}" == accuracy["top1_acc"]
         assert f"{record['test_acc5']:.2f}" == accuracy["top5_acc"]
+        assert (record["finetune"], record["ensemble"]) == ("x", ensemble)
 
 
 def test_eval_flag_validates_and_changes_nothing(videos, finetuned, capsys):
@@ -197,18 +213,20 @@ def test_eval_flag_validates_and_changes_nothing(videos, finetuned, capsys):
 
     before = content()
     for epoch in (0, 1):
-        call(main_finetune, "--path_to_data_dir", videos, "--output_dir", finetuned, *FINETUNE,
-             "--eval", "--resume", finetuned / f"checkpoint-0000{epoch}.pth")  # fmt: skip
+        call(main_finetune, "--path_to_data_dir", videos, "--output_dir", finetuned,
+             "--device", "cpu", "--eval",
+             "--resume", finetuned / f"checkpoint-0000{epoch}.pth")  # fmt: skip
         line = simplejson.loads((finetuned / "log.txt").read_text().splitlines()[epoch])
-        assert f"'acc1': {line['val_acc1']}" in capsys.readouterr().out
+        validation = f"validation: top-1 {line['val_acc1']:.2f} %  top-5 100.00 %  loss "
+        assert f"{validation}{line['val_loss']:.4f}\n" in capsys.readouterr().out
     assert content() == before
 
 
 def test_eval_needs_no_training_videos(videos, finetuned, tmp_path, capsys):
     (tmp_path / "val.csv").write_text(f"{videos}/v1.mp4 1\n")
-    call(main_finetune, "--path_to_data_dir", tmp_path, *FINETUNE, "--output_dir", "",
+    call(main_finetune, "--path_to_data_dir", tmp_path, "--device", "cpu", "--output_dir", "",
          "--eval", "--resume", finetuned / "checkpoint-00001.pth")  # fmt: skip
-    assert "'bad': 0" in capsys.readouterr().out
+    assert "validation: top-1 " in capsys.readouterr().out
 
 
 # --- kills and resumes --------------------------------------------------------------------------

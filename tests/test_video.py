@@ -216,6 +216,26 @@ def test_frames_are_turned_and_mirrored_as_the_matrix_says(tmp_path, a, b, c, d)
     np.testing.assert_array_equal(image, expected)
 
 
+def test_the_orientation_of_photographs_in_a_video(tmp_path):
+    """MJPEG frames may carry Exif, a kind of side data that PyAV cannot name."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(picture, "JPEG", exif=exif)
+    path = tmp_path / "x.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(3):
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.time_base = stream, Fraction(1, 30)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = True
+            container.mux(packet)
+    with Video(str(path)) as video:
+        assert (video.height, video.width) == (64, 48)
+
+
 def with_cover(path: str) -> str:
     """Put a picture in front of the streams of an MP4 whose index is its last box, as tags."""
 

@@ -8,6 +8,15 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# flags that have no part in what a run learns
+NOT_COMPARED = """
+    notice dry_run eval device output_dir log_dir resume print_freq dist_timeout vis_period
+    num_workers item_timeout max_bad_share max_pixels
+    checkpoint_period checkpoint_minutes keep_last keep_every
+    cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos constraint
+    comment job_name job_dir signal_delay_s
+""".split()
+
 
 def positive_int(text: str) -> int:
     """Parse a whole number of at least 1."""
@@ -91,7 +100,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
         "--num_workers",
         type=natural_int,
         default=None,
-        help="loader processes per rank; None: from the CPUs this process may use",
+        help="loader processes per rank; not given: from the CPUs this process may use",
     )
     group.add_argument(
         "--item_timeout",
@@ -220,7 +229,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
         "--lr",
         type=natural_float,
         default=None,
-        help="peak learning rate; None: from --blr and the batch",
+        help="peak learning rate; not given: from --blr and the batch",
     )
     group.add_argument(
         "--blr", type=natural_float, default=1e-3, help="base learning rate, for a batch of 256"
@@ -234,7 +243,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
         "--clip_grad",
         type=natural_float,
         default=None,
-        help="largest global gradient norm; None or 0: no limit",
+        help="largest global gradient norm; 0: no limit",
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the transformer blocks by torch.compile"
@@ -282,7 +291,7 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
         "--precision",
         choices=("bf16", "fp16", "fp32"),
         default=None,
-        help="of the forward pass; None: bf16 where the accelerator has it, else fp32",
+        help="of the forward pass; not given: bf16 where the accelerator has it, else fp32",
     )
     group.add_argument(
         "--fp32",
@@ -381,6 +390,8 @@ def parse(
         obsolete: those flags that the script does not have, with the number of their values.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # what is given by hand overrides what is in an @FILE, before it or behind it
+    argv = sorted(argv, key=lambda word: not word.startswith("@"))
     for name, values in obsolete.items():
         if f"--{name}" in parser._option_string_actions:
             continue

@@ -61,7 +61,9 @@ def local_path(path: str) -> str:
         return path_manager.get_local_path(path, **options)
     # S3PathHandler asserts that the file is there; ValueError: an address that is none
     except (OSError, HTTPException, AssertionError, ValueError) as error:
-        raise UserError(f"cannot fetch {path}: {error or 'no such file'}") from error
+        hint = "; without a network, fetch it elsewhere and give its path"
+        hint = hint if path.startswith("http") else ""
+        raise UserError(f"cannot fetch {path}: {error or 'no such file'}{hint}") from error
 
 
 def make_dirs(path: str) -> None:

@@ -294,7 +294,8 @@ class RunLog:
             data_start = time.perf_counter()
         bar.close()
         elapsed = timedelta(seconds=int(time.perf_counter() - start))
-        print0(f"{header}  done in {elapsed}")
+        means = "".join(f"  {k} {v:.4g}" for k, v in self.meters.means().items() if k == "loss")
+        print0(f"{header}  {'stopped' if stopping else 'done'} in {elapsed}{means}")
 
     def scalar(self, name: str, value: float, x: int) -> None:
         """Write one TensorBoard scalar."""

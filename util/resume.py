@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from util.args import NOT_COMPARED
 from util.checkpoint import read_checkpoint
 from util.convert import checkpoint_args, model_state
 from util.dist import SAVING, broadcast_object, is_main, print0, world_size
@@ -38,8 +39,9 @@ from util.file_io import is_remote, make_dirs, open_file, path_manager, write_at
 # checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13 are
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 # the later ones win when several arrive: a scheduler's warning by SIGUSR may ask for a requeue
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again
+PATIENCE = 2.0  # seconds after Ctrl-C from which on another one means at once; torchrun sends two
 
 
 @dataclass
@@ -162,6 +164,11 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
 def log_line(record: dict[str, Any]) -> str:
     """Make a line of log.txt; a validation loss that is no number, which JSON lacks, is null."""
     return simplejson.dumps(record, ignore_nan=True) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a flag's value as it is when it comes out of a file."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def append_log(output_dir: str, record: dict[str, Any]) -> None:
@@ -360,6 +367,7 @@ class Checkpoints:
         self.wait()
         checkpoint = read_intact(path)
         self._refuse_others(checkpoint, path)
+        changed = self._changed_flags(checkpoint)
         try:
             self.model.load_state_dict(model_state(checkpoint, path))
             for group in checkpoint["optimizer"]["param_groups"]:
@@ -368,7 +376,10 @@ class Checkpoints:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             detail = " ".join(str(error).split())
-            raise UserError(f"{path} does not fit the model: {detail[:400]}") from error
+            flags = f" ({changed})" if changed else ""
+            raise UserError(
+                f"{path} does not fit the model{flags}; use another --output_dir: {detail[:400]}"
+            ) from error
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         # files of the reference implementation know finished epochs only
@@ -376,8 +387,26 @@ class Checkpoints:
         self.progress = Progress(**checkpoint.get("progress", before))
         if "progress" in checkpoint:
             write_log(self.args.output_dir, self.progress.log)
+        if changed:
+            print0(f"WARNING: flags are not those of {path}: {changed}")
         step = f", step {self.progress.step}" if self.progress.step else ""
-        print0(f"resumed from {path}: going on at epoch {self.progress.epoch}{step}")
+        if self.progress.epoch < self.args.epochs:
+            print0(f"resumed from {path}: going on at epoch {self.progress.epoch}{step}")
+        else:
+            print0(
+                f"resumed from {path}: all {self.args.epochs} epochs are done; for more raise "
+                "--epochs, for another run use another --output_dir"
+            )
+
+    def _changed_flags(self, checkpoint: dict[str, Any]) -> str:
+        """List the flags that the run had until now, and has no more."""
+        then, now = checkpoint_args(checkpoint), vars(self.args)
+        names = then.keys() & now.keys() - {*NOT_COMPARED, "path_to_data_dir", "path_prefix"}
+        return ", ".join(
+            f"--{name} {then[name]} -> {now[name]}"
+            for name in sorted(names)
+            if _plain(then[name]) != _plain(now[name])
+        )
 
     def _refuse_others(self, checkpoint: dict[str, Any], path: str) -> None:
         for key in ("model", "optimizer", "epoch"):
@@ -388,9 +417,10 @@ class Checkpoints:
                 )
         trained = checkpoint_args(checkpoint).get("model")
         if trained not in (None, self.args.model):
-            raise UserError(
-                f"{path} is of --model {trained}, not {self.args.model}; use another --output_dir"
-            )
+            way_out = "use another --output_dir"
+            if self.args.resume:
+                way_out = "to start from weights use --finetune (main_finetune.py)"
+            raise UserError(f"{path} is of --model {trained}, not {self.args.model}; {way_out}")
         started_from = checkpoint_args(checkpoint).get("finetune")
         wanted = getattr(self.args, "finetune", None)
         # whoever names the checkpoint means it; found in the folder, it may be another run's
@@ -403,7 +433,7 @@ class Checkpoints:
         if then["data"] != self.identity["data"]:
             raise UserError(
                 f"{path} was trained on other videos than train.csv lists now; "
-                "use another --output_dir, or start from its weights with --finetune"
+                "use another --output_dir, or fine-tune from its weights with --finetune"
             )
         if checkpoint.get("progress", {}).get("step") and then != self.identity:
             raise UserError(
@@ -488,7 +518,7 @@ def signals_restored() -> Iterator[None]:
 
 
 class Interruption:
-    """Turn SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
+    """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
 
     The flags of the ranks travel beside the computation: the exchange begun after one step is
     read after the next, so that no rank waits for another and none for its device.
@@ -499,6 +529,7 @@ class Interruption:
 
     def __init__(self, timeout: float) -> None:
         self.signal = 0  # its place in STOP_SIGNALS, from 1 on
+        self.since = float("inf")  # when the first one came
         self.agreed = False
         self.exchange: tuple[Any, Tensor] | None = None
         self.group = None
@@ -509,8 +540,14 @@ class Interruption:
             self.handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
 
     def _note(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self.since > PATIENCE:
+            raise KeyboardInterrupt
+        self.since = min(self.since, now)
         self.signal = max(self.signal, STOP_SIGNALS.index(signal.Signals(number)) + 1)
-        text = f"{signal.Signals(number).name}: stopping after this step with a checkpoint\n"
+        again = "; once more: at once" if number == signal.SIGINT else ""
+        name = signal.Signals(number).name
+        text = f"{name}: stopping after this step with a checkpoint{again}\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # print raises where the signal comes within another print
 
@@ -534,7 +571,8 @@ class Interruption:
     def leave(self) -> None:
         """End the process: hand the signal to whom it was for before us, or exit with status 75.
 
-        submitit's handler requeues the job from rank 0 and wants the other ranks to stay.
+        After Ctrl-C the status is 130, as ever. submitit's handler requeues the job from rank 0 and
+        wants the other ranks to stay.
         """
         group: Any = self.group
         if group is not None:
@@ -543,12 +581,13 @@ class Interruption:
                 dist.barrier(group)
         number = STOP_SIGNALS[self.signal - 1]
         previous: Callable[..., Any] | int | None = self.handlers.get(number)
-        if callable(previous):
+        status = 128 + number if number == signal.SIGINT else REQUEUE_STATUS
+        if callable(previous) and number != signal.SIGINT:
             previous(number, None)
             if not is_main():
                 time.sleep(60)
-        print0(f"stopped; the same command goes on from here (exit status {REQUEUE_STATUS})")
-        sys.exit(REQUEUE_STATUS)
+        print0(f"stopped; the same command goes on from here (exit status {status})")
+        sys.exit(status)
 
     def close(self) -> None:
         """Give the signals back to whom they were for."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import dist
+from util.args import NOT_COMPARED
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import make_dirs
@@ -27,14 +28,6 @@ from util.resume import Checkpoints, Progress, newest_checkpoint, signals_restor
 from util.video_vit import Encoder
 
 ROOT = Path(__file__).parent.parent
-# flags that have no part in what a run learns
-NOT_COMPARED = """
-    notice dry_run eval device output_dir log_dir resume print_freq dist_timeout vis_period
-    num_workers item_timeout max_bad_share max_pixels
-    checkpoint_period checkpoint_minutes keep_last keep_every
-    cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos constraint
-    comment job_name job_dir signal_delay_s
-""".split()
 
 
 @signals_restored()
@@ -191,7 +184,10 @@ def data_dir(args: Namespace, task: str) -> str:
     from util.synthetic import write_dataset
 
     folder = ROOT / "data" / "synthetic"
-    print0(f"no --path_to_data_dir: using the embedded synthetic videos in {folder}")
+    print0(
+        f"no --path_to_data_dir: using the embedded synthetic videos in {folder}, and "
+        f"recipes/synthetic_{task}.args for flags that are not given"
+    )
     if dist.is_main():
         write_dataset(str(folder))
     dist.barrier()
@@ -231,7 +227,13 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
         size = f"{batch[counted]} {counted}"
         print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
     else:
-        print0(f"learning rate: {lr:.3g} as given by --lr")
+        print0(f"learning rate: {lr:.3g} by --lr")
+    if args.warmup_epochs >= args.epochs:
+        reached = lr * args.epochs / args.warmup_epochs
+        print0(
+            f"WARNING: --warmup_epochs {args.warmup_epochs:g} do not end within --epochs "
+            f"{args.epochs}: the learning rate rises to {reached:.3g} and never falls"
+        )
     return lr
 
 

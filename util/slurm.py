@@ -65,6 +65,8 @@ class Job:
 
     def __call__(self) -> None:
         args = Namespace(**vars(self.args))
+        if args.ngpus and args.device == "auto":
+            args.device = "cuda"  # rather than days on a CPU
         environment = submitit.JobEnvironment()
         args.output_dir = args.output_dir or args.job_dir.replace("%j", environment.job_id)
         if environment.num_tasks > 1:

@@ -399,7 +399,11 @@ def video_stream(container: InputContainer) -> VideoStream | None:
 
 def orientation(frame: VideoFrame) -> Orientation:
     """Read how a frame is to be shown, in steps of 90 degrees, mirrored or not."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV has no name for another kind (Exif, in MJPEG)
+        turns = round(frame.rotation / 90) % 4  # counterclockwise
+        return (UPRIGHT, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[turns]
     if side_data is None:
         return UPRIGHT
     a, b, _, c, d, *_ = np.frombuffer(bytes(side_data), dtype=np.int32).tolist()
