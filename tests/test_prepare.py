@@ -3,14 +3,23 @@
 import contextlib
 import json
 import os
+import struct
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
-from tests.video_files import moving_frames, read_counter, write_counter_video, write_video
+from tests.video_files import (
+    counter_frame,
+    moving_frames,
+    read_counter,
+    write_counter_video,
+    write_video,
+)
 from util import prepare_kinetics
 from util.errors import UserError
 from util.kinetics import VideoIndex
@@ -82,14 +91,73 @@ def test_a_test_part_without_labels_is_left_out(kinetics):
         ("label,youtube_id,time_start,time_end,split\nx,aaa,ten,20,train\n", "line 2: its times"),
         ("label,youtube_id,time_start,time_end,split\nx,aaa,10,20,odd\n", "train, val or test"),
         ("label,youtube_id,time_start,time_end,split\nx,zzz,1,2,train\n", "such as train zzz_00"),
+        ("label,youtube_id,time_start,time_end,split\nx,aaa,inf,20,train\n", "line 2: its times"),
+        ("label,youtube_id,time_start,time_end,split\nx,aaa\n", "line 2: its times"),
+        ("label,youtube_id,time_start,time_end\n\nCaf\xe9,aaa,10,20\n", "csv, line 3: not UTF-8"),
+        ("label,youtube_id,time_start,time_end,split\n" + 140_000 * "x", "line 2: field larger"),
+        (
+            "youtube_id,time_start,time_end,split\naaa,10,20,test\n",
+            r"no row of .*bad\.csv has a label",
+        ),
+        ('label,youtube_id,time_start,time_end,split\n"a\nb",aaa,10,20,train\n', "line break"),
     ],
 )
 def test_bad_annotations_are_named(kinetics, text, words):
     path = kinetics / "bad.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=words):
         prepare("kinetics", kinetics / "videos", kinetics / "o", "--annotations", path)
     assert not (kinetics / "o").exists()
+
+
+def test_annotations_of_spreadsheets(kinetics):
+    """A byte-order mark, spaces after commas, line ends of Windows."""
+    (kinetics / "train.csv").write_bytes(
+        b"\xef\xbb\xbflabel, youtube_id, time_start, time_end, split\r\n"
+        b'"abseiling, fast", aaa, 10, 20, train\r\nzumba , b-b, 0, 10, train\r\n'
+        b'zumba, _cc, 123, 133, train\r\n "abseiling, fast", gone, 5, 15, train\r\n'
+    )
+    prepare("kinetics", kinetics / "videos", kinetics, "--annotations", kinetics / "train.csv")
+    assert lines(kinetics / "classes.txt") == ["abseiling, fast", "zumba"]
+    assert lines(kinetics / "missing.txt") == ["train gone_000005_000015"]
+    assert [row.rsplit()[-1] for row in lines(kinetics / "train.csv")] == ["0", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    "name", ["#selfie", " lead", ",comma", '"quote', "\ufeffmark", "a b", "c,d"]
+)
+def test_rows_of_odd_names_are_read_as_they_were_written(tmp_path, name):
+    for video in ("x.mp4", "y z.mp4"):
+        touch(tmp_path / name / video)
+    prepare("folders", tmp_path, tmp_path, "--val_share", 0)
+    index = VideoIndex(str(tmp_path / "train.csv"), num_classes=1)
+    paths = [os.path.normpath(index.path(i)) for i in range(len(index))]
+    assert paths == [f"{tmp_path}/{name}/x.mp4", f"{tmp_path}/{name}/y z.mp4"]
+
+
+def test_names_in_other_encodings_are_written_byte_by_byte(tmp_path):
+    touch(tmp_path / os.fsdecode(b"caf\xe9/x.mp4"))
+    prepare("folders", tmp_path, tmp_path, "--val_share", 0)
+    assert (tmp_path / "train.csv").read_bytes() == b"caf\xe9/x.mp4 0\n"
+    assert os.path.exists(VideoIndex(str(tmp_path / "train.csv"), num_classes=1).path(0))
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\rlines"])
+def test_line_breaks_in_names_are_refused(tmp_path, name):
+    touch(tmp_path / "v" / name / "x.mp4")
+    with pytest.raises(UserError, match=r"two\\[nr]lines/x\.mp4' holds a line break"):
+        prepare("folders", tmp_path / "v", tmp_path)
+    assert not (tmp_path / "train.csv").exists()
+
+
+def test_links_are_followed_once(tmp_path):
+    touch(tmp_path / "v/a/x.mp4")
+    touch(tmp_path / "elsewhere/y.mp4")
+    (tmp_path / "v/b").symlink_to(tmp_path / "elsewhere")
+    for name in ("loop", "other"):
+        (tmp_path / "v/a" / name).symlink_to("..")
+    expected = [f"{tmp_path}/v/a/x.mp4", f"{tmp_path}/v/b/y.mp4"]
+    assert prepare_kinetics.find_videos(str(tmp_path / "v")) == expected
 
 
 def test_folder_without_videos(kinetics):
@@ -144,6 +212,33 @@ def test_folders_without_lists(tmp_path):
     touch(tmp_path / "plain/lost.mp4")
     with pytest.raises(UserError, match=r"lost\.mp4 is in no class folder"):
         prepare("folders", tmp_path / "plain", tmp_path)
+
+
+@pytest.mark.parametrize("stray", ["extra/a/x.mp4", "train/x.mp4"])
+def test_a_stray_folder_beside_those_of_the_splits_is_named(tmp_path, stray):
+    for name in ("train/a/0.mp4", "Val/a/1.mp4", stray):
+        touch(tmp_path / "v" / name)
+    with pytest.raises(UserError, match=f"{stray} is below none of the folders train, val"):
+        prepare("folders", tmp_path / "v", tmp_path)
+
+
+def test_listed_names_may_hold_spaces_and_be_missing(tmp_path, capsys):
+    for name in ("Apply Makeup/v 1.avi", "Archery/v_2.avi", "Archery/not listed.avi"):
+        touch(tmp_path / "videos" / name)
+    train = tmp_path / "trainlist01.txt"
+    train.write_text("Apply Makeup/v 1.avi 1\n\nArchery/v_2.avi 2 \r\nArchery/v 3.avi 2\n")
+    (tmp_path / "testlist01.txt").write_text("Archery/v 4.avi\n")
+    words = "--train_list", train, "--test_list", tmp_path / "testlist01.txt"
+    prepare("folders", tmp_path / "videos", tmp_path, *words)
+    assert "2 train; 2 classes; 2 not found" in capsys.readouterr().out
+    expected = ["videos/Apply Makeup/v 1.avi 0", "videos/Archery/v_2.avi 1"]
+    assert lines(tmp_path / "train.csv") == expected
+    assert lines(tmp_path / "missing.txt") == ["train Archery/v 3.avi", "val Archery/v 4.avi"]
+    (tmp_path / "Apply Makeup_test_split1.txt").write_text("v 1.avi 1 \nv 9.avi 2 \nv 8.avi 0 \n")
+    (tmp_path / "Archery_test_split1.txt").write_text("v_2.avi 1 \n")
+    prepare("folders", tmp_path / "videos", tmp_path, "--hmdb_splits", tmp_path)
+    assert lines(tmp_path / "train.csv") == expected
+    assert lines(tmp_path / "missing.txt") == ["val Apply Makeup/v 9.avi"]
 
 
 def test_something_something_lists(tmp_path):
@@ -208,6 +303,93 @@ def test_transcoding_keeps_frames_upright_and_small_ones_small(tmp_path, rotatio
         ((_, a),), ((_, b),) = old.frames([2]), new.frames([2])
         a, b = (x[:60, :60].mean((0, 1)) for x in (a, b))
         assert np.abs(a - b).max() < 12  # colours in the corner: not turned, not swapped
+
+
+COLOURS = [(220, 30, 30), (30, 200, 40), (40, 50, 210), (128, 128, 128), (250, 250, 250)]
+X264_709 = {"x264-params": "colormatrix=bt709:colorprim=bt709:transfer=bt709"}
+VP9_709 = {"color_range": "pc", "colorspace": "bt709"}
+ENCODINGS = {
+    "untagged": (".mp4", {}),
+    "bt709": (".mp4", {"options": X264_709}),
+    "full": (".mp4", {"options": {"x264-params": "fullrange=on"}}),
+    "yuvj420p": (".mp4", {"pix_fmt": "yuvj420p"}),
+    "bt709_full": (".mp4", {"options": {"x264-params": "colormatrix=bt709:fullrange=on"}}),
+    "bt709_10bit": (".mp4", {"pix_fmt": "yuv420p10le", "options": X264_709}),
+    "bt2020": (
+        ".mp4",
+        {"pix_fmt": "yuv420p10le", "options": {"x264-params": "colormatrix=bt2020nc"}},
+    ),
+    "mjpeg": (".avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+    "rgb": (".mkv", {"codec": "ffv1", "pix_fmt": "bgr0"}),
+    "vp9_full": (".webm", {"codec": "libvpx-vp9", "options": VP9_709}),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("short_side", [64, 48])
+def test_transcoding_keeps_colours(tmp_path, encoding, short_side):
+    """Within the rounding of 8-bit video, whatever matrix and range the source has."""
+    suffix, options = ENCODINGS[encoding]
+    frames = [np.full((64, 96, 3), colour, np.uint8) for colour in COLOURS]
+    source = write_video(tmp_path / f"a{suffix}", frames, gop=1, **options)
+    target = str(tmp_path / "b.mp4")
+    transcode(source, target, short_side=short_side, crf=1)
+    with Video(source) as old, Video(target) as new:
+        every = range(len(COLOURS))
+        expected = np.array([image.mean((0, 1)) for _, image in old.frames(every)])
+        colours = np.array([image.mean((0, 1)) for _, image in new.frames(every)])
+    np.testing.assert_allclose(colours, expected, atol=2.1)
+    with av.open(target) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.pix_fmt, context.colorspace, context.color_range) == ("yuv420p", 6, 1)
+
+
+ORIENTATIONS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
+ORIENTATIONS += [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]  # mirrored
+
+
+@pytest.mark.parametrize("a, b, c, d", ORIENTATIONS)
+def test_transcoding_keeps_turned_and_mirrored_frames_so(tmp_path, a, b, c, d):
+    source, target = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    write_video(source, moving_frames(2, 64, 96))
+    matrix = struct.pack(">9i", *(x << 16 for x in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    content = source.read_bytes()
+    place = content.index(b"tkhd") + 44
+    source.write_bytes(content[:place] + matrix + content[place + len(matrix) :])
+    transcode(str(source), str(target), short_side=32)
+    content = target.read_bytes()
+    place = content.index(b"tkhd") + 44
+    assert struct.unpack(">9i", content[place : place + 36]) == struct.unpack(">9i", matrix)
+
+
+def test_the_default_video_of_several_is_the_one(tmp_path):
+    """The first is rubbish, which does not matter."""
+    path = str(tmp_path / "two.mkv")
+    with av.open(path, "w") as container:
+        for disposition in (Disposition(0), Disposition.default):
+            stream = container.add_stream("mpeg4", rate=30)
+            stream.width, stream.height, stream.disposition = 64, 48, disposition
+        rubbish, good = container.streams.video
+        for i in range(5):
+            frame = av.VideoFrame.from_ndarray(counter_frame(i))
+            frame.pts, frame.time_base = i, Fraction(1, 30)
+            for stream in (rubbish, good):
+                for packet in stream.encode(frame):
+                    if stream is rubbish:
+                        packet.update(bytes(packet.size))
+                    container.mux(packet)
+    assert find_damage(path) == ""
+    assert transcode(path, str(tmp_path / "copy.mp4")) == 5
+
+
+def test_titles_in_other_encodings_are_no_damage(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, moving_frames(3))
+    content = path.read_bytes()
+    assert b"Lavf" in content
+    path.write_bytes(content.replace(b"Lavf", b"\xe9avf"))
+    assert find_damage(str(path)) == ""
+    assert transcode(str(path), str(tmp_path / "b.mp4")) == 3
 
 
 def write_broken(path: Path) -> str:

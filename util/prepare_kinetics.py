@@ -11,27 +11,30 @@ are cheap to decode and lists those; --verify decodes every listed video. See DA
 
 import argparse
 import csv
+import io
 import json
 import os
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from util.args import positive_int
 from util.errors import UserError
 from util.file_io import open_file, write_atomically
 from util.kinetics import available_cpus
-from util.video import MAX_PIXELS, Video, VideoError
+from util.video import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}
 SPLITS = {  # what annotations and folders call a split -> the list that it goes to
@@ -43,6 +46,10 @@ SPLITS = {  # what annotations and folders call a split -> the list that it goes
     "test": "test",
     "testing": "test",
 }
+BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
+# SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, unnamed before PyAV 18: flat colours of another matrix
+# are off by 0.5 levels on average, not 1.7.
+SCALING = Interpolation.BICUBIC | 0x40000 | 0x2000
 
 
 class Clip(NamedTuple):
@@ -72,21 +79,43 @@ def read_kinetics(paths: Sequence[str]) -> list[Clip]:
     """
     clips = []
     for path in paths:
-        with open_file(path) as file:
-            reader = csv.DictReader(file)
-            missing = {"youtube_id", "time_start", "time_end"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
-            for number, row in enumerate(reader, start=2):
-                if not row.get("label"):
-                    continue
-                try:
-                    start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
-                except (TypeError, ValueError) as error:
-                    raise UserError(f"{path}, line {number}: its times are no numbers") from error
-                name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-                clips.append(Clip(name, row["label"], _split(row.get("split") or "", path)))
+        for number, row in _read_csv(path, ("youtube_id", "time_start", "time_end")):
+            if not row.get("label"):
+                continue
+            try:
+                start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
+            except (ValueError, OverflowError) as error:
+                raise UserError(f"{path}, line {number}: its times are no numbers") from error
+            name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+            clips.append(Clip(name, row["label"], _split(row.get("split", ""), path)))
     return clips
+
+
+def _read_csv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, cells by column) of a csv whose header must name the columns."""
+    # spaces after a comma would hide the quotes of a cell from the reader
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), skipinitialspace=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        missing = set(columns) - set(header)
+        if missing:
+            raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
+        for row in reader:
+            cells = (cell.strip() for cell in row)
+            yield reader.line_num, dict(zip_longest(header, cells, fillvalue=""))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _read_text(path: str) -> str:
+    """Return the text of a file, without the byte-order mark of editors on Windows."""
+    with open_file(path, "rb") as file:
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from error
 
 
 def read_ssv2(labels_path: str, paths: Sequence[str]) -> tuple[list[Clip], list[str]]:
@@ -110,11 +139,10 @@ def read_ssv2(labels_path: str, paths: Sequence[str]) -> tuple[list[Clip], list[
 
 
 def _read_json(path: str, kind: type) -> ...:
-    with open_file(path) as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path} is not a json file: {error}") from error
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not a json file: {error}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} does not hold a {kind.__name__}, as the official file does")
     return content
@@ -130,11 +158,17 @@ def _split(name: str, path: str) -> str:
 
 
 def find_videos(folder: str) -> list[str]:
-    """Return the paths of all videos below a folder, sorted."""
+    """Return the paths of all videos below a folder, sorted; links are followed, once each."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder")
-    found = []
+    found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        place = status.st_dev, status.st_ino
+        if place in visited:  # by a link, maybe to a folder above
+            folders.clear()
+            continue
+        visited.add(place)
         folders.sort()
         found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
     if not found:
@@ -179,32 +213,37 @@ def read_folders(
     flat = next((path for path in videos if len(parts[path]) < 2), None)
     if flat:
         raise UserError(f"{flat} is in no class folder")
-    split_of: Callable[[str], str | None]
+    missing: list[str] = []
     if train_list or test_list:
-        listed = dict.fromkeys(_read_names(train_list), "train") if train_list else {}
-        listed |= dict.fromkeys(_read_names(test_list), "val") if test_list else {}
-        split_of = lambda path: listed.get("/".join(parts[path][-2:]))  # noqa: E731
+        listed = _read_ucf(train_list, "train") | _read_ucf(test_list, "val")
+        split_of, missing = _find_listed(parts, listed)
     elif hmdb_splits:
-        listed = _read_hmdb(hmdb_splits, hmdb_split)
-        split_of = lambda path: listed.get("/".join(parts[path][-2:]))  # noqa: E731
-    elif all(len(p) > 2 and p[0].lower() in SPLITS for p in parts.values()):
-        split_of = lambda path: SPLITS[parts[path][0].lower()]  # noqa: E731
+        split_of, missing = _find_listed(parts, _read_hmdb(hmdb_splits, hmdb_split))
     else:
-        listed = _draw_split(videos, val_share)
-        split_of = listed.get
+        split_of = _split_by_folder(parts) or _draw_split(videos, val_share)
     classes = sorted({p[-2] for p in parts.values()})
     number = {name: i for i, name in enumerate(classes)}
     rows: dict[str, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
-    for path in videos:
-        split = split_of(path)
-        if split:
-            rows[split].append((path, number[parts[path][-2]]))
-    return Lists(classes, rows, [])
+    for path, split in sorted(split_of.items()):
+        rows[split].append((path, number[parts[path][-2]]))
+    return Lists(classes, rows, missing)
 
 
-def _read_names(path: str) -> list[str]:
-    with open_file(path) as file:
-        return [line.split()[0] for line in file if line.strip()]
+def _find_listed(
+    parts: dict[str, tuple[str, ...]], listed: dict[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return the splits by path of videos listed as `class/name.avi`, and what is not there."""
+    names = {path: "/".join(p[-2:]) for path, p in parts.items()}
+    split_of = {path: listed[name] for path, name in names.items() if name in listed}
+    found = set(names.values())
+    return split_of, [f"{split} {name}" for name, split in listed.items() if name not in found]
+
+
+def _read_ucf(path: str, split: str) -> dict[str, str]:
+    """Read lines `class/name.avi N` or, of a test part, `class/name.avi`; names may hold spaces."""
+    lines = _read_text(path).splitlines() if path else []
+    names = (re.sub(r"\s+\d+$", "", line.strip()) for line in lines)
+    return dict.fromkeys(filter(None, names), split)
 
 
 def _read_hmdb(folder: str, split: int) -> dict[str, str]:
@@ -215,13 +254,22 @@ def _read_hmdb(folder: str, split: int) -> dict[str, str]:
         raise UserError(f"{folder} holds no *{ending}")
     listed = {}
     for path in files:
-        for line in path.read_text().splitlines():
-            words = line.split()
+        label = path.name.removesuffix(ending)
+        for line in _read_text(str(path)).splitlines():
+            words = line.strip().rsplit(maxsplit=1)
             if len(words) == 2 and words[1] in ("1", "2"):
-                listed[f"{path.name.removesuffix(ending)}/{words[0]}"] = (
-                    "train" if words[1] == "1" else "val"
-                )
+                listed[f"{label}/{words[0]}"] = "train" if words[1] == "1" else "val"
     return listed
+
+
+def _split_by_folder(parts: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the splits by path that the top folders name; nothing if none does."""
+    named = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
+    split_of = {path: SPLITS[name] for path, name in named.items() if name in SPLITS}
+    stray = next((path for path in parts if path not in split_of), None)
+    if split_of and stray:
+        raise UserError(f"{stray} is below none of the folders train, val, test; others are")
+    return split_of
 
 
 def _draw_split(videos: Sequence[str], val_share: float) -> dict[str, str]:
@@ -251,8 +299,11 @@ def write_lists(lists: Lists, out: str) -> None:
         lines = []
         for path, label in pairs:
             path = os.path.abspath(path)
-            inside = os.path.commonpath([path, root]) == root
-            lines.append(f"{os.path.relpath(path, root) if inside else path} {label}")
+            if os.path.commonpath([path, root]) == root:
+                path = os.path.relpath(path, root)
+                if not re.match(r"[\w.-]", path):  # it would be a comment, a quote, a separator
+                    path = f"./{path}"
+            lines.append(f"{path} {label}")
         texts[f"{split}.csv"] = lines
     for name, lines in texts.items():
         content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
@@ -306,8 +357,9 @@ def _encode(
     options = {"crf": f"{crf:g}"} | ({"tune": tune} if tune else {})
     reformatter = VideoReformatter()
     count, start, last = 0, 0, -1
-    with av.open(os.path.abspath(source)) as old, av.open(target, "w") as new:
-        stream = old.streams.video[0]
+    with av.open(os.path.abspath(source), **LENIENT) as old, av.open(target, "w") as new:
+        stream = video_stream(old)
+        assert stream is not None  # `transcode` has opened it
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         stream.codec_context.thread_type = "NONE"
         rate = stream.average_rate or stream.guessed_rate or Fraction(30)
@@ -322,11 +374,17 @@ def _encode(
                 encoder.codec_context.gop_size = gop
                 encoder.codec_context.thread_count = 1
                 encoder.codec_context.time_base = frame.time_base or 1 / rate
-                if frame.rotation:
-                    encoder.set_display_rotation(frame.rotation)
+                _describe(encoder, frame)
                 start = frame.pts or 0
             image = reformatter.reformat(
-                frame, width, height, "yuv420p", interpolation=Interpolation.BICUBIC, threads=1
+                frame,
+                width,
+                height,
+                "yuv420p",
+                dst_colorspace=Colorspace.ITU601,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=SCALING,
+                threads=1,
             )
             time = last + 1 if frame.pts is None else max(frame.pts - start, last + 1)
             image.pts, image.time_base = time, encoder.codec_context.time_base
@@ -338,6 +396,19 @@ def _encode(
     if not count:
         raise VideoError(f"{source}: no frames")
     return count
+
+
+def _describe(encoder: VideoStream, frame: VideoFrame) -> None:
+    """Say in the copy how it stores colours, and how it is to be shown: as the source.
+
+    All copies are BT.601 in limited range, which readers assume that do not look.
+    """
+    context = encoder.codec_context
+    context.colorspace, context.color_range = BT601, ColorRange.MPEG
+    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+    a, b, c, d = orientation(frame)
+    one = 1 << 16  # of 16.16 fixed-point numbers; the last one is 2.30
+    encoder.set_display_matrix((a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30))
 
 
 def _even_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
@@ -352,8 +423,9 @@ def find_damage(path: str) -> str:
         with Video(path):
             pass
         frames = errors = 0
-        with av.open(os.path.abspath(path)) as container:
-            stream = container.streams.video[0]
+        with av.open(os.path.abspath(path), **LENIENT) as container:
+            stream = video_stream(container)
+            assert stream is not None  # Video has opened it
             stream.codec_context.thread_type = "NONE"
             for packet in container.demux(stream):
                 try:
@@ -495,7 +567,16 @@ def read_lists(args: argparse.Namespace) -> Lists:
         clips, classes = read_kinetics(args.annotations), []
     else:
         clips, classes = read_ssv2(args.labels, args.annotations)
+    if not clips:
+        raise UserError(f"no row of {', '.join(args.annotations)} has a label")
     return match(clips, find_videos(args.videos), classes)
+
+
+def _refuse_line_breaks(lists: Lists) -> None:
+    """Stop at names that a file with one name a line cannot hold."""
+    for name in (*(path for path, _ in _all_rows(lists)), *lists.missing, *lists.classes):
+        if re.search(r"[\r\n]", name):
+            raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -504,6 +585,7 @@ def main(args: argparse.Namespace) -> int:
     if not any(lists.rows.values()):
         first = f", such as {lists.missing[0]}" if lists.missing else ""
         raise UserError(f"none of the annotated videos{first} is below {args.videos}")
+    _refuse_line_breaks(lists)
     broken = []
     if args.reencode:
         options = {"short_side": args.short_side, "gop": args.gop, "crf": args.crf}
