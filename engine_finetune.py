@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 from util.confusion import count_confusions
 from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
-from util.kinetics import VideoLoader
+from util.loader import VideoLoader
 from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x, topk_correct
 from util.mixup import Mixup
 from util.optim import autocast, grad_sync, optim_step
-from util.resume import Checkpoints, Interruption
+from util.resume import Checkpoints
+from util.signals import Interruption
 from util.transforms import augment_on_device
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util.dist import rank, seed_step, world_size
-from util.kinetics import VideoLoader
+from util.loader import VideoLoader
 from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x
 from util.optim import autocast, grad_sync, optim_step

@@ -28,7 +28,8 @@ from util.confusion import read_class_names
 from util.dashboard import show_classes
 from util.dist import print0, seed_step
 from util.errors import UserError
-from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.kinetics import Kinetics, VideoIndex
+from util.loader import VideoLoader
 from util.lr_decay import param_groups_lrd
 from util.meters import BadStepError, RunLog, last_x
 from util.mixup import Mixup

@@ -18,7 +18,8 @@ from util import args as flags
 from util import run
 from util.dashboard import FixedClips
 from util.dist import print0, seed_step
-from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.kinetics import Kinetics, VideoIndex
+from util.loader import VideoLoader
 from util.meters import BadStepError, last_x
 from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
 from util.resume import Checkpoints, find_checkpoint

@@ -24,7 +24,8 @@ from util.confusion import count_confusions, read_class_names, report_classes
 from util.dist import is_main, print0
 from util.errors import UserError
 from util.file_io import write_atomically
-from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.kinetics import Kinetics, VideoIndex
+from util.loader import VideoLoader
 from util.meters import RunLog
 from util.resume import append_log
 

@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import util.kinetics
 import util.video
 from util.args import positive_int
-from util.kinetics import Kinetics, Sample, VideoIndex, VideoLoader
+from util.kinetics import Kinetics, Sample, VideoIndex
+from util.loader import VideoLoader
 from util.prepare_kinetics import find_videos, transcode
 from util.rand_augment import RandAugment
 from util.transforms import MEAN, STD, random_erasing_box, short_side_size, uniform_crop_box

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.video_files import moving_frames, write_video
-from util.kinetics import Kinetics, VideoIndex, VideoLoader
+from util.kinetics import Kinetics, VideoIndex
+from util.loader import VideoLoader
 
 ORIGINALS = [
     ("a.mp4", {"bframes": 2}),

@@ -18,7 +18,7 @@ from tests.test_scripts import (
     finish,
     spawn,
 )
-from util.resume import REQUEUE_STATUS
+from util.signals import REQUEUE_STATUS
 
 EPOCHS = 4
 SCRIPTS = {

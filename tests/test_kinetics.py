@@ -20,14 +20,8 @@ from tests.conftest import read_number
 from tests.test_scripts import ROOT
 from tests.video_files import moving_frames, write_video
 from util.errors import UserError
-from util.kinetics import (
-    EpochSampler,
-    Kinetics,
-    VideoIndex,
-    VideoLoader,
-    cut_views,
-    default_num_workers,
-)
+from util.kinetics import Kinetics, VideoIndex, cut_views
+from util.loader import EpochSampler, VideoLoader, default_num_workers
 from util.rand_augment import RandAugment
 from util.time_limit import call_within
 from util.transforms import random_resized_crop_box, resize
@@ -269,12 +263,25 @@ def test_persistent_workers_follow_the_epoch(videos):
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_a_loader_that_is_never_let_go_of_does_not_keep_its_process(videos):
+    code = f"""
+import torch
+from util.kinetics import Kinetics, VideoIndex
+from util.loader import VideoLoader
+dataset = Kinetics(VideoIndex({str(videos / "train.csv")!r}), "pretrain", 32, 4, 4)
+loader = VideoLoader(dataset, 2, 1, 0.5, torch.device("cpu"))
+next(iter(loader))
+loader.itself = loader  # as in the frames of a traceback
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_sampler_deals_joint_batches_alike_for_any_number_of_ranks(monkeypatch, ranks):
     joint = []
     for r in range(ranks):
-        monkeypatch.setattr("util.kinetics.rank", lambda r=r: r)
-        monkeypatch.setattr("util.kinetics.world_size", lambda: ranks)
+        monkeypatch.setattr("util.loader.rank", lambda r=r: r)
+        monkeypatch.setattr("util.loader.world_size", lambda: ranks)
         sampler = EpochSampler(20, batch_size=6 // ranks, training=True, seed=1)
         sampler.epoch = 4
         rows = list(sampler)
@@ -291,8 +298,8 @@ def test_sampler_deals_joint_batches_alike_for_any_number_of_ranks(monkeypatch, 
 def test_testing_covers_every_row_once(monkeypatch, ranks):
     rows = []
     for r in range(ranks):
-        monkeypatch.setattr("util.kinetics.rank", lambda r=r: r)
-        monkeypatch.setattr("util.kinetics.world_size", lambda: ranks)
+        monkeypatch.setattr("util.loader.rank", lambda r=r: r)
+        monkeypatch.setattr("util.loader.world_size", lambda: ranks)
         rows += [row for _, row in EpochSampler(7, batch_size=2, training=False, seed=1)]
     assert sorted(rows) == list(range(7))
 
@@ -357,7 +364,7 @@ def test_ranks_add_up_what_they_cannot_read(broken, monkeypatch):
     loader = loader_of(dataset, 2, max_bad_share=0.3)
     list(loader)  # 2 of 8
     others = {"x.mp4": "x.mp4: gone"}
-    monkeypatch.setattr("util.kinetics.gather_objects", lambda own: [own, others])
+    monkeypatch.setattr("util.loader.gather_objects", lambda own: [own, others])
     with pytest.raises(UserError, match="3 of 8 videos"):
         loader.set_epoch(1)
 
@@ -662,11 +669,11 @@ def test_memory_of_a_worker_is_flat_over_2000_videos(videos, tmp_path):
 
 def test_workers_by_the_cpus_of_the_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    monkeypatch.setattr("util.kinetics._cpu_quota", lambda: float("inf"))
+    monkeypatch.setattr("util.loader._cpu_quota", lambda: float("inf"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert default_num_workers() == 12
-    monkeypatch.setattr("util.kinetics._cpu_quota", lambda: 4.5)  # a container's limit
+    monkeypatch.setattr("util.loader._cpu_quota", lambda: 4.5)  # a container's limit
     assert default_num_workers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert default_num_workers() == 1
@@ -674,7 +681,7 @@ def test_workers_by_the_cpus_of_the_process(monkeypatch):
 
 def test_default_workers_in_a_slurm_task(monkeypatch):
     """srun binds a task to its own CPUs; torchrun in one task shares them among its ranks."""
-    monkeypatch.setattr("util.kinetics._cpu_quota", lambda: float("inf"))
+    monkeypatch.setattr("util.loader._cpu_quota", lambda: float("inf"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "10")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

@@ -16,7 +16,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
 from util.dist import seed_step
-from util.kinetics import Batch
+from util.loader import Batch
 from util.lr_decay import layer_id, param_groups_lrd
 from util.lr_sched import learning_rate, scaled_lr, set_learning_rate
 from util.meters import NonFiniteError, RunLog

@@ -19,7 +19,6 @@ from util.errors import UserError
 from util.lr_sched import set_learning_rate
 from util.optim import make_optimizer, optim_step, param_groups_weight_decay
 from util.resume import (
-    STOP_SIGNALS,
     Checkpoints,
     HostCopy,
     Progress,
@@ -27,10 +26,10 @@ from util.resume import (
     find_checkpoint,
     list_checkpoints,
     newest_checkpoint,
-    signals_restored,
     superfluous,
     write_log,
 )
+from util.signals import STOP_SIGNALS, signals_restored
 
 CPU = torch.device("cpu")
 LOADING = golden.table("ckpt_loading.json")

@@ -59,7 +59,8 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
 
     It is described by RANK, WORLD_SIZE, MASTER_ADDR ...; NCCL carries CUDA tensors, Gloo all
     others. A collective that waits longer than the timeout ends the process with an error instead
-    of hanging for ever; NCCL's later, as its way of ending says less than util.resume.Interruption.
+    of hanging for ever; NCCL's later, as its way of ending says less than that of
+    util.signals.Interruption.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         nccl = device_type == "cuda"

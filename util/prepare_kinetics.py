@@ -33,7 +33,7 @@ from tqdm import tqdm
 from util.args import positive_int
 from util.errors import UserError
 from util.file_io import open_file, write_atomically
-from util.kinetics import available_cpus
+from util.loader import available_cpus
 from util.video import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}

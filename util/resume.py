@@ -12,19 +12,15 @@ import argparse
 import contextlib
 import os
 import re
-import signal
-import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import simplejson
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -35,13 +31,10 @@ from util.convert import checkpoint_args, model_state
 from util.dist import SAVING, broadcast_object, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, open_file, path_manager, write_atomically
+from util.signals import Interruption
 
 # checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13 are
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
-# the later ones win when several arrive: a scheduler's warning by SIGUSR may ask for a requeue
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again
-PATIENCE = 2.0  # seconds after Ctrl-C from which on another one means at once; torchrun sends two
 
 
 @dataclass
@@ -503,93 +496,3 @@ class HostCopy:
             return buffer.copy_(x.detach(), non_blocking=x.is_cuda)
 
         return tree_map_only(Tensor, copy, state)
-
-
-@contextlib.contextmanager
-def signals_restored() -> Iterator[None]:
-    """Give the signals of Interruption back in the end, after an error too."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class Interruption:
-    """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
-
-    The flags of the ranks travel beside the computation: the exchange begun after one step is
-    read after the next, so that no rank waits for another and none for its device.
-
-    Args:
-        timeout: minutes that a rank waits for the others.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self.signal = 0  # its place in STOP_SIGNALS, from 1 on
-        self.since = float("inf")  # when the first one came
-        self.agreed = False
-        self.exchange: tuple[Any, Tensor] | None = None
-        self.group = None
-        if world_size() > 1:
-            self.group = dist.new_group(timeout=timedelta(minutes=timeout), backend="gloo")
-        self.handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
-
-    def _note(self, number: int, _: Any) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and now - self.since > PATIENCE:
-            raise KeyboardInterrupt
-        self.since = min(self.since, now)
-        self.signal = max(self.signal, STOP_SIGNALS.index(signal.Signals(number)) + 1)
-        again = "; once more: at once" if number == signal.SIGINT else ""
-        name = signal.Signals(number).name
-        text = f"{name}: stopping after this step with a checkpoint{again}\n"
-        with contextlib.suppress(OSError):
-            os.write(2, text.encode())  # print raises where the signal comes within another print
-
-    def after_step(self) -> bool:
-        """Tell, alike on every rank, whether to stop now; every rank must ask equally often."""
-        if self.group is None:
-            self.agreed = self.signal > 0
-            return self.agreed
-        if self.exchange is not None:
-            work, flag = self.exchange
-            work.wait()
-            if flag > 0:  # else a signal may have come to this rank since
-                self.agreed, self.signal = True, int(flag)
-        if not self.agreed:
-            flag = torch.tensor(self.signal)
-            group: Any = self.group
-            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True)
-            self.exchange = work, flag
-        return self.agreed
-
-    def leave(self) -> None:
-        """End the process: hand the signal to whom it was for before us, or exit with status 75.
-
-        After Ctrl-C the status is 130, as ever. submitit's handler requeues the job from rank 0 and
-        wants the other ranks to stay.
-        """
-        group: Any = self.group
-        if group is not None:
-            # A launcher ends the others when one has left, and the main process may still write.
-            with contextlib.suppress(RuntimeError):
-                dist.barrier(group)
-        number = STOP_SIGNALS[self.signal - 1]
-        previous: Callable[..., Any] | int | None = self.handlers.get(number)
-        status = 128 + number if number == signal.SIGINT else REQUEUE_STATUS
-        if callable(previous) and number != signal.SIGINT:
-            previous(number, None)
-            if not is_main():
-                time.sleep(60)
-        print0(f"stopped; the same command goes on from here (exit status {status})")
-        sys.exit(status)
-
-    def close(self) -> None:
-        """Give the signals back to whom they were for."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)

@@ -24,7 +24,8 @@ from util.kinetics import VideoIndex
 from util.lr_sched import scaled_lr
 from util.meters import BadStepError, RunLog, epoch_1000x, last_x
 from util.optim import choose_precision, has_fast_bf16
-from util.resume import Checkpoints, Progress, newest_checkpoint, signals_restored
+from util.resume import Checkpoints, Progress, newest_checkpoint
+from util.signals import signals_restored
 from util.video_vit import Encoder
 
 ROOT = Path(__file__).parent.parent
