@@ -20,6 +20,7 @@ from util import checkpoint, errors, released
 dependencies = ["cv2", "torch", "timm", "numpy", "iopath", "safetensors"]
 
 SIZES = ("patch_size", "embed_dim", "depth")
+HEADS = ("num_heads", "decoder_num_heads")
 
 
 def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> nn.Module:
@@ -31,8 +32,15 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
             positions are resized to another img_size or num_frames.
 
     Raises:
-        UserError: there are no such weights, or they are of another size.
+        UserError: there are no such weights, they are of another size, or sizes do not divide.
     """
+    try:
+        return _build(name, pretrained, **arguments)
+    except ValueError as error:  # the constructors name the arguments
+        raise errors.UserError(str(error)) from error
+
+
+def _build(name: str, pretrained: str | None, **arguments: typing.Any) -> nn.Module:
     build: typing.Any = (models_mae.MODELS | models_vit.MODELS)[name]
     if pretrained is None:
         return build(**arguments)
@@ -49,6 +57,9 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
     found = {k: weights.arguments[k] for k in SIZES}
     if wanted != found:
         raise errors.UserError(f"{pretrained} is no {name}: it has {found}, not {wanted}")
+    # no shape shows the heads: where the file does not state them, the name does
+    heads = {k: build.keywords[k] for k in HEADS if k in build.keywords}
+    arguments = {k: v for k, v in heads.items() if k not in weights.recorded} | arguments
     if name in models_mae.MODELS:
         model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments(**arguments))
         checkpoint.apply_weights(model, weights, keep_head=False)

@@ -11,7 +11,7 @@ import torch
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
-from util.checkpoint import load_weights, read_checkpoint
+from util.checkpoint import apply_weights, read_checkpoint, read_weights
 from util.convert import checkpoint_args, model_state
 from util.errors import UserError
 
@@ -163,7 +163,7 @@ def test_pretrained_weights_give_the_golden_logits(tmp_path, capsys, key):
         state = read_checkpoint(str(path))["model_state"]
         path = saved(tmp_path / "model.pth", state)
     model = fresh_classifier()
-    load_weights(model, str(path), keep_head=False)
+    apply_weights(model, read_weights(str(path)), keep_head=False)
     case = next(case for case in LOADING["cases"] if case["file"] == PRETRAINED)
     logits = model(golden.tensor("ckpt_loading.npz", "video")).detach()
     expected = golden.tensor("ckpt_loading.npz", case["logits_key"])
@@ -185,7 +185,7 @@ def test_head_projection_is_the_head(tmp_path, keep_head):
     path = tmp_path / "finetuned.pth"
     torch.save({"model_state": state}, path)
     model = fresh_classifier()
-    load_weights(model, str(path), keep_head=keep_head)
+    apply_weights(model, read_weights(str(path)), keep_head=keep_head)
     assert list(model_state(read_checkpoint(str(path)), "x")) == LOADING["converted_key_names"]
     assert torch.equal(model.head.weight, trained.head.weight) == keep_head
     video = golden.tensor("ckpt_loading.npz", "video")
@@ -196,12 +196,12 @@ def test_head_of_another_number_of_classes(tmp_path):
     trained = golden.build(VisionTransformer, VIT, num_classes=5)
     path = saved(tmp_path / "five.pth", trained.state_dict())
     model = fresh_classifier()
-    load_weights(model, path, keep_head=False)
+    apply_weights(model, read_weights(path), keep_head=False)
     head = golden.tensors("ckpt_loading.npz", "init_sd/head.")
     assert torch.equal(model.head.weight, head["weight"])
     assert torch.equal(model.norm.weight, trained.norm.weight)
     with pytest.raises(UserError, match=r"head\.weight is \[5, 48\].*\[7, 48\].*--num_classes"):
-        load_weights(fresh_classifier(), path, keep_head=True)
+        apply_weights(fresh_classifier(), read_weights(path), keep_head=True)
 
 
 def assert_untouched(model):
@@ -222,14 +222,14 @@ def test_missing_encoder_weights_are_named(tmp_path, lost, flag):
     path = saved(tmp_path / "lacking.pth", state)
     model = fresh_classifier()
     with pytest.raises(UserError, match=rf"lacking\.pth lacks \d weights.*{lost}.*{flag}"):
-        load_weights(model, path, keep_head=False)
+        apply_weights(model, read_weights(path), keep_head=False)
     assert_untouched(model)
 
 
 def test_a_missing_head_is_an_error_when_it_is_needed():
     path = str(golden.DATA / PRETRAINED)
     with pytest.raises(UserError, match=r"lacks 2 weights of the model \(head\.weight, head\.bias"):
-        load_weights(fresh_classifier(), path, keep_head=True)
+        apply_weights(fresh_classifier(), read_weights(path), keep_head=True)
 
 
 @pytest.mark.parametrize(
@@ -244,5 +244,5 @@ def test_weights_of_another_shape_are_named(tmp_path, overrides, weight, flag):
     path = saved(tmp_path / "shape.pth", other.state_dict())
     model = fresh_classifier()
     with pytest.raises(UserError, match=rf"shape\.pth is of another shape.*{weight}.*{flag}"):
-        load_weights(model, path, keep_head=False)
+        apply_weights(model, read_weights(path), keep_head=False)
     assert_untouched(model)

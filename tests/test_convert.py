@@ -4,6 +4,7 @@ The files come from tests/formats.py, which also holds a plain forward pass for 
 own implementation is the judge of its format.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import formats, golden
 from util import convert, file_io, pos_embed, released
-from util.checkpoint import apply_weights, load_weights, read_checkpoint, read_weights
+from util.checkpoint import apply_weights, read_checkpoint, read_weights
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex
 
@@ -523,7 +524,7 @@ def test_joint_positions_of_the_models_own_number_stay(tmp_path, args, frames, s
         written, read = model_class(**arguments), model_class(**arguments)
         torch.nn.init.normal_(written.pos_embed)
         path = saved(tmp_path / "in.pth", {"model": written.state_dict(), "args": args})
-        load_weights(read, path, keep_head=True)
+        apply_weights(read, read_weights(path), keep_head=True)
         for name, tensor in written.state_dict().items():
             assert torch.equal(read.state_dict()[name], tensor), name
 
@@ -548,7 +549,7 @@ def test_stated_sizes_decide_over_equal_numbers_of_positions(tmp_path):
     arguments = written.arguments
     path = saved(tmp_path / "in.pth", {"model": written.state_dict(), "arguments": arguments})
     model = VisionTransformer(img_size=32, num_frames=4, **sizes)
-    load_weights(model, path, keep_head=True)
+    apply_weights(model, read_weights(path), keep_head=True)
     expected = pos_embed.resize_joint(written.pos_embed[:, 1:], (8, 2, 2), (2, 4, 4))
     assert torch.equal(model.pos_embed[:, 1:], expected)
 
@@ -636,7 +637,7 @@ def test_missing_encoder_weights_need_permission(tmp_path, capsys):
         classifier(path)
     model = VisionTransformer(**read_weights(path).classifier_arguments())
     drawn = model.blocks[1].attn.proj.bias.clone()
-    load_weights(model, path, keep_head=True, allow_missing=True)
+    apply_weights(model, read_weights(path), keep_head=True, allow_missing=True)
     assert "WARNING" in capsys.readouterr().out
     assert torch.equal(model.blocks[1].attn.proj.bias, drawn)
     assert torch.equal(model.blocks[1].attn.proj.weight,
@@ -660,7 +661,7 @@ def test_files_without_positions_or_transformers(tmp_path):
     checkpoint = formats.reference(decoder=False)
     state = {k: v for k, v in checkpoint["model"].items() if "pos_embed" not in k}
     with pytest.raises(UserError, match="no position embeddings"):
-        read_weights(saved(tmp_path / "a.pth", {"model": state}))
+        classifier(saved(tmp_path / "a.pth", {"model": state}))
     with pytest.raises(UserError, match=r"b\.pth holds no vision transformer.*conv1\.weight"):
         read_weights(saved(tmp_path / "b.pth", {"conv1.weight": torch.zeros(1)}))
 
@@ -758,6 +759,353 @@ def test_vit_base_of_pyslowfast(tmp_path):
     written = torch.load(tmp_path / "out.pth", weights_only=True, mmap=True)["model_state"]
     assert written.keys() == state.keys()
     assert all(torch.equal(written[k], state[k]) for k in state)
+
+
+# --- damaged, incomplete and odd files
+
+TINY = {
+    "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 3,
+    "img_size": 32, "num_frames": 4,
+}  # fmt: skip
+
+
+def tiny(**changes) -> VisionTransformer:
+    torch.manual_seed(0)
+    return randomised(VisionTransformer(**(TINY | changes)))
+
+
+def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    assert state.keys() >= set(names)
+    return {k: v for k, v in state.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+    "frames, side, patch, args, doubtful",
+    [
+        (4, 32, 8, {}, True),
+        (16, 112, 16, {}, True),
+        (16, 224, 16, {}, False),
+        (4, 32, 8, {"num_frames": 4}, False),
+        (4, 32, 8, {"input_size": 32}, False),
+    ],
+)
+def test_grids_are_guessed_where_one_fits_all_assumptions(frames, side, patch, args, doubtful):
+    sizes = {"num_frames": frames, "img_size": side, "patch_size": patch, "depth": 1}
+    state = tiny(sep_pos_embed=False, **sizes).state_dict()
+    weights = convert.interpret({"model": state, "args": argparse.Namespace(**args)}, "in.pth")
+    assert bool(weights.doubt) == doubtful
+    if not doubtful:
+        assert [weights.arguments[k] for k in ("num_frames", "img_size")] == [frames, side]
+
+
+FILES = {
+    "pyslowfast": (formats.pyslowfast(fused=True), "model_state"),
+    "reference": (formats.reference(), "model"),
+    "image": (formats.image_mae("full"), "model"),
+    "videomae": (formats.videomae("pretrain"), "model"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, lost, says",
+    [
+        ("pyslowfast", "cls_token", "cls_token"),
+        ("pyslowfast", "pos_embed_class", "pos_embed_class"),
+        ("pyslowfast", "blocks.0.attn.qkv.bias", r"blocks\.0\.attn\.q\.bias"),
+        ("pyslowfast", "blocks.0.mlp.fc1.weight", r"blocks\.0\.mlp\.fc1\.weight"),
+        ("pyslowfast", "blocks.0.norm1.weight", r"blocks\.0\.norm1\.weight"),
+        ("pyslowfast", "patch_embed.proj.weight", r"patch_embed\.proj\.weight"),
+        ("pyslowfast", "pos_embed_spatial", "pos_embed_spatial"),
+        ("pyslowfast", "pred_head.projections.0.weight", r"decoder_pred\.weight"),
+        ("reference", "decoder_cls_token", "decoder_cls_token"),
+        ("reference", "decoder_embed.bias", r"decoder_embed\.bias"),
+        ("pyslowfast", "decoder_pos_embed", "decoder_pos_embed"),
+        ("reference", "decoder_pos_embed_temporal", "decoder_pos_embed_temporal"),
+        ("image", "patch_embed.proj.bias", r"patch_embed\.proj\.bias"),
+        ("image", "cls_token", "cls_token"),
+        ("videomae", "encoder.patch_embed.proj.bias", r"patch_embed\.proj\.bias"),
+        ("videomae", "encoder.blocks.0.attn.q_bias", r"blocks\.0\.attn\.q\.bias"),
+    ],
+)
+def test_every_lost_tensor_is_named_and_nothing_is_written(tmp_path, capsys, kind, lost, says):
+    checkpoint, key = FILES[kind]
+    path = saved(tmp_path / "in.pth", checkpoint | {key: without(checkpoint[key], lost)})
+    with pytest.raises(UserError, match=rf"lacks .*{says}"):
+        autoencoder(path)
+    for to in ("mae_st", "pyslowfast-fused"):
+        with pytest.raises(SystemExit):
+            convert.main([path, str(tmp_path / "out"), "--to", to])
+        assert re.search(rf"lacks .*{says}", " ".join(capsys.readouterr().err.split()))
+    assert not (tmp_path / "out").exists()
+    if says.startswith("decoder_"):
+        classifier(path, keep_head=False)
+
+
+@pytest.mark.parametrize(
+    "lost", ["pos_embed_spatial", "patch_embed.proj.weight", "blocks.0.norm1.weight"]
+)
+def test_fresh_weights_stay_for_what_may_be_missing(lost):
+    weights = convert.interpret({"model": without(tiny().state_dict(), lost)}, "in.pth")
+    model = VisionTransformer(**TINY)
+    drawn = model.state_dict()[lost].clone()
+    apply_weights(model, weights, keep_head=True, allow_missing=True)
+    assert torch.equal(model.state_dict()[lost], drawn)
+    assert torch.equal(model.norm.weight, weights.state["norm.weight"])
+
+
+def test_a_missing_row_of_joint_positions_is_missing(capsys):
+    state = without(tiny().state_dict(), "pos_embed_class")
+    weights = convert.interpret({"model": state}, "in.pth")
+    model = VisionTransformer(**TINY, sep_pos_embed=False)
+    torch.nn.init.ones_(model.pos_embed)
+    with pytest.raises(UserError, match=r"lacks 1 weights of the model \(pos_embed_class"):
+        apply_weights(model, weights, keep_head=True)
+    apply_weights(model, weights, keep_head=True, allow_missing=True)
+    assert model.pos_embed[0, 0].eq(1).all() and not model.pos_embed[0, 1:].eq(1).any()
+    assert "is missing and left as drawn: pos_embed" in capsys.readouterr().out
+    weights = convert.interpret({"model": tiny().state_dict()}, "in.pth")
+    without_class = VisionTransformer(**TINY, sep_pos_embed=False, cls_embed=False)
+    apply_weights(without_class, weights, keep_head=True)
+    assert "dropped: cls_token, pos_embed_class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, name", [({"num_heads": 2}, "num_heads"), ({"depth": 3}, "depth")])
+def test_other_heads_and_deeper_files_are_refused(change, name):
+    other = tiny(**change)
+    checkpoint = {"model": other.state_dict(), "arguments": other.arguments}
+    weights = convert.interpret(checkpoint, "in.pth")
+    with pytest.raises(UserError, match=rf"{name} is {change[name]} there and \d here"):
+        apply_weights(tiny(), weights, keep_head=True)
+
+
+@pytest.mark.parametrize("to", ["mae_st", "safetensors", "pyslowfast"])
+def test_tensors_of_any_storage_are_written(tmp_path, to):
+    """Transposed, in a larger storage, expanded, and shared by two blocks."""
+    state = tiny().state_dict()
+    state["head.weight"] = state["head.weight"].t().contiguous().t()
+    state["norm.weight"] = torch.arange(128.0).view(64, 2).t()[0]
+    state["norm.bias"] = torch.ones(1).expand(64)
+    state |= {k: state[k.replace("s.1", "s.0")] for k in state if k.startswith("blocks.1")}
+    path = saved(tmp_path / "in.pth", {"model": state})
+    convert.main([path, str(tmp_path / "out"), "--to", to])
+    written = read_weights(str(tmp_path / "out")).state
+    assert all(torch.equal(written[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(tmp_path, dtype):
+    def stored(state, to):
+        return {k: v.to(dtype).to(to) for k, v in state.items()}
+
+    state = formats.videomae("finetune")["module"]
+    args = argparse.Namespace(input_size=64, num_frames=8)
+    model = [
+        classifier(saved(tmp_path / "in.pth", {"module": stored(state, to), "args": args}))
+        for to in (dtype, torch.float32)
+    ]
+    assert torch.equal(*(m.patch_embed.proj.weight for m in model))
+    assert torch.equal(*(m.patch_embed.proj.bias for m in model))
+
+    state = tiny().state_dict()
+    other = TINY | {"img_size": 48, "num_frames": 8, "t_patch_size": 4}
+    for changes in ({}, {"sep_pos_embed": False}):
+        half, single = VisionTransformer(**other, **changes), VisionTransformer(**other, **changes)
+        for model, to in ((half, dtype), (single, torch.float32)):
+            weights = convert.interpret({"model": stored(state, to)}, "in.pth")
+            apply_weights(model, weights, keep_head=True)
+        left, right = half.state_dict(), single.state_dict()
+        assert all(torch.equal(left[k], right[k]) for k in left)
+    path = saved(tmp_path / "half.pth", {"model": stored(state, dtype)})
+    convert.main([path, str(tmp_path / "out"), "--to", "pyslowfast"])  # renamed: bitwise
+    written = read_weights(str(tmp_path / "out")).state
+    assert all(v.dtype == dtype and torch.equal(v, state[k].to(dtype)) for k, v in written.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_positions_are_known_as_sums_and_tables(tmp_path, dtype):
+    joint = tiny(sep_pos_embed=False)
+    whole = tiny().state_dict()
+    apply_weights(joint, convert.interpret({"model": whole}, "in.pth"), keep_head=True)
+    state = {k: v.to(dtype) for k, v in joint.state_dict().items()}
+    path = saved(tmp_path / "in.pth", {"model": state, "arguments": joint.arguments})
+    classifier(path, sep_pos_embed=True)
+    convert.main([path, str(tmp_path / "out"), "--to", "pyslowfast"])
+    fixed = VisionTransformer(**SINCOS)
+    state = {k: v.to(dtype) for k, v in fixed.state_dict().items()}
+    path = saved(tmp_path / "in.pth", {"model": state, "arguments": fixed.arguments})
+    convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf"])
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "module.encoder.", "encoder.encoder."])
+@pytest.mark.parametrize("kind", ["image", "videomae", "fine-tuned", "first release"])
+def test_formats_are_known_under_prefixes(kind, prefix):
+    checkpoint = {
+        "image": formats.image_mae("full"),
+        "videomae": formats.videomae("pretrain"),
+        "fine-tuned": formats.videomae("finetune"),
+        "first release": formats.first_release(),
+    }[kind]
+    key = next(iter(checkpoint))
+    plain = convert.interpret(checkpoint, "in.pth")
+    prefixed = {prefix + k: v for k, v in checkpoint[key].items()}
+    weights = convert.interpret(checkpoint | {key: prefixed}, "in.pth")
+    assert (weights.source, weights.arguments) == (plain.source, plain.arguments)
+    assert weights.state.keys() == plain.state.keys()
+
+
+def test_pyslowfast_files_keep_what_no_shape_shows(tmp_path):
+    arguments = {"embed_dim": 64, "depth": 1, "num_heads": 4, "img_size": 16, "patch_size": 8}
+    decoder = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 1}
+    frames = {"num_frames": 8, "pred_t_dim": 4, "cls_through_decoder": True}
+    model = MaskedAutoencoderViT(**arguments, **decoder, **frames)
+    path = saved(tmp_path / "in.pth", {"model": model.state_dict(), "arguments": model.arguments})
+    convert.main([path, str(tmp_path / "out.pyth"), "--to", "pyslowfast"])
+    back = read_weights(str(tmp_path / "out.pyth")).arguments
+    for name in ("num_heads", "layer_norm_eps", "norm_pix_loss", "strided_targets"):
+        assert back[name] == model.arguments[name], name
+
+
+COLOUR = torch.tensor([0.1, 0.8, 0.95])
+
+
+def test_predicted_pixels_have_the_colours_of_the_file(tmp_path):
+    """A decoder that always predicts one colour, in the file's own normalisation."""
+    checkpoint = formats.image_mae("full")
+    state = checkpoint["model"]
+    state["decoder_pred.weight"].zero_()
+    colour = (COLOUR - IMAGENET_MEAN.flatten()) / IMAGENET_STD.flatten()
+    state["decoder_pred.bias"] = colour.repeat(256)
+    model = autoencoder(saved(tmp_path / "mae_visualize.pth", checkpoint))
+    expected = ours(COLOUR).repeat(256)
+    torch.testing.assert_close(model.decoder_pred.bias.detach(), expected)
+    model = autoencoder(saved(tmp_path / "mae.pth", checkpoint))  # normalised patch by patch
+    assert torch.equal(model.decoder_pred.bias, state["decoder_pred.bias"])
+
+
+def test_videomae_predicts_pixels_from_0_to_1(tmp_path):
+    """Also when it is written from a model that predicts normalised ones."""
+    own = MaskedAutoencoderViT(**SINCOS, **DECODER)
+    own.decoder_pred.bias.data[:] = ours(COLOUR).repeat(128)
+    path = saved(tmp_path / "own.pth", {"model": own.state_dict(), "arguments": own.arguments})
+    convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf"])
+    written = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
+    torch.testing.assert_close(written["decoder.head.bias"], COLOUR.repeat(128))
+    back = autoencoder(str(tmp_path / "hf"))  # a folder will do
+    torch.testing.assert_close(back.decoder_pred.bias, own.decoder_pred.bias)
+    torch.testing.assert_close(back.decoder_pred.weight, own.decoder_pred.weight)
+    assert torch.equal(back.patch_embed.proj.weight, own.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", "[1]", "config.json is damaged"),
+        ("config.json", '{"image_size": [32, 24]}', "not square"),
+        ("config.json", '{"hidden_act": "relu"}', "relu"),
+        ("config.json", '{"image_size": [32, 32], "num_frames": 4}', ""),
+        ("config.json", '{"image_size": 32, "num_frames": 4, "num_attention_heads": "8"}', ""),
+        ("preprocessor_config.json", '{"image_mean": 0.5, "image_std": 0.5}', (0.5, 0.5)),
+        ("preprocessor_config.json", '{"do_normalize": false}', (0.0, 1.0)),
+    ],
+)
+def test_descriptions_of_hugging_face_may_be_odd(tmp_path, name, text, says):
+    own = VisionTransformer(**SINCOS, num_classes=7)
+    path = saved(tmp_path / "own.pth", {"model": own.state_dict(), "arguments": own.arguments})
+    convert.main([path, str(tmp_path / "hf"), "--to", "videomae-hf"])
+    state = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
+    safetensors.torch.save_file(state, tmp_path / "hf/model.safetensors")  # no header of ours
+    (tmp_path / "hf" / name).write_text(text)
+    if isinstance(says, str) and says:
+        with pytest.raises(UserError, match=says):
+            read_weights(str(tmp_path / "hf"))
+        return
+    weights = read_weights(str(tmp_path / "hf"))
+    assert [weights.arguments[k] for k in ("img_size", "num_frames")] == [32, 4]
+    if says:
+        assert (weights.mean, weights.std) == ((says[0],) * 3, (says[1],) * 3)
+
+
+KERNEL = "patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({0: torch.zeros(1)}, ""),
+        ({KERNEL: torch.zeros(64, 192)}, "patch_embed"),
+        ({"pos_embed_spatial": torch.zeros(16, 64)}, "pos_embed_spatial is"),
+        ({"blocks.0.attn.qkv.weight": torch.zeros(2, 64)}, "2 rows"),
+        ({"blocks.x.norm1.weight": torch.zeros(64)}, ""),
+        ({"head.weight": torch.tensor(1.0)}, "0-d"),
+        ({"norm.bias": torch.zeros(64).to_sparse()}, "sparse"),
+    ],
+)
+def test_odd_tensors_give_a_sentence(change, says):
+    checkpoint = {"model": tiny().state_dict() | change}
+    if not says:
+        convert.interpret(checkpoint, "in.pth")
+        return
+    with pytest.raises(UserError, match=rf"^in\.pth .*{says}"):
+        convert.interpret(checkpoint, "in.pth")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"arguments": None},
+        {"arguments": ["a"]},
+        {"arguments": {"num_heads": "2", "layer_norm_eps": None, "cls_embed": 1}},
+        {"metadata": "x"},
+        {"args": "--x"},
+        {"args": {"num_frames": "8", "input_size": [24, 24]}},
+    ],
+)
+def test_odd_records_are_as_good_as_none(odd):
+    state = tiny().state_dict()
+    plain = convert.interpret({"model": state}, "in.pth")
+    assert convert.interpret({"model": state} | odd, "in.pth").arguments == plain.arguments
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript")
+def test_damaged_records_and_programs_give_a_sentence(tmp_path):
+    content = {"model": tiny().state_dict(), "metadata": {convert.METADATA: "{"}}
+    with pytest.raises(UserError, match=r"^in\.pth is damaged or not a known checkpoint"):
+        convert.interpret(content, "in.pth")
+    path = str(tmp_path / "program.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    with pytest.raises(UserError, match="PyTorch does not recognise it") as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_damaged_downloads_are_fetched_again(server):
+    folder, address, _ = server
+    whole = saved(folder / "in.pth", formats.reference(decoder=False))
+    with open(whole, "rb") as file:
+        content = file.read()
+    (folder / "in.pth").write_bytes(content[:-1000])
+    with pytest.raises(UserError, match="removed from the cache, try again"):
+        read_weights(f"{address}/in.pth")
+    (folder / "in.pth").write_bytes(content)
+    assert read_weights(f"{address}/in.pth").has_head
+    name = "mae_pretrain_vit_large_k400.pth"
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match="should start with edf3a5"):
+        read_weights(f"{address}/{name}?download=1")
+
+
+def test_names_of_released_files_and_pages_with_byte_order_marks(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(released, "local_path", lambda address: fetched.append(address) or "")
+    with pytest.raises(FileNotFoundError):
+        released.fetch("mae_pretrain_vit_large_k400")
+    assert fetched == [released.ADDRESS.format(size="vit_large", data="k400")]
+    for page in ("<html>".encode("utf-16"), b"\xef\xbb\xbf<html>"):
+        with pytest.raises(UserError, match="web page"):
+            released.refuse_other_kinds(page, "in.pth")
+    # 15392 bytes of header begin with a blank and "<"
+    released.refuse_other_kinds((15392).to_bytes(8, "little") + b'{"', "in.safetensors")
 
 
 # --- addresses and names

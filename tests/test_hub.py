@@ -65,6 +65,17 @@ def test_finetuned_classifier_keeps_its_head_where_it_fits(tmp_path):
     assert load("vit_tiny_patch8", pretrained=path, num_classes=3)(clips).shape == (2, 3)
 
 
+def test_heads_of_bare_files_are_those_of_the_name(tmp_path):
+    trained = models_mae.mae_vit_tiny_patch8(pred_t_dim=2, **SIZES).state_dict()
+    torch.save({"model": trained}, tmp_path / "bare.pth")
+    path = str(tmp_path / "bare.pth")
+    model = load("mae_vit_tiny_patch8", pretrained=path)
+    assert [model.arguments[k] for k in ("num_heads", "decoder_num_heads")] == [4, 4]
+    assert load("vit_tiny_patch8", pretrained=path).arguments["num_heads"] == 4
+    with pytest.raises(UserError, match="num_frames = 7 must be"):
+        load("vit_tiny_patch8", pretrained=path, num_frames=7)
+
+
 def test_names_of_released_weights(monkeypatch):
     paths = []
 

@@ -15,11 +15,23 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from util.convert import Weights, fit_state, interpret
+from util.convert import (
+    HF_VIDEOMAE,
+    NO_CLASS_ROW,
+    Weights,
+    find_source,
+    fit_state,
+    interpret,
+    unwrap,
+)
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import is_remote, open_file
-from util.released import fetch, refuse_other_kinds
+from util.released import fetch, forget, refuse_other_kinds
+
+# what a Hugging Face folder holds: weights in one of these, and descriptions beside them
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+HF_CONFIGS = ("config.json", "preprocessor_config.json")
 
 
 def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
@@ -35,7 +47,8 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
     """
     if not is_remote(path) and os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the checkpoint file in it")
-    with open_file(fetch(path), "rb") as file:
+    local = fetch(path)
+    with open_file(local, "rb") as file:
         start = file.read(64)
         file.seek(0)
         refuse_other_kinds(start, path)
@@ -43,8 +56,8 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
             if start[8:9] == b"{":
                 return read_safetensors(file.read())
             with torch.serialization.safe_globals([argparse.Namespace]):
-                lazy = mmap and not is_remote(path)
-                source = path if lazy else file
+                lazy = mmap and not is_remote(local)
+                source = local if lazy else file
                 checkpoint = torch.load(source, "cpu", weights_only=True, mmap=lazy)
         except Exception as error:  # torch's readers raise every kind of them for damaged files
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -53,8 +66,9 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
                     f"{path} is not loaded: it asks to run code ({code[1]}), not only for weights"
                 ) from error
             reason = (str(error).splitlines() or ["empty file"])[0]
-            if isinstance(error, pickle.UnpicklingError):
+            if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
                 reason = "PyTorch does not recognise it"  # its own advice is to run the file's code
+            reason += forget(path, local)
             raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
@@ -72,24 +86,38 @@ def read_weights(path: str) -> Weights:
     """Read a checkpoint of any known format under this project's names (util/convert.py).
 
     Args:
-        path: a path, an address, or the name of a released checkpoint.
+        path: a path, an address, the name of a released checkpoint, or a Hugging Face folder.
 
     Raises:
         UserError: it cannot be read, or holds no video transformer.
     """
+    if not is_remote(path):
+        inside = (os.path.join(path, name) for name in HF_WEIGHTS)
+        path = next(filter(os.path.isfile, inside), path)
     checkpoint = read_checkpoint(path)
     config = {}
-    for name in ("config.json", "preprocessor_config.json"):  # Hugging Face's, beside the weights
-        beside = os.path.join(os.path.dirname(path), name)
-        if not is_remote(path) and os.path.isfile(beside):
-            with open(beside, encoding="utf-8") as file:
-                config |= json.load(file)
+    if not is_remote(path) and find_source(unwrap(checkpoint, path)) == HF_VIDEOMAE:
+        for name in HF_CONFIGS:
+            config |= read_config(os.path.join(os.path.dirname(path), name))
     return interpret(checkpoint, path, config)
 
 
-def load_weights(model: nn.Module, path: str, keep_head: bool, allow_missing: bool = False) -> None:
-    """Read a checkpoint of any known format and apply it to a model."""
-    apply_weights(model, read_weights(path), keep_head, allow_missing)
+def read_config(path: str) -> dict[str, Any]:
+    """Read a JSON file of names and values; one that does not exist is empty.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not os.path.isfile(path):
+        return {}
+    with open_file(path, "rb") as file:
+        try:
+            config = json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no names and values")
+    return config
 
 
 def apply_weights(
@@ -107,8 +135,10 @@ def apply_weights(
         allow_missing: leave weights as drawn that the file lacks, with a warning.
 
     Raises:
-        UserError: weights are missing or of another shape, or the head is with keep_head.
+        UserError: weights are missing or of another shape, or the head is with keep_head; or the
+            file is of a deeper model or one of other heads, which no shape shows.
     """
+    refuse_other_models(weights, model)
     weights = weights.with_our_normalisation()
     own = model.state_dict()
     state, how = fit_state(weights, own, vars(model)["arguments"])
@@ -125,6 +155,7 @@ def apply_weights(
             "check --model, --input_size, --num_frames, --t_patch_size and --num_classes"
         )
     missing = [k for k in own if k not in state]
+    missing += [f"{k}_class" for k in own if how.get(k) == NO_CLASS_ROW]
     not_loaded = [k for k in missing if keep_head or not k.startswith("head.")]
     if not_loaded:
         problem = f"{weights.path} lacks {len(not_loaded)} weights of the model"
@@ -137,6 +168,23 @@ def apply_weights(
     print0(coverage(weights, own, state, how))
 
 
+def refuse_other_models(weights: Weights, model: nn.Module) -> None:
+    """Raise UserError for a file of other numbers of heads, or of more blocks than the model has.
+
+    The decoder counts where the model has one.
+    """
+    here, found = vars(model)["arguments"], weights.arguments
+    wrong = []
+    for prefix in ("", "decoder_") if "decoder_depth" in here else ("",):
+        heads, depth = f"{prefix}num_heads", f"{prefix}depth"
+        if weights.recorded.get(heads, here[heads]) != here[heads]:
+            wrong.append(f"{heads} is {weights.recorded[heads]} there and {here[heads]} here")
+        if found.get(depth, 0) > here[depth]:
+            wrong.append(f"{depth} is {found[depth]} there and {here[depth]} here")
+    if wrong:
+        raise UserError(f"{weights.path} is of another model: {'; '.join(wrong)}; check --model")
+
+
 def has_head_for(weights: Weights, model: nn.Module) -> bool:
     """Tell whether a file's head has the classes of the model."""
     head = weights.state.get("head.weight")
@@ -145,14 +193,19 @@ def has_head_for(weights: Weights, model: nn.Module) -> bool:
 
 def _flags_hint(weights: Weights, model: nn.Module) -> str:
     """Name the flags that would build the model of the file."""
+    # what is lost is as good as never there: such a model can be filled
+    held = {
+        "cls_embed": "cls_token" in weights.state,
+        "no_qkv_bias": not any(k.endswith(".attn.q.bias") for k in weights.state),
+    }
     flags = []
     for name in ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed"):
-        theirs = weights.arguments[name]
+        theirs = (weights.arguments | held)[name]
         if theirs != vars(model)["arguments"][name] and (theirs or name != "no_qkv_bias"):
             flags.append(f"--{name}" if theirs else f"--no-{name}")
     if flags:
         return f"the file is of a model with {' '.join(flags)}"
-    return "check --model, or load the rest with --allow_missing"
+    return "check --model, or load the rest with main_finetune.py --allow_missing"
 
 
 def coverage(
@@ -168,7 +221,10 @@ def coverage(
         rows.setdefault(row, []).append(name)
     reshaped = [k for k in own if k in state and "pos_embed" in k and k not in weights.state]
     stems = tuple(re.sub("_(spatial|temporal)$", "", k) for k in reshaped)
-    dropped = [k for k in weights.state if k not in state and not (stems and k.startswith(stems))]
+    carried = [k for k in weights.state if stems and k.startswith(stems)]
+    if "cls_token" not in own:
+        carried = [k for k in carried if not k.endswith("_class")]
+    dropped = [k for k in weights.state if k not in state and k not in carried]
     dropped += weights.unused
     rows |= {"dropped": dropped} if dropped else {}
     loaded = sum(name in state for name in own)

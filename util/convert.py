@@ -30,6 +30,7 @@ from util.pos_embed import (
     resize_temporal,
     sincos_pos_embed,
     split,
+    widen,
 )
 from util.transforms import MEAN, STD
 
@@ -101,9 +102,30 @@ OUR_NAMES = re.compile(
     r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.(q|k|v|proj)|mlp\.fc[12]))\.(weight|bias)"
 )
 WRAPPERS = ("model", "model_state", "module", "state_dict")
-# what training wrappers put before a name, in any order ("encoder." alone is VideoMAE's)
-PREFIXES = re.compile(r"^((module|backbone|encoder(?=\.(module|backbone|encoder)\.))\.)+")
+PREFIXES = re.compile(r"^((module|backbone)\.)+")  # what training wrappers put before a name
+# "encoder." is such a prefix, too, except in VideoMAE's files, which tell their names beside it
+OWN_ENCODER = re.compile(r"decoder\.|encoder_to_decoder\.|encoder\.layer\.")
+FC1 = re.compile(r"blocks\.\d+\.mlp\.fc1\.weight")
 SINCOS = "VideoMAE's sine-cosine table"
+# tensors with as many rows as the encoder and the decoder are wide
+ENCODER_ROWS = ("patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight")
+DECODER_ROWS = ("decoder_embed.weight", "decoder_embed.bias", "decoder_norm.weight")
+# what names, shapes and records that make no sense raise where they are used
+NONSENSE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+NO_CLASS_ROW = "its row of the class token is missing and left as drawn"
+
+# Types of what a file records; the other arguments are whole numbers above zero.
+ON_OFF = (
+    "no_qkv_bias",
+    "sep_pos_embed",
+    "cls_embed",
+    "sincos_pos_embed",
+    "decoder_sep_pos_embed",
+    "cls_through_decoder",
+    "strided_targets",
+    "norm_pix_loss",
+)
+FRACTIONS = ("mlp_ratio", "layer_norm_eps")
 
 
 @dataclass
@@ -184,32 +206,67 @@ class Weights:
         if self.doubt and not {"num_frames", "img_size"} <= set(said):
             raise UserError(self.doubt)
 
+    @property
+    def predicts_unit_pixels(self) -> bool:
+        """Tell whether the decoder predicts pixels of 0 to 1, as VideoMAE's does."""
+        is_videomae = self.source in (VIDEOMAE, HF_VIDEOMAE)
+        return is_videomae and self.arguments.get("norm_pix_loss") is False
+
     def with_our_normalisation(self) -> "Weights":
-        """Fold the file's input normalisation into the patch embedding; exact for the encoder.
+        """Fold the file's normalisation into the patch embedding, and into predictions of pixels.
 
         The result takes clips normalised by (0.45, 0.225) and computes what the original computes
-        from the same pixels.
+        from the same pixels. Targets that are normalised patch by patch (norm_pix_loss) stay.
         """
-        if self.mean is None or self.std is None or "patch_embed.proj.weight" not in self.state:
+        if self.mean is None or self.std is None:
             return self
-        weight = self.state["patch_embed.proj.weight"]
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
         # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift
-        scale, shift = STD / std, (MEAN - mean) / std
-        wide = weight.double()
-        bias = self.state["patch_embed.proj.bias"]
-        folded = {
-            "patch_embed.proj.weight": (wide * scale.view(-1, 1, 1, 1)).to(weight.dtype),
-            "patch_embed.proj.bias": (bias + wide.sum((2, 3, 4)) @ shift).to(bias.dtype),
-        }
-        how = "input normalisation folded in"
+        folded = _fold_input(self.state, STD / std, (MEAN - mean) / std)
+        converted = dict.fromkeys(folded, "input normalisation folded in")
+        if self.arguments.get("norm_pix_loss") is False:
+            if self.predicts_unit_pixels:
+                mean, std = torch.zeros_like(mean), torch.ones_like(std)
+            pred = _fold_output(self.state, std / STD, (mean - MEAN) / STD)
+            folded |= pred
+            converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
         return replace(
             self,
             state=self.state | folded,
-            converted=self.converted | dict.fromkeys(folded, how),
+            converted=self.converted | converted,
             mean=None,
             std=None,
         )
+
+
+def _fold_input(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """Return the patch embedding that sees x as the file's sees scale * x + shift, by channel."""
+    folded = {}
+    if "patch_embed.proj.weight" in state:
+        weight = widen(state["patch_embed.proj.weight"])
+        wide = weight.double()  # (D, C, t, p, p)
+        folded["patch_embed.proj.weight"] = (wide * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        if "patch_embed.proj.bias" in state:
+            bias = widen(state["patch_embed.proj.bias"])
+            folded["patch_embed.proj.bias"] = (bias + wide.sum((2, 3, 4)) @ shift).to(bias.dtype)
+    return folded
+
+
+def _fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """Return the decoder_pred that predicts scale * x + shift, by channel, where the file's does x.
+
+    Its rows run over (frame, row, column, C).
+    """
+    folded = {}
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+        if name in state:
+            pred = widen(state[name])
+            rows = pred.double().unflatten(0, (-1, len(scale)))  # (u*p*p, C) or (u*p*p, C, D)
+            rows = rows * scale.view(-1, *[1] * (rows.ndim - 2))
+            if name.endswith("bias"):
+                rows = rows + shift
+            folded[name] = rows.flatten(0, 1).to(pred.dtype)
+    return folded
 
 
 def _with_norm_layer(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -225,19 +282,29 @@ def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     """Take the tensors out of a checkpoint, under the file's own names less training prefixes.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or some without plain numbers.
     """
     inner = checkpoint
     while wrapper := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
         inner = inner[wrapper]
-    state = {
-        PREFIXES.sub("", k.replace("_orig_mod.", "")): v
-        for k, v in inner.items()
-        if isinstance(v, Tensor)
-    }
+    state = {k: v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
-    return state
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(
+                f"{path} cannot be used: {name} is sparse, quantised or without numbers"
+            )
+    names = [name.replace("_orig_mod.", "") for name in state]
+    return dict(zip(_without_prefixes(names), state.values(), strict=True))
+
+
+def _without_prefixes(names: list[str]) -> list[str]:
+    """Remove what wrappers put before the names, one layer after the other."""
+    shorter = [PREFIXES.sub("", name) for name in names]
+    if not any(OWN_ENCODER.match(name) for name in shorter):
+        shorter = [name.removeprefix("encoder.") for name in shorter]
+    return names if shorter == names else _without_prefixes(shorter)
 
 
 def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -253,6 +320,8 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         for pattern, ours in RENAMES:
             name = pattern.sub(ours, name)
         if ".attn.qkv." in name:
+            if len(tensor) % 3:
+                raise ValueError(f"{theirs} has {len(tensor)} rows: no q, k and v of one width")
             for part, value in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[name.replace("qkv", part)] = value
                 converted[name.replace("qkv", part)] = "split from qkv"
@@ -315,16 +384,24 @@ def interpret(
         config: Hugging Face's config.json and preprocessor_config.json beside the file, in one.
 
     Raises:
-        UserError: it holds no video transformer, or one whose sizes cannot be told.
+        UserError: it holds no video transformer, or contents that make no sense.
     """
+    try:
+        return _interpret(checkpoint, path, config)
+    except NONSENSE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or not a known checkpoint: {reason}") from error
+
+
+def _interpret(checkpoint: dict[str, Any], path: str, config: dict[str, Any] | None) -> Weights:
     theirs = unwrap(checkpoint, path)
     source = find_source(theirs)
     state, converted = our_names(theirs)
     flags = checkpoint_args(checkpoint)
     config = config if config and source == HF_VIDEOMAE else {}
-    recorded, mean, std = _recorded(checkpoint, flags, config)
-    if mean is None and source in (IMAGE_MAE, VIDEOMAE, HF_VIDEOMAE):
-        mean, std = IMAGENET
+    recorded, mean, std = _recorded(checkpoint, path, flags, config)
+    if source in (IMAGE_MAE, VIDEOMAE, HF_VIDEOMAE):
+        mean, std = mean or IMAGENET[0], std or IMAGENET[1]
     weights = Weights(
         state=state,
         arguments={},
@@ -333,27 +410,35 @@ def interpret(
         recorded=recorded,
         flags=flags,
         converted=converted,
-        mean=None if mean == (MEAN,) * 3 and std == (STD,) * 3 else mean,
-        std=None if mean == (MEAN,) * 3 and std == (STD,) * 3 else std,
+        mean=mean,
+        std=std,
     )
     for name in [k for k in state if not OUR_NAMES.fullmatch(k)]:
         weights.unused.append(name)
         del state[name]
-    if "patch_embed.proj.weight" not in state or "blocks.0.norm1.weight" not in state:
+    if not _count_blocks(state, "blocks") or not _find_width(state, ENCODER_ROWS):
         raise UserError(
             f"{path} holds no vision transformer that is known here; its names are "
             f"{', '.join(list(theirs)[:6])} ..."
         )
+    _check_shapes(state)
     if source == IMAGE_MAE:
         _inflate(weights)
     _drop_class_token_head(weights, theirs)
-    if "decoder_embed.weight" in state and "decoder_embed.bias" not in state:
-        state["decoder_embed.bias"] = torch.zeros(len(state["decoder_embed.weight"]))
+    if source in (VIDEOMAE, HF_VIDEOMAE) and "decoder_embed.weight" in state:
+        weight = state["decoder_embed.weight"]
+        state["decoder_embed.bias"] = weight.new_zeros(len(weight))
         converted["decoder_embed.bias"] = "zero: the file has none"
     weights.arguments = _find_arguments(weights, path)
     if source in (VIDEOMAE, HF_VIDEOMAE):
         _add_sincos_positions(weights)
-    if weights.mean is not None:
+    channels = weights.arguments["in_chans"]
+    if mean and std and not len(mean) == len(std) == channels:
+        raise ValueError(f"mean {mean} and std {std} are not of {channels} channels")
+    if (mean, std) == ((MEAN,) * channels, (STD,) * channels):
+        if not weights.predicts_unit_pixels:
+            weights.mean = weights.std = None
+    elif weights.mean is not None:
         weights.notes.append(
             f"it was trained on clips normalised by mean {weights.mean} and std {weights.std}; "
             "models here get that folded into their patch embedding"
@@ -363,12 +448,18 @@ def interpret(
 
 def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the flags a checkpoint was trained with, empty where it does not say."""
-    args = checkpoint.get("args", {})
-    return dict(args) if isinstance(args, dict) else dict(getattr(args, "__dict__", {}))
+    return _as_dict(checkpoint.get("args"))
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    """Return the contents of a dict or a Namespace, those of anything else as empty."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    return dict(value) if isinstance(value, dict) else {}
 
 
 def _recorded(
-    checkpoint: dict[str, Any], flags: dict[str, Any], config: dict[str, Any]
+    checkpoint: dict[str, Any], path: str, flags: dict[str, Any], config: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
     """Collect what a file, or Hugging Face's config.json beside it, says about its model."""
     own = ("num_frames", "decoder_num_heads", "norm_pix_loss")
@@ -383,10 +474,32 @@ def _recorded(
         "norm_pix_loss": "norm_pix_loss",
     }
     recorded |= {ours: config[name] for name, ours in theirs.items() if name in config}
-    written = json.loads(checkpoint.get("metadata", {}).get(METADATA, "{}"))
-    recorded |= written.get("arguments", {}) | checkpoint.get("arguments", {})
+    if isinstance(config.get("image_size"), list):
+        recorded["img_size"], width = config["image_size"]
+        if recorded["img_size"] != width:
+            raise UserError(f"{path} is of frames that are not square: {config['image_size']}")
+    if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
+        raise UserError(f"{path} has {config['hidden_act']} for activation, models here have gelu")
+    written = _as_dict(json.loads(_as_dict(checkpoint.get("metadata")).get(METADATA, "{}")))
+    recorded |= _as_dict(written.get("arguments")) | _as_dict(checkpoint.get("arguments"))
     mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
-    return recorded, mean and tuple(mean), std and tuple(std)
+    if config.get("do_normalize") is False:
+        mean, std = 0.0, 1.0
+    sane = {k: v for k, v in recorded.items() if _is_sane(k, v)}
+    return sane, _per_channel(mean), _per_channel(std)
+
+
+def _is_sane(name: str, value: Any) -> bool:
+    """Tell whether a recorded argument can be one; others are as good as not recorded."""
+    if name in ON_OFF or isinstance(value, bool):
+        return name in ON_OFF and isinstance(value, bool)
+    return isinstance(value, (int, float) if name in FRACTIONS else int) and value > 0
+
+
+def _per_channel(value: Any) -> tuple[float, ...] | None:
+    if isinstance(value, (int, float)):
+        value = [value] * 3
+    return value and tuple(float(number) for number in value)
 
 
 def _inflate(weights: Weights) -> None:
@@ -399,7 +512,8 @@ def _inflate(weights: Weights) -> None:
         joint = state.pop(f"{prefix}pos_embed", None)
         if joint is None:
             continue
-        cls = int("cls_token" in state)
+        rows = joint.shape[1]
+        cls = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)  # one more than a square
         parts = {"spatial": joint[:, cls:]}
         parts["temporal"] = joint.new_zeros(1, NUM_FRAMES // T_PATCH_SIZE, joint.shape[-1])
         if cls:
@@ -419,13 +533,13 @@ def resize_kernel(kernel: Tensor, t: int) -> Tensor:
     if old == t:
         return kernel
     steps = math.lcm(old, t)
-    fine = kernel.repeat_interleave(steps // old, dim=2) / (steps // old)
+    fine = widen(kernel).repeat_interleave(steps // old, dim=2) / (steps // old)
     return fine.unflatten(2, (t, steps // t)).sum(dim=3)
 
 
 def _drop_class_token_head(weights: Weights, theirs: dict[str, Tensor]) -> None:
     """Leave out heads that read the first token: ours reads the mean of the patches."""
-    pools_tokens = "fc_norm.weight" in theirs or weights.source not in (
+    pools_tokens = any(name.startswith("fc_norm.") for name in theirs) or weights.source not in (
         IMAGE_MAE,
         VIDEOMAE,
         HF_VIDEOMAE,
@@ -444,13 +558,52 @@ def num_heads(width: int) -> int:
     return HEADS_OF_WIDTH.get(width, max(1, width // 64))
 
 
+def _check_shapes(state: dict[str, Tensor]) -> None:
+    """Raise ValueError for positions and a patch kernel that are of no format."""
+    for name, tensor in state.items():
+        shape = list(tensor.shape)
+        right = True
+        if "pos_embed" in name:
+            right = len(shape) == 3 and shape[0] == 1 and 0 not in shape
+        elif name == "patch_embed.proj.weight":
+            right = len(shape) in (4, 5) and shape[-1] == shape[-2]
+        if not right:
+            raise ValueError(f"{name} is {shape}")
+
+
+def _find_patch(weights: Weights) -> tuple[int, int, int]:
+    """Tell channels, frames and pixels of a patch; without the kernel there is doubt."""
+    kernel = weights.state.get("patch_embed.proj.weight")
+    if kernel is not None:
+        return kernel.shape[1], kernel.shape[2], kernel.shape[3]
+    weights.doubt = f"{weights.path} lacks patch_embed.proj.weight"
+    usual = {"in_chans": 3, "t_patch_size": T_PATCH_SIZE, "patch_size": 16} | weights.recorded
+    return usual["in_chans"], usual["t_patch_size"], usual["patch_size"]
+
+
+def _find_width(state: dict[str, Tensor], names: Sequence[str]) -> int:
+    """Return the rows of the first of the tensors that there is, 0 without any."""
+    return next((len(state[name]) for name in names if name in state), 0)
+
+
+def _find_class_token(weights: Weights) -> bool:
+    """Tell whether the model of the file has a class token, be the token itself lost."""
+    signs = {"cls_token", "pos_embed_class", "decoder_cls_token"}
+    return weights.recorded.get("cls_embed", not signs.isdisjoint(weights.state))
+
+
 def _find_arguments(weights: Weights, path: str) -> dict[str, Any]:
-    """Tell the constructor arguments from names and shapes, and from what the file records."""
+    """Tell the constructor arguments from names and shapes, and from what the file records.
+
+    A tensor that is missing must not be taken for another architecture: apply_weights names it.
+    """
     state, source = weights.state, weights.source
-    kernel = state["patch_embed.proj.weight"]
-    D, C, t_patch, p, _ = kernel.shape
-    t, side = _find_grid(weights, path)
-    hidden = len(state["blocks.0.mlp.fc1.weight"])
+    D = _find_width(state, ENCODER_ROWS)
+    C, t_patch, p = _find_patch(weights)
+    t, side = _find_grid(weights, path, t_patch, p)
+    hidden = _find_width(state, [k for k in state if FC1.match(k)]) or 4 * D
+    videomae = source in (VIDEOMAE, HF_VIDEOMAE)
+    cls_embed = _find_class_token(weights)
     arguments = {
         "img_size": side * p,
         "patch_size": p,
@@ -463,24 +616,24 @@ def _find_arguments(weights: Weights, path: str) -> dict[str, Any]:
         "layer_norm_eps": 1e-12 if source == HF_VIDEOMAE else 1e-6,
         "num_frames": t * t_patch,
         "t_patch_size": t_patch,
-        "no_qkv_bias": "blocks.0.attn.q.bias" not in state,
-        "sep_pos_embed": "pos_embed_spatial" in state,
-        "cls_embed": "cls_token" in state,
-        "sincos_pos_embed": source in (VIDEOMAE, HF_VIDEOMAE, FIRST_RELEASE),
+        "no_qkv_bias": not any(k.endswith((".attn.q.bias", ".attn.v.bias")) for k in state),
+        "sep_pos_embed": "pos_embed" not in state and not videomae,
+        "cls_embed": cls_embed,
+        "sincos_pos_embed": videomae or source == FIRST_RELEASE,
     }
-    if "head.weight" in state:
-        arguments["num_classes"] = len(state["head.weight"])
-    if "decoder_embed.weight" in state:
-        width = len(state["decoder_embed.weight"])
+    if classes := _find_width(state, ("head.weight", "head.bias")):
+        arguments["num_classes"] = classes
+    if width := _find_width(state, DECODER_ROWS):
         sixteen = source in (OURS, FIRST_RELEASE, IMAGE_MAE) and width % 16 == 0
-        frames = len(state["decoder_pred.weight"]) // (p * p * C)  # per patch
+        rows = _find_width(state, ("decoder_pred.weight", "decoder_pred.bias"))
+        frames = max(1, rows // (p * p * C))  # per patch
         raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
         arguments |= {
             "decoder_embed_dim": width,
             "decoder_depth": _count_blocks(state, "decoder_blocks"),
             "decoder_num_heads": 16 if sixteen else num_heads(width),
-            "decoder_sep_pos_embed": "decoder_pos_embed_spatial" in state,
-            "cls_through_decoder": "cls_token" in state and "decoder_cls_token" not in state,
+            "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
+            "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
             "strided_targets": source == PYSLOWFAST,
             "norm_pix_loss": not raw_pixels,
             "pred_t_dim": frames * t,
@@ -492,35 +645,42 @@ def _find_arguments(weights: Weights, path: str) -> dict[str, Any]:
         guessed.append("decoder_num_heads")
     if guessed := [name for name in guessed if weights.recorded.get(name) is None]:
         said = " and ".join(f"{name} {arguments[name]}" for name in guessed)
-        weights.notes.append(f"it does not say its numbers of heads: {said} is a guess by width")
+        weights.notes.append(
+            f"it does not say its numbers of heads: {said} is a guess by width, "
+            "for models that are built of the file alone"
+        )
     from_shapes = ("img_size", "num_frames", "num_classes", "embed_dim", "depth")
     said = {k: v for k, v in weights.recorded.items() if k in arguments and k not in from_shapes}
     return arguments | {k: v for k, v in said.items() if v is not None}
 
 
 def _count_blocks(state: dict[str, Tensor], name: str) -> int:
-    return len({k.split(".")[1] for k in state if k.startswith(name + ".")})
+    numbers = [int(k.split(".")[1]) for k in state if k.startswith(name + ".")]
+    return max(numbers, default=-1) + 1
 
 
-def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
+def _find_grid(weights: Weights, path: str, t_patch: int, p: int) -> tuple[int, int]:
     """Tell the grid of tokens: steps in time, and patches along a side.
 
     What the file does not say is guessed, and `grid_stated` and `doubt` of weights are set.
 
     Raises:
-        UserError: the file has no positions, or not those of square frames.
+        UserError: the positions are not those of square frames.
     """
     state, recorded = weights.state, weights.recorded
-    _, _, t_patch, p, _ = state["patch_embed.proj.weight"].shape
-    if "pos_embed_spatial" in state:
-        patches = state["pos_embed_spatial"].shape[1]
-        if math.isqrt(patches) ** 2 != patches:
-            raise UserError(f"{path} has {patches} spatial positions: its frames are not square")
-        if "pos_embed_temporal" not in state:
-            raise UserError(f"{path} lacks pos_embed_temporal: it has positions in space alone")
-        return state["pos_embed_temporal"].shape[1], math.isqrt(patches)
     frames, pixels = recorded.get("num_frames"), recorded.get("img_size")
     said = (frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p
+    spatial, temporal = state.get("pos_embed_spatial"), state.get("pos_embed_temporal")
+    if spatial is not None:
+        patches = spatial.shape[1]
+        if math.isqrt(patches) ** 2 != patches:
+            raise UserError(f"{path} has {patches} spatial positions: its frames are not square")
+        if temporal is None:
+            weights.doubt = f"{path} lacks pos_embed_temporal: it has positions in space alone"
+        return said[0] if temporal is None else temporal.shape[1], math.isqrt(patches)
+    if temporal is not None:
+        weights.doubt = f"{path} lacks pos_embed_spatial: it has positions in time alone"
+        return temporal.shape[1], said[1]
     if "pos_embed" not in state:
         if weights.source in (VIDEOMAE, HF_VIDEOMAE):  # they compute their positions
             weights.grid_stated = frames is not None and pixels is not None
@@ -530,19 +690,22 @@ def _find_grid(weights: Weights, path: str) -> tuple[int, int]:
                     f"the model's, or {said[0] * t_patch} frames of {said[1] * p} x {said[1] * p} "
                     "pixels where the file alone makes the model"
                 )
-            return said
-        raise UserError(f"{path} has no position embeddings; without them it cannot be used")
-    patches = state["pos_embed"].shape[1] - int("cls_token" in state)
+        else:
+            weights.doubt = f"{path} has no position embeddings; without them it cannot be used"
+        return said
+    patches = state["pos_embed"].shape[1] - int(_find_class_token(weights))
     sides = [g for g in range(1, math.isqrt(patches) + 1) if patches % (g * g) == 0]
     grids = [(patches // (g * g), g) for g in sides]
-    likely = (
-        [grid for grid in grids if grid == said]
-        or [grid for grid in grids if grid[1] * p == IMG_SIZE]
-        or [grid for grid in grids if grid[0] * t_patch == NUM_FRAMES]
-        or grids
-    )
-    weights.grid_stated = None not in (frames, pixels) and likely == [said]
-    if len(likely) != 1:
+    fitting = [
+        (t, g)
+        for t, g in grids
+        if frames in (None, t * t_patch) and pixels in (None, g * p)  # as far as they are stated
+    ]
+    weights.grid_stated = len(fitting) == 1 and (frames, pixels) != (None, None)
+    usual = [grid for grid in fitting if grid == said]
+    likely = usual or fitting or grids
+    # one column of single patches is what is left of a number that lacks or has a class token
+    if not fitting or len(likely) != 1 or (likely[0][1] == 1 and not weights.grid_stated):
         sizes = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
         weights.doubt = (
             f"{path} has {patches} joint positions and does not say the size of its clips; it may "
@@ -583,12 +746,11 @@ def fit_state(
     how = {name: f"converted: {text}" for name, text in weights.converted.items()}
     target = replace(weights, arguments=arguments)
     for name in ("pos_embed", "decoder_pos_embed"):
-        wanted = any(k.startswith(name) for k in own)
-        if wanted and (name in state or f"{name}_spatial" in state):
+        if all(any(k.startswith(name) for k in names) for names in (own, state)):
             _fit_positions(name, weights, target, state, how, own)
     kernel = "patch_embed.proj.weight"
     t_patch = arguments["t_patch_size"]
-    if state[kernel].shape[2] != t_patch:
+    if kernel in state and state[kernel].shape[2] != t_patch:
         how[kernel] = f"resized: {state[kernel].shape[2]} -> {t_patch} frames"
         state[kernel] = resize_kernel(state[kernel], t_patch)
     return {k: v for k, v in state.items() if k in own}, how
@@ -602,48 +764,91 @@ def _fit_positions(
     how: dict[str, str],
     own: dict[str, Tensor],
 ) -> None:
-    """Bring positions in `state` to the model's grid and form, separable or joint."""
+    """Bring positions in `state` to the model's grid and form, separable or joint.
+
+    What the file lacks stays out of `state`; for the class token's row of joint positions, a part
+    of a tensor, `how` says NO_CLASS_ROW.
+    """
     old, new = weights.grid, target.grid
     is_joint, to_joint = name in state, name in own
-    if is_joint:
-        rows = state.pop(name)
-        count = int(weights.arguments["cls_embed"])
-        cls, joint = rows[:, :count], rows[:, count:]
-        if not weights.grid_stated:
-            if weights.converted.get(name) == SINCOS:
-                joint = sincos_pos_embed(math.prod(new), joint.shape[-1]).unsqueeze(0)
-            if joint.shape[1] == math.prod(new):
-                old = new
-            else:
-                weights.refuse_doubt()
-        joint = resize_joint(joint, old, new)
-        spatial = temporal = None
-    else:
-        spatial, temporal = state.pop(f"{name}_spatial"), state.pop(f"{name}_temporal")
-        cls = state.pop(f"{name}_class", spatial[:, :0])
-        spatial = resize_spatial(spatial, old[1:], new[1:])
-        temporal = resize_temporal(temporal, new[0])
-        joint = join(spatial, temporal)
-    if not target.arguments["cls_embed"]:
-        cls = cls[:, :0]
+    with_class = target.arguments["cls_embed"]
+    parts = _take_positions(name, weights, state)
+    if is_joint and not weights.grid_stated:
+        if weights.converted.get(name) == SINCOS:
+            table = sincos_pos_embed(math.prod(new), parts["joint"].shape[-1])
+            parts["joint"] = table.unsqueeze(0)
+        if parts["joint"].shape[1] == math.prod(new):
+            old = new
+        else:
+            weights.refuse_doubt()
+    stored = {part: positions.dtype for part, positions in parts.items()}
+    try:
+        parts = {part: _resize(part, positions, old, new) for part, positions in parts.items()}
+    except RuntimeError as error:  # the grid is a guess, or the file contradicts itself
+        wrong = f"{weights.path}: {name} is not of {_times(old)} tokens"
+        raise UserError(weights.doubt or wrong) from error
+    if not with_class:
+        parts.pop("class", None)
     if to_joint:
-        if target.arguments["cls_embed"] and not cls.shape[1]:
-            cls = own[name][:, :1]  # goes with a missing cls_token, which the caller reports
-        fitted = {name: torch.cat([cls, joint], dim=1)}
+        fitted = _joint_rows(parts, own[name] if with_class else None)
+        fitted = {name: fitted} if fitted is not None else {}
     else:
-        if spatial is None or temporal is None:
+        if is_joint:
             try:
-                spatial, temporal = split(joint, new)
+                parts["spatial"], parts["temporal"] = split(
+                    parts.pop("joint"), new, stored["joint"]
+                )
             except ValueError as error:
                 raise UserError(f"{weights.path}: {error}") from error
-        fitted = {f"{name}_spatial": spatial, f"{name}_temporal": temporal}
-        fitted |= {f"{name}_class": cls} if cls.shape[1] else {}
+        fitted = {f"{name}_{part}": positions for part, positions in parts.items()}
     state |= fitted
     for key in fitted:
-        if old != new and not key.endswith("_class"):
+        if to_joint and with_class and "class" not in parts:
+            how[key] = NO_CLASS_ROW
+        elif old != new and not key.endswith("_class"):
             how[key] = f"resized: {_times(old)} -> {_times(new)} tokens"
         elif is_joint != to_joint:
             how[key] = f"converted: from {'joint' if is_joint else 'separable'} positions"
+
+
+def _take_positions(name: str, weights: Weights, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take positions out of `state`: "joint", or "spatial" and "temporal", and the "class" row."""
+    if name in state:
+        rows, count = state.pop(name), int(weights.arguments["cls_embed"])
+        parts = {"class": rows[:, :1]} if count else {}
+        return parts | {"joint": rows[:, count:]}
+    names = {part: f"{name}_{part}" for part in ("spatial", "temporal", "class")}
+    return {part: state.pop(key) for part, key in names.items() if key in state}
+
+
+def _resize(part: str, positions: Tensor, old: Grid, new: Grid) -> Tensor:
+    if part == "joint":
+        return resize_joint(positions, old, new)
+    if part == "spatial":
+        return resize_spatial(positions, old[1:], new[1:])
+    return resize_temporal(positions, new[0]) if part == "temporal" else positions
+
+
+def _joint_rows(parts: dict[str, Tensor], own: Tensor | None) -> Tensor | None:
+    """Join parts to the rows of one tensor, with the model's own first row where that is lacking.
+
+    Args:
+        own: the model's positions, None for a model without class token.
+
+    Returns:
+        None where the file lacks the positions in space or in time.
+    """
+    if {"spatial", "temporal"} <= parts.keys():
+        joint = join(parts["spatial"], parts["temporal"])
+    elif "joint" in parts:
+        joint = parts["joint"]
+    else:
+        return None
+    if own is None:
+        return joint
+    # a model on the meta device has no row to give; apply_weights refuses it
+    first = parts.get("class", joint[:, :1] if own.is_meta else own[:, :1])
+    return torch.cat([first, joint], dim=1)
 
 
 def _times(grid: Grid) -> str:
@@ -721,7 +926,11 @@ def to_pyslowfast(weights: Weights, fused: bool = False) -> dict[str, Any]:
         (r"^decoder_pred\.", "pred_head.projections.0."),
         (r"^head\.", "head.projection."),
     )
-    return {"model_state": _rename(fuse_qkv(state) if fused else state, names)}
+    # what the tensors do not say; PySlowFast does not look at it
+    said = arguments | {"sep_pos_embed": True, "sincos_pos_embed": False}
+    said |= {"decoder_sep_pos_embed": False} if weights.has_decoder else {}
+    renamed = _rename(fuse_qkv(state) if fused else state, names)
+    return {"model_state": renamed, "arguments": said}
 
 
 def to_videomae_hf(
@@ -746,11 +955,14 @@ def to_videomae_hf(
         positions = state.pop(name, None)
         if positions is None or positions.shape[1:] != table.shape:
             reasons.append(f"its {name} is not joint, VideoMAE's is a fixed sine-cosine table")
-        elif not torch.allclose(positions[0].float(), table, rtol=0, atol=1e-5):
+        elif not _is_table(positions[0], table):
             reasons.append(f"its {name} is not VideoMAE's fixed sine-cosine table")
     if weights.has_decoder:
         if arguments["pred_t_dim"] != arguments["num_frames"]:
             reasons.append("it predicts some of the frames of a patch, VideoMAE predicts all")
+        if not arguments["norm_pix_loss"] and not weights.predicts_unit_pixels:
+            per_channel = torch.ones(arguments["in_chans"], dtype=torch.float64)
+            state |= _fold_output(state, STD * per_channel, MEAN * per_channel)
         if state.pop("decoder_embed.bias").any():
             reasons.append("its decoder_embed has a bias, VideoMAE's has none")
         if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
@@ -777,6 +989,12 @@ def to_videomae_hf(
     )
     state = {k: v for k, v in state.items() if not k.endswith(".attn.k.bias")}
     return _rename(state, names), _hf_config(weights), _hf_preprocessor(weights)
+
+
+def _is_table(positions: Tensor, table: Tensor) -> bool:
+    """Tell whether positions are those of a table, as well as their precision can say."""
+    tolerance = max(1e-5, torch.finfo(positions.dtype).eps)
+    return torch.allclose(positions.float(), table, rtol=0, atol=tolerance)
 
 
 def _hf_config(weights: Weights) -> dict[str, Any]:
@@ -885,17 +1103,47 @@ def _rename(state: dict[str, Tensor], names: Sequence[tuple[str, str]]) -> dict[
 
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy views, which files would store with all of what they view, or refuse."""
-    return {
-        k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v.contiguous()
-        for k, v in state.items()
-    }
+    """Copy views, which files would store with all of what they view, and what is shared."""
+    own: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+        if not whole or storage.data_ptr() in seen:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+        own[name] = tensor
+    return own
 
 
 def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:
     if reasons:
         hint = "; --drop_decoder writes the encoder alone" if has_decoder else ""
         raise ValueError(f"{project} cannot express this model: {'; '.join(reasons)}{hint}")
+
+
+def refuse_incomplete(weights: Weights, to: str) -> None:
+    """Raise UserError when the file lacks weights of its own model."""
+    # the command line is above the models, the formats are below them
+    from models_mae import MaskedAutoencoderViT
+    from models_vit import VisionTransformer
+
+    with torch.device("meta"):
+        if weights.has_decoder:
+            model = MaskedAutoencoderViT(**weights.autoencoder_arguments())
+        else:
+            model = VisionTransformer(**weights.classifier_arguments())
+    optional = () if weights.has_head else ("head.",)
+    if to == "videomae-hf" and not any(name.startswith("norm.") for name in weights.state):
+        optional = (*optional, "norm.")  # theirs without a head may lack it: use_mean_pooling
+    lacking = [k for k in model.state_dict() if k not in weights.state]
+    lacking = [k for k in lacking if not optional or not k.startswith(optional)]
+    if lacking:
+        rest = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
+        raise UserError(
+            f"{weights.path} lacks {len(lacking)} weights of its model "
+            f"({', '.join(lacking[:4])}{rest}) and would be written as if whole"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -915,6 +1163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = read_weights(args.input)
         if args.drop_decoder:
             weights = drop_decoder(weights)
+        refuse_incomplete(weights, args.to)
         write(weights, args.output, args.to)
     except (UserError, ValueError, OSError) as error:
         parser.error(f"{args.input}: {error}" if isinstance(error, ValueError) else str(error))

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import re
+from urllib.parse import urlparse
 
 from util.errors import UserError
 from util.file_io import local_path
@@ -21,19 +22,27 @@ MD5 = {
 }
 ADDRESS = "https://dl.fbaipublicfiles.com/video-mae/pretrain/mae_pretrain_{size}_{data}.pth"
 FILE_NAMES = (
-    re.compile(r"/mae_pretrain_(?P<size>vit_(large|huge))_(?P<data>k\d00)\.pth$"),
+    re.compile(r"(^|/)mae_pretrain_(?P<size>vit_(large|huge))_(?P<data>k\d00)(\.pth)?$"),
     re.compile(r"/vit_(?P<letter>[lh])/(?P<data>k\d00)_400ep_rep4_mr9_16x4\.pyth$"),
 )
+
+# what may stand before the "<" of a web page: byte order marks of UTF-8 and UTF-16, and white space
+BLANKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
+
+
+def find_name(path: str) -> str | None:
+    """Return the name in MD5 of a released file by its own name, such as the end of an address."""
+    for pattern in FILE_NAMES:
+        if match := pattern.search(path):
+            parts = match.groupdict()
+            size = parts.get("size") or {"l": "vit_large", "h": "vit_huge"}[parts["letter"]]
+            return f"{parts['data']}/{size}"
+    return None
 
 
 def find_md5(address: str) -> str | None:
     """Return the first digits of the md5 that a released file at this address must have."""
-    for pattern in FILE_NAMES:
-        if match := pattern.search(address):
-            parts = match.groupdict()
-            size = parts.get("size") or {"l": "vit_large", "h": "vit_huge"}[parts["letter"]]
-            return MD5.get(f"{parts['data']}/{size}")
-    return None
+    return MD5.get(find_name(urlparse(address).path) or "")
 
 
 @functools.cache
@@ -47,8 +56,10 @@ def fetch(path: str) -> str:
     """
     address = path
     if not os.path.exists(path):
-        data, _, size = path.partition("/")
-        if path in MD5:
+        # the table's names, as they are or as the files are called
+        name = path if "/" in path else find_name(path) or path
+        data, _, size = name.partition("/")
+        if name in MD5:
             address = ADDRESS.format(size=size, data=data)
         elif re.fullmatch(r"k\d00/\w+", path):
             raise UserError(f"{path} is neither a file nor a released name: {', '.join(MD5)}")
@@ -62,13 +73,25 @@ def fetch(path: str) -> str:
         if md5 and not (found := _md5(local)).startswith(md5):
             raise UserError(
                 f"{address} is damaged or another file: its md5 is {found} and should start with "
-                f"{md5}; it was removed from the cache, try again"
+                f"{md5}{forget(path, local)}"
             )
     except UserError:
-        with contextlib.suppress(FileNotFoundError):  # another rank may be faster
-            os.remove(local)  # what stays in the cache is never downloaded again
+        forget(path, local)
         raise
     return local
+
+
+def forget(path: str, local: str) -> str:
+    """Delete what fetch(path) has downloaded and found damaged, and return the words that say so.
+
+    Files that were not downloaded stay; there is nothing to say of them.
+    """
+    if local == path:
+        return ""
+    with contextlib.suppress(FileNotFoundError):  # another rank may be faster
+        os.remove(local)  # what stays in the cache is never downloaded again
+    fetch.cache_clear()
+    return "; it was removed from the cache, try again"
 
 
 def _md5(path: str) -> str:
@@ -81,7 +104,9 @@ def _md5(path: str) -> str:
 
 def refuse_other_kinds(start: bytes, path: str) -> None:
     """Raise UserError for the first bytes of a web page, or of a Git LFS pointer."""
-    if start.lstrip()[:1] == b"<":
+    if start[8:9] == b"{":  # .safetensors: the length before it may be any bytes
+        return
+    if start.lstrip(BLANKS)[:1] == b"<":
         raise UserError(
             f"{path} is damaged or not a checkpoint: it is a web page (HTML), which servers send "
             "in place of files that have moved or need a login"
