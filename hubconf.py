@@ -1,7 +1,7 @@
 """Models for torch.hub: torch.hub.load("OWNER/REPO", "mae_vit_large_patch16", pretrained="k400").
 
 `pretrained` is the name of a data set with released weights (k400, k600, k700; ViT-L and ViT-H), or
-the path or address of a checkpoint of any format that util/convert.py reads. Clips are
+the path or address of a checkpoint of any format that util/weights.py reads. Clips are
 [N, 3, T, H, W], normalised by mean 0.45 and deviation 0.225; `model.forward_features(clips)` gives
 their patch tokens [N, L, D].
 """

@@ -12,8 +12,8 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
 from util.checkpoint import apply_weights, read_checkpoint, read_weights
-from util.convert import checkpoint_args, model_state
 from util.errors import UserError
+from util.weights import checkpoint_args, model_state
 
 LOADING = golden.table("ckpt_loading.json")
 PRETRAINED = "ckpt_pretrain_model_state.pth"

@@ -1,4 +1,4 @@
-"""Tests of util/convert.py, util/released.py and loading: files of every format of the field.
+"""Tests of reading, loading and converting checkpoints: files of every format of the field.
 
 The files come from tests/formats.py, which also holds a plain forward pass for each; Hugging Face's
 own implementation is the judge of its format.
@@ -25,6 +25,15 @@ from util import convert, file_io, pos_embed, released
 from util.checkpoint import apply_weights, read_checkpoint, read_weights
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex
+from util.weights import (
+    METADATA,
+    PYSLOWFAST,
+    interpret,
+    is_decoder,
+    model_state,
+    num_heads,
+    resize_kernel,
+)
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
@@ -446,7 +455,7 @@ def test_sincos_table():
 @pytest.mark.parametrize("old, new", [(1, 2), (2, 4), (4, 2), (2, 1), (2, 3), (3, 2)])
 def test_patch_kernels_keep_the_tokens_of_still_clips(old, new):
     kernel = torch.randn(5, 3, old, 4, 4)
-    resized = convert.resize_kernel(kernel, new)
+    resized = resize_kernel(kernel, new)
     assert resized.shape == (5, 3, new, 4, 4)
     torch.testing.assert_close(resized.sum(2), kernel.sum(2), rtol=0, atol=1e-5)
 
@@ -584,9 +593,9 @@ def test_a_table_that_is_not_stored_is_made_for_the_model(tmp_path):
 def test_prefixes_of_training_wrappers_are_stripped(prefix):
     state = formats.reference(decoder=False)["model"]
     wrapped = {prefix + name: tensor for name, tensor in state.items()}
-    assert convert.model_state({"model": wrapped}, "in.pth").keys() == state.keys()
+    assert model_state({"model": wrapped}, "in.pth").keys() == state.keys()
     compiled = {name.replace("attn.", "attn._orig_mod."): tensor for name, tensor in state.items()}
-    assert convert.model_state({"model": compiled}, "in.pth").keys() == state.keys()
+    assert model_state({"model": compiled}, "in.pth").keys() == state.keys()
 
 
 def test_every_dropped_tensor_is_named(tmp_path, capsys):
@@ -594,7 +603,7 @@ def test_every_dropped_tensor_is_named(tmp_path, capsys):
     classifier(path, keep_head=False)
     dropped = re.search(r"dropped: (.*)", capsys.readouterr().out)[1]
     names = {re.sub(r"blocks\.\d+", "blocks.*", k) for k in formats.reference()["model"]}
-    assert {name for name in names if convert.is_decoder(name)} == set(dropped.split(", "))
+    assert {name for name in names if is_decoder(name)} == set(dropped.split(", "))
 
 
 def test_heads_that_are_guessed_are_told(tmp_path):
@@ -667,7 +676,7 @@ def test_files_without_positions_or_transformers(tmp_path):
 
 
 def test_heads_of_the_published_sizes():
-    assert [convert.num_heads(w) for w in (384, 768, 1024, 1280, 512, 640)] == [6, 12, 16, 16, 8, 8]
+    assert [num_heads(w) for w in (384, 768, 1024, 1280, 512, 640)] == [6, 12, 16, 16, 8, 8]
 
 
 @pytest.mark.parametrize("hidden, width", [(6144, 1408), (4096, 1024), (96, 48), (49 * 3, 49)])
@@ -676,7 +685,7 @@ def test_hidden_widths_survive_the_ratio(hidden, width):
     for i in range(2):
         checkpoint["model"][f"blocks.{i}.mlp.fc1.weight"] = torch.empty(hidden, 1)
     checkpoint["model"]["patch_embed.proj.weight"] = torch.empty(width, 3, 2, 16, 16)
-    ratio = convert.interpret(checkpoint, "x").arguments["mlp_ratio"]
+    ratio = interpret(checkpoint, "x").arguments["mlp_ratio"]
     assert int(width * ratio) == hidden
 
 
@@ -702,7 +711,7 @@ def test_finetuning_keeps_the_head_when_asked_and_when_it_fits(
         *STILL, "--model", "vit_tiny_patch8", "--num_classes", classes, "--finetune", path, *flags,
     )  # fmt: skip
     trained = read_checkpoint(str(tmp_path / "out/checkpoint-00000.pth"))["model"]
-    state = convert.model_state(checkpoint, path)
+    state = model_state(checkpoint, path)
     assert all(torch.equal(trained[k], state[k]) for k in trained if not k.startswith("head."))
     if keep_head and classes == 7:
         assert torch.equal(trained["head.weight"], state["head.weight"])
@@ -792,7 +801,7 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 def test_grids_are_guessed_where_one_fits_all_assumptions(frames, side, patch, args, doubtful):
     sizes = {"num_frames": frames, "img_size": side, "patch_size": patch, "depth": 1}
     state = tiny(sep_pos_embed=False, **sizes).state_dict()
-    weights = convert.interpret({"model": state, "args": argparse.Namespace(**args)}, "in.pth")
+    weights = interpret({"model": state, "args": argparse.Namespace(**args)}, "in.pth")
     assert bool(weights.doubt) == doubtful
     if not doubtful:
         assert [weights.arguments[k] for k in ("num_frames", "img_size")] == [frames, side]
@@ -845,7 +854,7 @@ def test_every_lost_tensor_is_named_and_nothing_is_written(tmp_path, capsys, kin
     "lost", ["pos_embed_spatial", "patch_embed.proj.weight", "blocks.0.norm1.weight"]
 )
 def test_fresh_weights_stay_for_what_may_be_missing(lost):
-    weights = convert.interpret({"model": without(tiny().state_dict(), lost)}, "in.pth")
+    weights = interpret({"model": without(tiny().state_dict(), lost)}, "in.pth")
     model = VisionTransformer(**TINY)
     drawn = model.state_dict()[lost].clone()
     apply_weights(model, weights, keep_head=True, allow_missing=True)
@@ -855,7 +864,7 @@ def test_fresh_weights_stay_for_what_may_be_missing(lost):
 
 def test_a_missing_row_of_joint_positions_is_missing(capsys):
     state = without(tiny().state_dict(), "pos_embed_class")
-    weights = convert.interpret({"model": state}, "in.pth")
+    weights = interpret({"model": state}, "in.pth")
     model = VisionTransformer(**TINY, sep_pos_embed=False)
     torch.nn.init.ones_(model.pos_embed)
     with pytest.raises(UserError, match=r"lacks 1 weights of the model \(pos_embed_class"):
@@ -863,7 +872,7 @@ def test_a_missing_row_of_joint_positions_is_missing(capsys):
     apply_weights(model, weights, keep_head=True, allow_missing=True)
     assert model.pos_embed[0, 0].eq(1).all() and not model.pos_embed[0, 1:].eq(1).any()
     assert "is missing and left as drawn: pos_embed" in capsys.readouterr().out
-    weights = convert.interpret({"model": tiny().state_dict()}, "in.pth")
+    weights = interpret({"model": tiny().state_dict()}, "in.pth")
     without_class = VisionTransformer(**TINY, sep_pos_embed=False, cls_embed=False)
     apply_weights(without_class, weights, keep_head=True)
     assert "dropped: cls_token, pos_embed_class" in capsys.readouterr().out
@@ -873,7 +882,7 @@ def test_a_missing_row_of_joint_positions_is_missing(capsys):
 def test_other_heads_and_deeper_files_are_refused(change, name):
     other = tiny(**change)
     checkpoint = {"model": other.state_dict(), "arguments": other.arguments}
-    weights = convert.interpret(checkpoint, "in.pth")
+    weights = interpret(checkpoint, "in.pth")
     with pytest.raises(UserError, match=rf"{name} is {change[name]} there and \d here"):
         apply_weights(tiny(), weights, keep_head=True)
 
@@ -911,7 +920,7 @@ def test_half_precision_is_computed_in_float32(tmp_path, dtype):
     for changes in ({}, {"sep_pos_embed": False}):
         half, single = VisionTransformer(**other, **changes), VisionTransformer(**other, **changes)
         for model, to in ((half, dtype), (single, torch.float32)):
-            weights = convert.interpret({"model": stored(state, to)}, "in.pth")
+            weights = interpret({"model": stored(state, to)}, "in.pth")
             apply_weights(model, weights, keep_head=True)
         left, right = half.state_dict(), single.state_dict()
         assert all(torch.equal(left[k], right[k]) for k in left)
@@ -925,7 +934,7 @@ def test_half_precision_is_computed_in_float32(tmp_path, dtype):
 def test_rounded_positions_are_known_as_sums_and_tables(tmp_path, dtype):
     joint = tiny(sep_pos_embed=False)
     whole = tiny().state_dict()
-    apply_weights(joint, convert.interpret({"model": whole}, "in.pth"), keep_head=True)
+    apply_weights(joint, interpret({"model": whole}, "in.pth"), keep_head=True)
     state = {k: v.to(dtype) for k, v in joint.state_dict().items()}
     path = saved(tmp_path / "in.pth", {"model": state, "arguments": joint.arguments})
     classifier(path, sep_pos_embed=True)
@@ -946,9 +955,9 @@ def test_formats_are_known_under_prefixes(kind, prefix):
         "first release": formats.first_release(),
     }[kind]
     key = next(iter(checkpoint))
-    plain = convert.interpret(checkpoint, "in.pth")
+    plain = interpret(checkpoint, "in.pth")
     prefixed = {prefix + k: v for k, v in checkpoint[key].items()}
-    weights = convert.interpret(checkpoint | {key: prefixed}, "in.pth")
+    weights = interpret(checkpoint | {key: prefixed}, "in.pth")
     assert (weights.source, weights.arguments) == (plain.source, plain.arguments)
     assert weights.state.keys() == plain.state.keys()
 
@@ -1044,10 +1053,10 @@ KERNEL = "patch_embed.proj.weight"
 def test_odd_tensors_give_a_sentence(change, says):
     checkpoint = {"model": tiny().state_dict() | change}
     if not says:
-        convert.interpret(checkpoint, "in.pth")
+        interpret(checkpoint, "in.pth")
         return
     with pytest.raises(UserError, match=rf"^in\.pth .*{says}"):
-        convert.interpret(checkpoint, "in.pth")
+        interpret(checkpoint, "in.pth")
 
 
 @pytest.mark.parametrize(
@@ -1063,15 +1072,15 @@ def test_odd_tensors_give_a_sentence(change, says):
 )
 def test_odd_records_are_as_good_as_none(odd):
     state = tiny().state_dict()
-    plain = convert.interpret({"model": state}, "in.pth")
-    assert convert.interpret({"model": state} | odd, "in.pth").arguments == plain.arguments
+    plain = interpret({"model": state}, "in.pth")
+    assert interpret({"model": state} | odd, "in.pth").arguments == plain.arguments
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript")
 def test_damaged_records_and_programs_give_a_sentence(tmp_path):
-    content = {"model": tiny().state_dict(), "metadata": {convert.METADATA: "{"}}
+    content = {"model": tiny().state_dict(), "metadata": {METADATA: "{"}}
     with pytest.raises(UserError, match=r"^in\.pth is damaged or not a known checkpoint"):
-        convert.interpret(content, "in.pth")
+        interpret(content, "in.pth")
     path = str(tmp_path / "program.pth")
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
     with pytest.raises(UserError, match="PyTorch does not recognise it") as caught:
@@ -1123,7 +1132,7 @@ def test_addresses_are_cached(server):
         read_weights(f"{address}/missing.pth")
     other_host = address.replace("127.0.0.1", "localhost")
     saved(folder / "in.pth", formats.pyslowfast())
-    assert read_weights(f"{other_host}/in.pth").source == convert.PYSLOWFAST
+    assert read_weights(f"{other_host}/in.pth").source == PYSLOWFAST
 
 
 @pytest.mark.parametrize(
@@ -1145,7 +1154,7 @@ def test_released_files_must_have_their_md5(server, name, digits, monkeypatch):
     assert len([path for path in requested if path.endswith(name)]) == 2
     size = "k400/vit_large" if "large" in name else "k700/vit_huge"
     monkeypatch.setitem(released.MD5, size, md5[:6])
-    assert read_weights(f"{address}/{name}").source == convert.PYSLOWFAST
+    assert read_weights(f"{address}/{name}").source == PYSLOWFAST
 
 
 def test_released_names(server, monkeypatch):
@@ -1155,7 +1164,7 @@ def test_released_names(server, monkeypatch):
         monkeypatch.setitem(released.MD5, "k600/vit_huge", hashlib.md5(file.read()).hexdigest()[:6])
     assert released.ADDRESS.startswith("https://dl.fbaipublicfiles.com/video-mae/pretrain/")
     monkeypatch.setattr(released, "ADDRESS", f"{address}/mae_pretrain_{{size}}_{{data}}.pth")
-    assert read_weights("k600/vit_huge").source == convert.PYSLOWFAST
+    assert read_weights("k600/vit_huge").source == PYSLOWFAST
     with pytest.raises(UserError, match=r"k400/vit_base is neither a file nor a released name: k4"):
         read_weights("k400/vit_base")
 

@@ -1,7 +1,7 @@
 """Reading checkpoint files and loading weights.
 
 Files are read with weights_only, so that loading never runs code from them; those of other projects
-go through util/convert.py. util/resume.py writes the checkpoints of a run.
+go through util/weights.py. util/resume.py writes the checkpoints of a run.
 """
 
 import argparse
@@ -15,7 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from util.convert import (
+from util.dist import print0
+from util.errors import UserError
+from util.file_io import is_remote, open_file
+from util.released import fetch, forget, refuse_other_kinds
+from util.weights import (
     HF_VIDEOMAE,
     NO_CLASS_ROW,
     Weights,
@@ -24,10 +28,6 @@ from util.convert import (
     interpret,
     unwrap,
 )
-from util.dist import print0
-from util.errors import UserError
-from util.file_io import is_remote, open_file
-from util.released import fetch, forget, refuse_other_kinds
 
 # what a Hugging Face folder holds: weights in one of these, and descriptions beside them
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -83,7 +83,7 @@ def read_safetensors(data: bytes) -> dict[str, Any]:
 
 
 def read_weights(path: str) -> Weights:
-    """Read a checkpoint of any known format under this project's names (util/convert.py).
+    """Read a checkpoint of any known format under this project's names (util/weights.py).
 
     Args:
         path: a path, an address, the name of a released checkpoint, or a Hugging Face folder.

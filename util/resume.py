@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_map_only
 
 from util.args import NOT_COMPARED
 from util.checkpoint import read_checkpoint
-from util.convert import checkpoint_args, model_state
 from util.dist import SAVING, broadcast_object, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, open_file, path_manager, write_atomically
 from util.signals import Interruption
+from util.weights import checkpoint_args, model_state
 
 # checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13 are
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
