@@ -56,6 +56,7 @@ def train_one_epoch(
 
     loader.set_epoch(epoch, checkpoints.progress.step)
     header = f"Epoch [{epoch}/{args.epochs}]"
+    # beside what it prints, `every` reads the metrics, saves when it is time, and stops at a signal
     for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, checkpoints):
         seed_step(args.seed, epoch, step, rank())  # drop path, dropout, erasing noise
         update = (step + 1) % args.accum_iter == 0
@@ -83,7 +84,7 @@ def train_one_epoch(
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             scaler.scale(loss / args.accum_iter).backward()
         metrics = {"loss": loss.detach(), "lr": lr}
-        log.guard.observe(step, batch.row, loss)
+        log.guard.observe(step, batch.row, loss)  # --skip_nonfinite decides with the gradient norm
         if update:
             allows = partial(log.guard.allows, step)
             norm = optim_step(optimizer, scaler, parameters, args.clip_grad, allows)

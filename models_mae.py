@@ -132,11 +132,16 @@ class MaskedAutoencoderViT(Encoder):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             if not cls_through_decoder:
                 self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        positions = cls_embed, sincos_pos_embed
-        make_pos_embed(self, "", input_size, embed_dim, sep_pos_embed, *positions)
+        make_pos_embed(self, "", input_size, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         make_pos_embed(
-            self, "decoder_", input_size, decoder_embed_dim, decoder_sep_pos_embed, *positions
+            self,
+            "decoder_",
+            input_size,
+            decoder_embed_dim,
+            decoder_sep_pos_embed,
+            cls_embed,
+            sincos_pos_embed,
         )
 
         self.patch_embed = patch_embed
@@ -220,7 +225,7 @@ class MaskedAutoencoderViT(Encoder):
         return self.norm(self.run_blocks(self.blocks, self.embed(imgs, ids_keep)))
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Encode clips without masking: [N, C, T, H, W] -> patch tokens [N, L, D]."""
+        """Encode clips without masking: [N, C, T, H, W] -> normalised patch tokens [N, L, D]."""
         return self.encode(imgs)[:, int(self.cls_embed) :]
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,18 +255,19 @@ class MaskedAutoencoderViT(Encoder):
             cls_token, x = x[:, :1], x[:, 1:]
         (N, K, D), L = x.shape, ids_restore.shape[1]
         M = num_decoded(L - K, decoder_mask_ratio)
-        partial = M < L - K
-        ids = ids_restore.argsort(dim=1)[:, : K + M] if partial else ids_restore
+        skips = M < L - K
+        # to invert ids_restore gives noise order: the visible first, then the removed
+        ids = ids_restore.argsort(dim=1)[:, : K + M] if skips else ids_restore
         cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)
-        if partial:
+        if skips:
             x = x + F.embedding(ids, pos.squeeze(0))  # noise order is as good for attention
         else:
             x = x.gather(1, ids.unsqueeze(-1).expand(-1, -1, D)) + pos  # in (t, h, w) order
         if cls_token is not None and cls_pos is not None:
             x = torch.cat([(cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
         x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
-        if not partial:
+        if not skips:
             return self.decoder_pred(x)[:, int(self.cls_embed) :]
         pred = self.decoder_pred(x[:, x.shape[1] - M :])
         ids = ids[:, K:].unsqueeze(-1).expand_as(pred)

@@ -70,8 +70,9 @@ class VisionTransformer(Encoder):
         )
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = sep_pos_embed, cls_embed, sincos_pos_embed
-        make_pos_embed(self, "", patch_embed.input_size, embed_dim, *positions)
+        make_pos_embed(
+            self, "", patch_embed.input_size, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed
+        )
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, rate, norm_layer)

@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import util.kinetics
-import util.video
 from util.args import positive_int
 from util.kinetics import Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader

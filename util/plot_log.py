@@ -3,7 +3,7 @@
     python -m util.plot_log output/pretrain
     python -m util.plot_log output/finetune output/scratch --out curves.png
 
-Needs matplotlib: pip install 'mae-video[plot]', which `make install` has done.
+Needs matplotlib: `pip install '.[plot]'`, which `make install` has done.
 """
 
 import argparse
