@@ -44,6 +44,8 @@ def _build(name: str, pretrained: str | None, **arguments: typing.Any) -> nn.Mod
     build: typing.Any = (models_mae.MODELS | models_vit.MODELS)[name]
     if pretrained is None:
         return build(**arguments)
+    if not isinstance(pretrained, str):
+        raise errors.UserError(f"pretrained = {pretrained!r} must be k400, k600, k700 or a path")
     if "/" not in pretrained and f"{pretrained}/vit_large" in released.MD5:
         size = name.removeprefix("mae_").rpartition("_")[0]
         if f"{pretrained}/{size}" not in released.MD5 or not name.endswith("_patch16"):

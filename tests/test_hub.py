@@ -91,3 +91,5 @@ def test_names_of_released_weights(monkeypatch):
     for name in ("mae_vit_base_patch16", "vit_huge_patch14"):
         with pytest.raises(UserError, match=f"no released weights of {name}; there are mae_vit_l"):
             load(name, pretrained="k400")
+    with pytest.raises(UserError, match="pretrained = True must be k400, k600, k700 or a path"):
+        load("mae_vit_large_patch16", pretrained=True)

@@ -556,6 +556,9 @@ def test_clips_of_another_size(model_class, size):
     model = golden.build(model_class, case)
     with pytest.raises(ValueError, match="4 x 32 x 32 .* got {} x {} x {};".format(*size)):
         model(torch.zeros(2, 3, *size))
+    for clips in (torch.zeros(3, 4, 32, 32), torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"must be float \[N, C, T, H, W\], not torch"):
+            model(clips)
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, 32), (0.98, 0), (1.0, 0), (-0.5, 48), (1.5, -16)])

@@ -64,6 +64,8 @@ class PatchEmbed(nn.Module):
 
     def cut(self, x: Tensor) -> Tensor:
         """View clips [N, C, T, H, W] as patches [N, T/t, H/p, W/p, C, t, p, p] without copying."""
+        if x.ndim != 5 or not x.is_floating_point():
+            raise ValueError(f"clips must be float [N, C, T, H, W], not {x.dtype} {list(x.shape)}")
         N, C, T, H, W = x.shape
         expected = (self.num_frames, self.img_size, self.img_size)
         if expected != (T, H, W):
