@@ -240,6 +240,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow  # test_kills.py has a fast one
 def test_killed_run_resumes_to_the_same_weights(videos, tmp_path):
     """SIGKILL after the first epoch, the same command again: bitwise the uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
