@@ -21,6 +21,7 @@ from torch import Tensor
 
 from models_mae import MaskedAutoencoderViT
 from util import args as flags
+from util.args import share
 from util.checkpoint import apply_weights, read_weights
 from util.errors import UserError
 from util.file_io import local_path, make_dirs, write_atomically
@@ -222,14 +223,6 @@ def mask_ratio(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and below 1, such as 0.95")
-    return value
-
-
-def share(text: str) -> float:
-    """Parse a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return value
 
 

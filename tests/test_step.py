@@ -177,6 +177,16 @@ def test_compile_without_a_compiler_ends_in_one_sentence(videos, tmp_path, monke
 # --- decoding a part of the removed patches
 
 
+def test_decoder_mask_ratio_zero_is_the_papers_loss():
+    model = autoencoder()
+    results = []
+    for ratios in ((0.75,), (0.75, 0.0)):
+        torch.manual_seed(1)
+        results.append(model(clips(), *ratios))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("cls_through_decoder", [False, True])
 def test_decoder_mask_ratio_decodes_a_random_part(cls_through_decoder):
     model = autoencoder(cls_through_decoder=cls_through_decoder)
@@ -250,6 +260,11 @@ def test_masked_classification_sees_the_kept_patches_alone():
     for block in model.blocks:
         x = block(x)
     torch.testing.assert_close(logits, model.head(model.norm(x[:, 1:].mean(dim=1))))
+
+
+def test_masked_classification_at_zero_is_the_classifier():
+    model = classifier().eval()
+    assert torch.equal(model(clips(), 0.0), model(clips()))
 
 
 def test_the_mask_ratio_of_fine_tuning_ends_at_zero():

@@ -185,10 +185,10 @@ def test_rotated_frames_come_upright(tmp_path, rotation):
     assert image.flags.c_contiguous or image.strides[1:] == (3, 1)
 
 
-def test_the_upright_size_is_known_without_asking_for_frames(tmp_path):
+def test_rotation_is_known_without_asking_for_frames(tmp_path):
     path = write_video(tmp_path / "r.mp4", moving_frames(3, 32, 64), rotation=90)
     with Video(path) as video:
-        assert (video.height, video.width) == (64, 32)
+        assert (video.height, video.width, video.rotation) == (64, 32, 90)
 
 
 TURNED = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]

@@ -138,7 +138,6 @@ def apply_weights(
         UserError: weights are missing or of another shape, or the head is with keep_head; or the
             file is of a deeper model or one of other heads, which no shape shows.
     """
-    refuse_other_models(weights, model)
     weights = weights.with_our_normalisation()
     own = model.state_dict()
     state, how = fit_state(weights, own, vars(model)["arguments"])
@@ -154,6 +153,7 @@ def apply_weights(
             f"{weights.path} is of another shape: {_some(wrong_shape, joint='; ')}; "
             "check --model, --input_size, --num_frames, --t_patch_size and --num_classes"
         )
+    refuse_other_models(weights, model)
     missing = [k for k in own if k not in state]
     missing += [f"{k}_class" for k in own if how.get(k) == NO_CLASS_ROW]
     not_loaded = [k for k in missing if keep_head or not k.startswith("head.")]

@@ -39,6 +39,7 @@ MAX_GAP = 10.0  # seconds from frame to frame; a longer one is a jump of the clo
 # (a x + c y, b x + d y), rows counted downwards.
 Orientation = tuple[int, int, int, int]
 UPRIGHT = (1, 0, 0, 1)
+TURNS = (UPRIGHT, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # by 90 degrees counterclockwise
 
 
 class VideoError(Exception):
@@ -216,21 +217,28 @@ class Video:
                 return rate  # else the header's: stamps rounded to 1 ms (Matroska) are less exact
         return header or 30.0
 
-    def _upright_size(self) -> tuple[int, int]:
-        """Return (height, width). FFmpeg tells the orientation with a frame only: decode one."""
+    @property
+    def rotation(self) -> int:
+        """Degrees counterclockwise, 0, 90, 180 or 270, that turn a stored frame upright.
+
+        A mirrored one is flipped left to right before. FFmpeg tells it with a frame only: unless
+        one was decoded already, this decodes the first.
+        """
         if self._orientation is None:
             for _ in self.frames([0]):
                 break
-        height, width = self._size
-        return (width, height) if self._orientation and self._orientation[1] else (height, width)
+        a, b, c, d = self._orientation or UPRIGHT
+        if a * d - b * c < 0:  # mirrored
+            a, b = -a, -b
+        return 90 * TURNS.index((a, b, c, d))
 
     @property
     def height(self) -> int:
-        return self._upright_size()[0]
+        return self._size[self.rotation in (90, 270)]
 
     @property
     def width(self) -> int:
-        return self._upright_size()[1]
+        return self._size[self.rotation not in (90, 270)]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Decode the wanted frames once, in ascending order.
@@ -402,8 +410,7 @@ def orientation(frame: VideoFrame) -> Orientation:
     try:
         side_data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV has no name for another kind (Exif, in MJPEG)
-        turns = round(frame.rotation / 90) % 4  # counterclockwise
-        return (UPRIGHT, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[turns]
+        return TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
         return UPRIGHT
     a, b, _, c, d, *_ = np.frombuffer(bytes(side_data), dtype=np.int32).tolist()
