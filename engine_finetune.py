@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util.confusion import count_confusions
+from util.checkpoint import Checkpoints
 from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
 from util.loader import VideoLoader
 from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
-from util.meters import RunLog, epoch_1000x, topk_correct
-from util.mixup import Mixup
+from util.meters import RunLog, epoch_1000x
 from util.optim import autocast, grad_sync, optim_step
-from util.resume import Checkpoints
+from util.report import VideoScores, count_confusions, topk_correct
 from util.signals import Interruption
-from util.transforms import augment_on_device
+from util.video.mixup import Mixup
+from util.video.transforms import augment_on_device
 
 
 def train_one_epoch(
@@ -148,14 +147,6 @@ def evaluate(
         "bad": len(loader.dataset) - videos,
     }
     return stats, counts
-
-
-class VideoScores(NamedTuple):
-    """What multi-view testing says of every row of a csv, in order."""
-
-    scores: np.ndarray  # float32 [V, classes], zero where the video could not be read
-    readable: np.ndarray  # bool [V]
-    errors: list[str]  # why a row could not be read, empty where it could
 
 
 @torch.no_grad()

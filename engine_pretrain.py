@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from util.checkpoint import Checkpoints
 from util.dist import rank, seed_step, world_size
 from util.loader import VideoLoader
 from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x
 from util.optim import autocast, grad_sync, optim_step
-from util.resume import Checkpoints
-from util.transforms import augment_on_device
+from util.video.transforms import augment_on_device
 
 
 def train_one_epoch(

@@ -1,7 +1,7 @@
 """Models for torch.hub: torch.hub.load("OWNER/REPO", "mae_vit_large_patch16", pretrained="k400").
 
 `pretrained` is the name of a data set with released weights (k400, k600, k700; ViT-L and ViT-H), or
-the path or address of a checkpoint of any format that util/weights.py reads. Clips are
+the path or address of a checkpoint of any format that util/formats.py reads. Clips are
 [N, 3, T, H, W], normalised by mean 0.45 and deviation 0.225; `model.forward_features(clips)` gives
 their patch tokens [N, L, D].
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util import checkpoint, errors, released
+from util import errors, file_io, weights
 
 # torch.hub.list shows every public callable of this file: only modules are imported.
 
@@ -46,28 +46,28 @@ def _build(name: str, pretrained: str | None, **arguments: typing.Any) -> nn.Mod
         return build(**arguments)
     if not isinstance(pretrained, str):
         raise errors.UserError(f"pretrained = {pretrained!r} must be k400, k600, k700 or a path")
-    if "/" not in pretrained and f"{pretrained}/vit_large" in released.MD5:
+    if "/" not in pretrained and f"{pretrained}/vit_large" in file_io.MD5:
         size = name.removeprefix("mae_").rpartition("_")[0]
-        if f"{pretrained}/{size}" not in released.MD5 or not name.endswith("_patch16"):
+        if f"{pretrained}/{size}" not in file_io.MD5 or not name.endswith("_patch16"):
             raise errors.UserError(
                 f"no released weights of {name}; there are mae_vit_large_patch16 and "
                 "mae_vit_huge_patch16"
             )
         pretrained = f"{pretrained}/{size}"
-    weights = checkpoint.read_weights(pretrained)
+    found = weights.read_weights(pretrained)
     wanted = {k: build.keywords[k] for k in SIZES}
-    found = {k: weights.arguments[k] for k in SIZES}
-    if wanted != found:
-        raise errors.UserError(f"{pretrained} is no {name}: it has {found}, not {wanted}")
+    sizes = {k: found.arguments[k] for k in SIZES}
+    if wanted != sizes:
+        raise errors.UserError(f"{pretrained} is no {name}: it has {sizes}, not {wanted}")
     # no shape shows the heads: where the file does not state them, the name does
     heads = {k: build.keywords[k] for k in HEADS if k in build.keywords}
-    arguments = {k: v for k, v in heads.items() if k not in weights.recorded} | arguments
+    arguments = {k: v for k, v in heads.items() if k not in found.recorded} | arguments
     if name in models_mae.MODELS:
-        model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments(**arguments))
-        checkpoint.apply_weights(model, weights, keep_head=False)
+        model = models_mae.MaskedAutoencoderViT(**found.autoencoder_arguments(**arguments))
+        weights.apply_weights(model, found, keep_head=False)
     else:
-        model = models_vit.VisionTransformer(**weights.classifier_arguments(**arguments))
-        checkpoint.apply_weights(model, weights, keep_head=checkpoint.has_head_for(weights, model))
+        model = models_vit.VisionTransformer(**found.classifier_arguments(**arguments))
+        weights.apply_weights(model, found, keep_head=weights.has_head_for(found, model))
     return model.eval()
 
 

@@ -16,26 +16,23 @@ import torch
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from main_test import MODEL_FLAGS, checkpoint_flags
 from util import args as flags
 from util import run
-from util.checkpoint import (
-    apply_weights,
-    has_head_for,
-    read_weights,
-)
-from util.confusion import read_class_names
-from util.dashboard import show_classes
+from util.checkpoint import Checkpoints, find_checkpoint
 from util.dist import print0, seed_step
 from util.errors import UserError
+from util.flops import print_flops
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
-from util.lr_decay import param_groups_lrd
-from util.meters import BadStepError, RunLog, last_x
-from util.mixup import Mixup
-from util.optim import make_optimizer, make_scaler
-from util.rand_augment import RandAugment
-from util.resume import Checkpoints, find_checkpoint
+from util.lr_sched import effective_lr
+from util.meters import RunLog, last_x, open_log
+from util.optim import BadStepError, make_optimizer, make_scaler, param_groups_lrd
+from util.report import read_class_names
+from util.synthetic import data_dir, synthetic_recipe
+from util.video.mixup import Mixup
+from util.video.rand_augment import RandAugment
+from util.visualize import show_classes
+from util.weights import MODEL_FLAGS, apply_weights, checkpoint_flags, has_head_for, read_weights
 
 
 def get_args_parser() -> flags.Parser:
@@ -146,7 +143,7 @@ def parse_args(
     """
     parser = get_args_parser()
     add_args(parser)
-    recipe = run.synthetic_recipe("synthetic_finetune.args")
+    recipe = synthetic_recipe("synthetic_finetune.args")
 
     def default_flags(args: argparse.Namespace) -> Sequence[str]:
         if not (args.eval and args.resume):
@@ -196,7 +193,7 @@ def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
 def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> VideoLoader:
     """Open the validation videos: one centre view of each, as many clips a batch as in training."""
     index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
-    dataset = Kinetics(index, "test", **run.clip_options(args))
+    dataset = Kinetics(index, "test", **flags.clip_options(args))
     batch_size = args.batch_size * args.repeat_aug
     return VideoLoader(dataset, batch_size, args.num_workers, args.max_bad_share, device)
 
@@ -205,7 +202,7 @@ def validate(args: argparse.Namespace, loader: VideoLoader, device: torch.device
     """Print how the weights of --resume do on the validation videos."""
     model = build_model(args)
     if args.dry_run:
-        run.print_flops(model, args)
+        print_flops(model, args)
         return
     apply_weights(model, read_weights(args.resume), keep_head=True)
     model.to(device)
@@ -229,14 +226,14 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--eval needs weights: give --resume CHECKPOINT")
     device = run.start(args)
 
-    folder = run.data_dir(args, "finetune")
+    folder = data_dir(args, "finetune")
     if args.eval:
         validate(args, open_val(args, folder, device), device)
         return
     train_set = Kinetics(
         VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
         "finetune",
-        **run.clip_options(args),
+        **flags.clip_options(args),
         seed=args.seed,
         repeat_aug=args.repeat_aug,
         scales=args.jitter_scales_relative,
@@ -268,9 +265,9 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{args.model}: {millions:.1f} M parameters")
 
     # Unlike in pre-training, the published recipes count the repeated clips in this rule.
-    args.lr = run.effective_lr(args, "clips", len(train_loader))
+    args.lr = effective_lr(args, "clips", len(train_loader))
     if args.dry_run:
-        run.print_flops(model, args)
+        print_flops(model, args)
         return
     groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(groups, args.beta, device)
@@ -281,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.resume(checkpoint)
     progress = checkpoints.progress
 
-    log = run.open_log(args, device, progress, len(train_loader))
+    log = open_log(args, device, progress, len(train_loader))
     class_names = read_class_names(folder, args.num_classes)
     ddp_model = run.prepare(model, device, args)
     started = time.time()

@@ -16,13 +16,16 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import args as flags
 from util import run
-from util.dashboard import FixedClips
+from util.checkpoint import Checkpoints, find_checkpoint
 from util.dist import print0, seed_step
+from util.flops import print_flops
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
-from util.meters import BadStepError, last_x
-from util.optim import make_optimizer, make_scaler, param_groups_weight_decay
-from util.resume import Checkpoints, find_checkpoint
+from util.lr_sched import effective_lr
+from util.meters import last_x, open_log
+from util.optim import BadStepError, make_optimizer, make_scaler, param_groups_weight_decay
+from util.synthetic import data_dir, synthetic_recipe
+from util.visualize import FixedClips
 
 
 def get_args_parser() -> flags.Parser:
@@ -84,7 +87,7 @@ def parse_args(
     """
     parser = get_args_parser()
     add_args(parser)
-    default_flags = run.synthetic_recipe("synthetic_pretrain.args")
+    default_flags = synthetic_recipe("synthetic_pretrain.args")
     return flags.parse(parser, argv, default_flags)
 
 
@@ -92,11 +95,11 @@ def main(args: argparse.Namespace) -> None:
     """Build data, model and optimiser in this order, then train."""
     device = run.start(args)
 
-    index = VideoIndex(os.path.join(run.data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
+    index = VideoIndex(os.path.join(data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
     dataset = Kinetics(
         index,
         "pretrain",
-        **run.clip_options(args),
+        **flags.clip_options(args),
         seed=args.seed,
         repeat_aug=args.repeat_aug,
         scales=args.jitter_scales_relative,
@@ -130,10 +133,10 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{args.model}: {millions:.1f} M parameters")
 
     # The published recipes count videos, not the repeat_aug clips of each, in this rule.
-    args.lr = run.effective_lr(args, "videos", len(loader))
+    args.lr = effective_lr(args, "videos", len(loader))
     if args.dry_run:
         ratios = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio")}
-        run.print_flops(model, args, **ratios)
+        print_flops(model, args, **ratios)
         return
     groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)
     optimizer = make_optimizer(groups, args.beta, device)
@@ -145,8 +148,8 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.resume(checkpoint)
     progress = checkpoints.progress
 
-    log = run.open_log(args, device, progress, len(loader))
-    fixed_clips = FixedClips(Kinetics(index, "test", **run.clip_options(args)), args, device)
+    log = open_log(args, device, progress, len(loader))
+    fixed_clips = FixedClips(Kinetics(index, "test", **flags.clip_options(args)), args, device)
     ddp_model = run.prepare(model, device, args, dynamic=False)
     started = time.time()
     while progress.epoch < args.epochs:

@@ -50,7 +50,7 @@ class MaskedAutoencoderViT(Encoder):
             takes thousands of updates to tell places apart; a larger one shortens that.
 
     sincos_pos_embed to strided_targets are how some published checkpoints were trained
-    (util/weights.py).
+    (util/formats.py).
 
     Raises:
         ValueError: sizes that do not divide; the message names the arguments.

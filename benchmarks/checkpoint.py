@@ -23,9 +23,9 @@ import torch
 
 from models_mae import MODELS
 from util.args import positive_int
+from util.checkpoint import Checkpoints
 from util.dist import get_device
 from util.optim import make_optimizer, make_scaler, optim_step, param_groups_weight_decay
-from util.resume import Checkpoints
 
 MAX_STALL = 0.05
 

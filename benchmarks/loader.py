@@ -37,9 +37,16 @@ from util.args import positive_int
 from util.kinetics import Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader
 from util.prepare_kinetics import find_videos, transcode
-from util.rand_augment import RandAugment
-from util.transforms import MEAN, STD, random_erasing_box, short_side_size, uniform_crop_box
-from util.video import Video, clip_start, frame_indices
+from util.video.decode import Video
+from util.video.rand_augment import RandAugment
+from util.video.sampling import (
+    clip_start,
+    frame_indices,
+    random_erasing_box,
+    short_side_size,
+    uniform_crop_box,
+)
+from util.video.transforms import MEAN, STD
 
 SIZE, NUM_FRAMES, SAMPLING_RATE = 224, 16, 4
 SHAPE: dict[str, Any] = {

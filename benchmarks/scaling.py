@@ -21,7 +21,7 @@ from models_mae import MODELS as AUTOENCODERS
 from models_vit import MODELS as CLASSIFIERS
 from util.args import positive_float, positive_int
 from util.flops import count_flops
-from util.run import ROOT
+from util.synthetic import ROOT
 
 CLIP = (3, 16, 224, 224)
 

@@ -22,24 +22,16 @@ from torch import Tensor
 from models_mae import MaskedAutoencoderViT
 from util import args as flags
 from util.args import share
-from util.checkpoint import apply_weights, read_weights
+from util.checkpoint import newest_checkpoint
 from util.errors import UserError
 from util.file_io import local_path, make_dirs, write_atomically
 from util.kinetics import cut_views
-from util.resume import newest_checkpoint
 from util.run import run, usage_errors
 from util.synthetic import write_dataset
-from util.transforms import Box, uniform_crop_box
-from util.video import Video, VideoError, clip_length, frame_indices
-from util.visualize import (
-    MASK_TYPES,
-    WHITE,
-    encode_gif,
-    encode_mp4,
-    enlarge,
-    reconstruct,
-    tile,
-)
+from util.video.decode import Video, VideoError
+from util.video.sampling import Box, clip_length, frame_indices, uniform_crop_box
+from util.visualize import MASK_TYPES, WHITE, encode_gif, encode_mp4, enlarge, reconstruct, tile
+from util.weights import apply_weights, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_RUN = ROOT / "output/demo/pretrain"  # of `make demo`

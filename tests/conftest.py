@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.video_files import write_video
-from util import released
+from util import file_io
 
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -46,7 +46,7 @@ def server(tmp_path, monkeypatch):
     www, requested = tmp_path / "www", []
     (www / "pretrain").mkdir(parents=True)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    released.fetch.cache_clear()
+    file_io.fetch.cache_clear()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):

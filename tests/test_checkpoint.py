@@ -1,24 +1,91 @@
-"""Tests of util/checkpoint.py: loading, and what it refuses."""
+"""Tests of util/checkpoint.py: saving, resuming, pruning, and what it refuses."""
 
 import argparse
+import contextlib
+import json
 import os
-import pickle
+import resource
+import signal
+import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import VisionTransformer
 from tests import golden
-from util.checkpoint import apply_weights, read_checkpoint, read_weights
+from util import file_io
+from util.checkpoint import (
+    Checkpoints,
+    HostCopy,
+    Progress,
+    find_checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    superfluous,
+)
 from util.errors import UserError
-from util.weights import checkpoint_args, model_state
+from util.lr_sched import set_learning_rate
+from util.meters import append_log, write_log
+from util.optim import make_optimizer, optim_step, param_groups_weight_decay
+from util.signals import STOP_SIGNALS, signals_restored
 
+CPU = torch.device("cpu")
 LOADING = golden.table("ckpt_loading.json")
-PRETRAINED = "ckpt_pretrain_model_state.pth"
-VIT = {"kwargs": LOADING["vit_kwargs"], "layernorm_eps": LOADING["layernorm_eps"]}
 MAE = {"kwargs": LOADING["mae_kwargs"], "layernorm_eps": LOADING["layernorm_eps"]}
+DATA = 1234  # the fingerprint of the videos
+
+
+def flags(**overrides):
+    defaults = {
+        "model": "mae_tiny", "output_dir": "", "resume": "", "batch_size": 2, "accum_iter": 1,
+        "epochs": 9, "seed": 0, "checkpoint_period": 1, "checkpoint_minutes": 0, "keep_last": 0,
+        "keep_every": 0, "dist_timeout": 30, "beta": (0.9, 0.95), "lr": None,
+    }  # fmt: skip
+    return argparse.Namespace(**(defaults | overrides))
+
+
+class Training:
+    """A small autoencoder in training, with everything a checkpoint keeps."""
+
+    def __init__(self, init, fingerprint=DATA, decoder=(), **overrides):
+        torch.manual_seed(init)
+        self.args = flags(**overrides)
+        self.model = golden.build(MaskedAutoencoderViT, MAE, **dict(decoder))
+        groups = param_groups_weight_decay(self.model, 0.05)
+        self.optimizer = make_optimizer(groups, (0.9, 0.95), CPU)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        state = self.model, self.optimizer, self.scaler
+        self.checkpoints = Checkpoints(self.args, *state, fingerprint)
+
+    def train(self, *steps):
+        for step in steps:
+            torch.manual_seed(step)
+            set_learning_rate(self.optimizer, 1e-3)
+            loss = self.model(torch.randn(2, 3, 4, 32, 32), 0.75)[0]
+            self.scaler.scale(loss).backward()
+            optim_step(self.optimizer, self.scaler, list(self.model.parameters()), clip_grad=1.0)
+
+    def save(self, folder, **progress):
+        self.args.output_dir = str(folder)
+        place = {"epoch": 4, "updates": 40} | progress
+        self.checkpoints.progress = Progress(**place)
+        self.checkpoints.save()
+        self.checkpoints.wait()
+        step = place.get("step", 0)
+        name = f"{place['epoch']:05d}-{step:08d}" if step else f"{place['epoch'] - 1:05d}"
+        return Path(folder) / f"checkpoint-{name}.pth"
+
+    def resume(self, path):
+        self.checkpoints.resume(str(path))
+        return self.checkpoints.progress
+
+    def state(self):
+        """Everything as one flat dict of tensors."""
+        flat = dict(self.model.state_dict())
+        for number, values in self.optimizer.state_dict()["state"].items():
+            flat |= {f"{number}/{name}": value for name, value in values.items()}
+        return flat | {"scale": torch.tensor(self.scaler.get_scale())}
 
 
 def assert_bitwise_equal(a, b):
@@ -26,223 +93,401 @@ def assert_bitwise_equal(a, b):
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
-# --- files that are not checkpoints
+@pytest.fixture(scope="module")
+def trained():
+    training = Training(init=0)
+    training.train(0, 1)
+    return training
 
 
-class Bomb:
-    """Run code when unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+# --- saving and resuming
 
 
-@pytest.mark.parametrize("place", ["whole", "args", "zipless"])
-def test_code_in_a_checkpoint_is_not_run(tmp_path, place):
-    path, crater = tmp_path / "bomb.pth", tmp_path / "crater"
-    if place == "zipless":
-        path.write_bytes(pickle.dumps(Bomb(crater), protocol=2))
-    else:
-        torch.save({"model": {}, "args": Bomb(crater)} if place == "args" else Bomb(crater), path)
-    with pytest.raises(UserError, match=r"bomb\.pth is not loaded: it asks to run code \(.*mkdir"):
-        read_checkpoint(str(path))
-    assert not crater.exists()
-    with open(path, "rb") as file:  # the bomb is real
-        pickle.load(file) if place == "zipless" else torch.load(file, weights_only=False)
-    assert crater.exists()
+@pytest.mark.parametrize("step", [0, 7])
+def test_resuming_continues_bit_for_bit(tmp_path, capsys, step):
+    uninterrupted = Training(init=0)
+    uninterrupted.train(0, 1)
+    line = {"epoch": 3, "train_loss": 0.1}
+    place = {"step": step, "sums": {"loss": 0.3}, "counts": {"loss": 7}, "log": [line]}
+    path = uninterrupted.save(tmp_path, **place, best_epoch=2)
+    assert f"saved {path}" in capsys.readouterr().out
+    uninterrupted.train(2, 3)
+
+    (tmp_path / "log.txt").write_text("of after the checkpoint\n")
+    resumed = Training(init=1, output_dir=str(tmp_path))
+    progress = resumed.resume(newest_checkpoint(str(tmp_path)))
+    assert progress == Progress(4, updates=40, best_epoch=2, **place)
+    where = "epoch 4, step 7" if step else "epoch 4"
+    assert f"resumed from {path}: going on at {where}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "log.txt").read_text()) == line
+    resumed.train(2, 3)
+    assert_bitwise_equal(resumed.state(), uninterrupted.state())
+    assert resumed.scaler.state_dict() == uninterrupted.scaler.state_dict()
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
-def test_truncated_files(tmp_path, zipped, share):
-    path = tmp_path / "short.pth"
-    state = {"model": golden.build(MaskedAutoencoderViT, MAE).state_dict()}
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with open(path, "r+b") as file:
-        file.truncate(int(path.stat().st_size * share))
-    with pytest.raises(UserError, match=r"short\.pth is damaged or not a checkpoint"):
-        read_checkpoint(str(path))
+def test_checkpoint_is_of_the_moment_of_save_though_training_goes_on(tmp_path, monkeypatch):
+    training = Training(init=0)
+    training.train(0)
+    then = {k: v.clone() for k, v in training.state().items()}
+    write = file_io.write_atomically
+
+    def slow_write(path, writer):
+        training.train(1)  # in the writing thread: certainly between copy and write
+        write(path, writer)
+
+    monkeypatch.setattr("util.checkpoint.write_atomically", slow_write)
+    path = training.save(tmp_path)
+    resumed = Training(init=1)
+    resumed.resume(path)
+    assert_bitwise_equal(resumed.state(), then)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_bytes_never_give_a_traceback(tmp_path, zipped):
-    path = tmp_path / "damaged.pth"
-    state = {"model": torch.nn.Linear(3, 2).state_dict(), "args": argparse.Namespace(model="x")}
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-    refused = 0
-    for _ in range(200):
-        damaged = np.frombuffer(whole, dtype=np.uint8).copy()
-        places = rng.integers(len(whole), size=rng.choice([1, 5, 20]))
-        damaged[places] = rng.integers(256, size=len(places))
-        path.write_bytes(damaged.tobytes())
-        try:
-            read_checkpoint(str(path))
-        except UserError as error:
-            assert str(error).startswith(str(path))
-            refused += 1
-    assert refused > 100  # the rest hit a weight
+def test_a_step_waits_for_the_copy_that_is_under_way(tmp_path, monkeypatch):
+    training = Training(init=0, output_dir=str(tmp_path))
+    training.train(0)
+    then = {k: v.clone() for k, v in training.state().items()}
+    copy = HostCopy._copy
+
+    def slow_copy(self, state):
+        time.sleep(0.3)
+        return copy(self, state)
+
+    monkeypatch.setattr(HostCopy, "_copy", slow_copy)
+    training.checkpoints.progress = Progress(4)
+    began = time.monotonic()
+    training.checkpoints.save()
+    assert time.monotonic() - began < 0.2  # the caller goes on at once
+    training.train(1)
+    training.checkpoints.wait()
+    resumed = Training(init=1)
+    resumed.resume(newest_checkpoint(str(tmp_path)))
+    assert_bitwise_equal(resumed.state(), then)
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Not found</html>", b"PK\x03\x04"])
-def test_files_of_another_kind(tmp_path, content):
-    path = tmp_path / "other.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"other\.pth is damaged or not a checkpoint: \w") as caught:
-        read_checkpoint(str(path))
-    assert "weights_only" not in str(caught.value)  # never advise to run what the file holds
+def test_checkpoint_has_the_keys_of_the_family_and_plain_flags(tmp_path, trained):
+    checkpoint = torch.load(trained.save(tmp_path), weights_only=True)  # no allowed classes at all
+    assert {"args", "epoch", "model", "optimizer", "scaler", "step"} <= set(checkpoint)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (3, 40)
+    assert checkpoint["args"] == vars(trained.args)
+    assert list(checkpoint["model"]) == list(trained.model.state_dict())
 
 
-def test_folders_missing_files_and_other_contents(tmp_path):
-    with pytest.raises(UserError, match="is a folder; give the checkpoint file in it"):
-        read_checkpoint(str(tmp_path))
-    with pytest.raises(UserError, match=r"cannot open .*missing\.pth: No such file"):
-        read_checkpoint(str(tmp_path / "missing.pth"))
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(UserError, match=r"list\.pth holds a list, not a checkpoint"):
-        read_checkpoint(str(tmp_path / "list.pth"))
+def test_resuming_reads_the_reference_training_files(tmp_path, trained):
+    """Their args are an argparse.Namespace; they count no steps and may hold no scaler state."""
+    checkpoint = {
+        "model": trained.model.state_dict(),
+        "optimizer": trained.optimizer.state_dict(),
+        "epoch": 7,
+        "scaler": {},
+        "args": argparse.Namespace(model="mae_tiny", lr=1e-3),
+    }
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = None  # not their optimiser's
+    torch.save(checkpoint, tmp_path / "checkpoint-00007.pth")
+    resumed = Training(init=1)
+    assert resumed.resume(tmp_path / "checkpoint-00007.pth") == Progress(epoch=8)
+    own = trained.state()
+    assert_bitwise_equal(resumed.state(), own | {"scale": torch.tensor(2.0**10)})
+    resumed.train(2)
 
 
-@pytest.mark.parametrize("checkpoint", [{}, {"epoch": 3}, {"model": "vit"}, {"model": {}}])
-def test_checkpoints_without_weights(checkpoint):
-    with pytest.raises(UserError, match=r"x\.pth holds no weights; its keys are"):
-        model_state(checkpoint, "x.pth")
+def refused(path, other, match):
+    """Check that a training refuses a checkpoint and is left as it was."""
+    before = {k: v.clone() for k, v in other.state().items()}
+    with pytest.raises(UserError, match=match):
+        other.resume(path)
+    assert_bitwise_equal(other.state(), before)
 
 
-def test_checkpoint_args():
-    assert checkpoint_args({"args": {"lr": 1.0}}) == {"lr": 1.0}
-    assert checkpoint_args({"args": argparse.Namespace(lr=1.0)}) == {"lr": 1.0}
-    assert checkpoint_args({}) == checkpoint_args({"args": None}) == {}
+def test_resuming_another_model_is_refused(tmp_path, trained):
+    other = Training(init=1, model="mae_small")
+    refused(trained.save(tmp_path), other, "of --model mae_tiny, not mae_small")
 
 
-# --- loading weights
+def test_resuming_another_size_is_refused(tmp_path, trained):
+    path = trained.save(tmp_path)
+    other = Training(init=1, decoder={"decoder_embed_dim": 16})
+    with pytest.raises(UserError, match=r"00003\.pth does not fit the model; .*decoder_cls_token"):
+        other.resume(path)
 
 
-def prefixed(state, prefix):
-    return {prefix + k: v for k, v in state.items()}
+def test_resuming_another_optimizer_is_refused(tmp_path, trained):
+    path = trained.save(tmp_path)
+    other = Training(init=1)
+    optimizer = make_optimizer([{"params": other.model.parameters()}], (0.9, 0.95), CPU)
+    other.checkpoints.optimizer = optimizer
+    with pytest.raises(UserError, match=r"00003\.pth does not fit the model.*parameter group"):
+        other.resume(path)
 
 
-WRAPPINGS = {
-    "model": lambda state: {"model": state, "epoch": 1},
-    "model_state": lambda state: {"epoch": 1, "model_state": state, "cfg": "A: 1"},
-    "module": lambda state: {"module": state},
-    "state_dict": lambda state: {"state_dict": state},
-    "bare": lambda state: state,
-    "DistributedDataParallel": lambda state: {"model": prefixed(state, "module.")},
-    "torch.compile": lambda state: prefixed(state, "_orig_mod."),
-    "both": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
-}
+@pytest.mark.parametrize("key", ["model", "optimizer", "epoch"])
+def test_resuming_weights_alone_is_refused(tmp_path, trained, key):
+    checkpoint = torch.load(trained.save(tmp_path))
+    del checkpoint[key]
+    torch.save(checkpoint, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=rf"weights\.pth .*no '{key}'.*--finetune"):
+        Training(init=1).resume(tmp_path / "weights.pth")
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_wrapped_and_bare_state_dicts(wrapping):
-    state = {"head.weight": torch.ones(2), "blocks.0.norm1.bias": torch.zeros(3)}
-    assert model_state(WRAPPINGS[wrapping](state), "x.pth") == state
+def test_resuming_on_other_videos_is_refused(tmp_path, trained):
+    other = Training(init=1, fingerprint=DATA + 1)
+    refused(trained.save(tmp_path), other, "trained on other videos than train.csv lists now")
 
 
-def fresh_classifier(**overrides):
-    model = golden.build(VisionTransformer, VIT, **overrides).eval()
-    if not overrides:
-        model.load_state_dict(golden.tensors("ckpt_loading.npz", "init_sd/"))
-    return model
+@pytest.mark.parametrize("change", [{"batch_size": 4}, {"accum_iter": 2}, {"seed": 1}])
+def test_another_batch_goes_on_at_the_end_of_an_epoch_alone(tmp_path, trained, change):
+    match = r"middle of an epoch of 2 videos.*--accum_iter 1 and --seed 0; now they are \d, \d and"
+    refused(trained.save(tmp_path, step=3), Training(init=1, **change), match)
+    assert Training(init=1, **change).resume(trained.save(tmp_path)).epoch == 4
 
 
-def saved(path, state):
-    torch.save({"model": state}, path)
-    return str(path)
+def test_paths_may_be_relative(tmp_path, monkeypatch, trained):
+    monkeypatch.chdir(tmp_path)
+    trained.save(Path("output"))
+    assert newest_checkpoint("output") == "output/checkpoint-00003.pth"
+    assert Training(init=1).resume("output/checkpoint-00003.pth") == Progress(4, updates=40)
 
 
-@pytest.mark.parametrize("key", ["model_state", "model"])
-def test_pretrained_weights_give_the_golden_logits(tmp_path, capsys, key):
-    path = golden.DATA / PRETRAINED
-    if key == "model":
-        state = read_checkpoint(str(path))["model_state"]
-        path = saved(tmp_path / "model.pth", state)
-    model = fresh_classifier()
-    apply_weights(model, read_weights(str(path)), keep_head=False)
-    case = next(case for case in LOADING["cases"] if case["file"] == PRETRAINED)
-    logits = model(golden.tensor("ckpt_loading.npz", "video")).detach()
-    expected = golden.tensor("ckpt_loading.npz", case["logits_key"])
-    torch.testing.assert_close(logits, expected, rtol=0, atol=5e-6)
-    head = golden.tensors("ckpt_loading.npz", "init_sd/head.")
-    assert torch.equal(model.head.weight, head["weight"])
-    assert torch.equal(model.head.bias, head["bias"])
+# --- which checkpoint
 
+
+def test_newest_checkpoint(tmp_path):
+    assert newest_checkpoint("") is None
+    assert newest_checkpoint(str(tmp_path / "missing")) is None
+    assert newest_checkpoint(str(tmp_path)) is None
+    names = ["checkpoint-00009.pth", "checkpoint-00010.pth", "checkpoint-00002.pth"]
+    names += ["checkpoint-00010-00000900.pth"]  # of that epoch, not after it
+    others = ["checkpoint-00011.pth.tmp77", "checkpoint-best.pth", "old-checkpoint-00099.pth"]
+    for name in names + others:
+        (tmp_path / name).write_bytes(b"")
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-00010.pth")
+    (tmp_path / "checkpoint-00011-00000001.pth").write_bytes(b"")
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-00011-00000001.pth")
+    for name in ("checkpoint-99999.pth", "checkpoint-100000.pth"):
+        (tmp_path / name).write_bytes(b"")
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100000.pth")
+
+
+def flip_byte_of_a_weight(path):
+    """Change one bit where only the checksum can tell."""
+    data = bytearray(path.read_bytes())
+    weight = torch.load(path)["model"]["mask_token"].numpy().tobytes()
+    data[data.index(weight)] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip_byte_of_a_weight, truncate, empty])
+def test_a_damaged_newest_is_reported_and_the_one_before_it_taken(
+    tmp_path, trained, capsys, damage
+):
+    older, newest = trained.save(tmp_path, epoch=4), trained.save(tmp_path, epoch=5, step=3)
+    args = flags(output_dir=str(tmp_path))
+    assert find_checkpoint(args) == str(newest)
+    damage(newest)
+    assert find_checkpoint(args) == str(older)
+    assert f"WARNING: {newest} is damaged" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is damaged"):
+        Training(init=1).resume(newest)
+    damage(older)
+    assert find_checkpoint(args) is None
+
+
+def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, trained):
+    start = str(trained.save(tmp_path, epoch=4))
+    trained.save(tmp_path, epoch=8)  # of an earlier command, without --resume
+    args = flags(output_dir=str(tmp_path), resume=start)
+    assert find_checkpoint(args) == start
+    again = Training(init=0, resume=start)
+    own = again.save(tmp_path, epoch=5)
+    assert find_checkpoint(args) == str(own)
+
+
+def test_flags_that_changed_are_told(tmp_path, trained, capsys):
+    path = trained.save(tmp_path)
+    again = Training(init=1, accum_iter=2, keep_last=3)
+    capsys.readouterr()
+    again.resume(path)
     out = capsys.readouterr().out
-    own = model.state_dict()
-    assert f"loaded {len(own) - len(case['missing'])} of {len(own)} tensors from {path}" in out
-    assert all(name in out for name in case["missing"] + case["unexpected"][:4])
+    assert f"WARNING: flags are not those of {path}: --accum_iter 1 -> 2\n" in out
+    finished = Training(init=1, epochs=4)
+    finished.resume(path)
+    assert "all 4 epochs are done; for more raise --epochs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("keep_head", [True, False])
-def test_head_projection_is_the_head(tmp_path, keep_head):
-    trained = golden.build(VisionTransformer, VIT).eval()
-    state = {k.replace("head.", "head.projection."): v for k, v in trained.state_dict().items()}
-    path = tmp_path / "finetuned.pth"
-    torch.save({"model_state": state}, path)
-    model = fresh_classifier()
-    apply_weights(model, read_weights(str(path)), keep_head=keep_head)
-    assert list(model_state(read_checkpoint(str(path)), "x")) == LOADING["converted_key_names"]
-    assert torch.equal(model.head.weight, trained.head.weight) == keep_head
-    video = golden.tensor("ckpt_loading.npz", "video")
-    assert torch.equal(model(video), trained(video)) == keep_head
+# --- pruning
 
 
-def test_head_of_another_number_of_classes(tmp_path):
-    trained = golden.build(VisionTransformer, VIT, num_classes=5)
-    path = saved(tmp_path / "five.pth", trained.state_dict())
-    model = fresh_classifier()
-    apply_weights(model, read_weights(path), keep_head=False)
-    head = golden.tensors("ckpt_loading.npz", "init_sd/head.")
-    assert torch.equal(model.head.weight, head["weight"])
-    assert torch.equal(model.norm.weight, trained.norm.weight)
-    with pytest.raises(UserError, match=r"head\.weight is \[5, 48\].*\[7, 48\].*--num_classes"):
-        apply_weights(fresh_classifier(), read_weights(path), keep_head=True)
+def names(*numbers):
+    return [f"x/checkpoint-{n}.pth" for n in numbers]
 
 
-def assert_untouched(model):
-    assert_bitwise_equal(model.state_dict(), golden.tensors("ckpt_loading.npz", "init_sd/"))
+def test_superfluous_checkpoints():
+    epochs = ["00000", "00001", "00002", "00003"]
+    paths = names(*epochs)
+    assert superfluous(paths, paths[-1], 0, 0, None) == []
+    assert superfluous(paths, paths[-1], 1, 0, None) == paths[:3]
+    assert superfluous(paths, paths[-1], 2, 0, None) == paths[:2]
+    assert superfluous(paths, paths[-1], 1, 0, 1) == [paths[0], paths[2]]  # never the best
+    assert superfluous(paths, paths[-1], 1, 2, None) == [paths[0], paths[2]]  # epochs 2, 4, ...
+    assert superfluous(paths, paths[2], 1, 0, None) == paths[:2]  # none of the future
+    middle = names("00003", "00004-00000010", "00004-00000020", "00004-00000030")
+    assert superfluous(middle, middle[-1], 1, 0, None) == middle[1:2]
+    assert superfluous(middle, middle[-2], 0, 0, None) == []
+    ended = [*middle[-2:], *names("00004")]
+    assert superfluous(ended, ended[-1], 0, 0, None) == ended[:1]
+    assert superfluous(paths[:3], paths[3], 1, 0, None) == paths[:3]  # not listed yet
 
 
-@pytest.mark.parametrize(
-    "lost, flag",
-    [
-        ("cls_token", "--no-cls_embed"),
-        ("q.bias", "--no_qkv"),
-        ("mlp.fc1.bias", "--allow_missing"),
-    ],
-)
-def test_missing_encoder_weights_are_named(tmp_path, lost, flag):
-    state = golden.build(VisionTransformer, VIT).state_dict()
-    state = {k: v for k, v in state.items() if not k.endswith(lost)}
-    path = saved(tmp_path / "lacking.pth", state)
-    model = fresh_classifier()
-    with pytest.raises(UserError, match=rf"lacking\.pth lacks \d weights.*{lost}.*{flag}"):
-        apply_weights(model, read_weights(path), keep_head=False)
-    assert_untouched(model)
+def test_the_best_epoch_is_saved_between_periods(tmp_path):
+    training = Training(
+        init=0, output_dir=str(tmp_path), checkpoint_period=5, keep_last=1, epochs=10
+    )
+    training.train(0)
+    for epoch in range(10):
+        training.checkpoints.finish_epoch({"epoch": epoch}, steps=3, best=epoch in (1, 6))
+    training.checkpoints.wait()
+    left = [os.path.basename(path) for path in list_checkpoints(str(tmp_path))]
+    assert left == ["checkpoint-00006.pth", "checkpoint-00009.pth"]
 
 
-def test_a_missing_head_is_an_error_when_it_is_needed():
-    path = str(golden.DATA / PRETRAINED)
-    with pytest.raises(UserError, match=r"lacks 2 weights of the model \(head\.weight, head\.bias"):
-        apply_weights(fresh_classifier(), read_weights(path), keep_head=True)
+def test_keep_last_and_every_and_best_in_a_run(tmp_path):
+    training = Training(init=0, output_dir=str(tmp_path), keep_last=2, keep_every=4, epochs=10)
+    training.train(0)
+    for epoch in range(10):
+        training.checkpoints.finish_epoch({"epoch": epoch}, steps=3, best=epoch == 4)
+        if epoch == 6:  # as after a kill: the best must be known again
+            resumed = Training(init=0, **vars(training.args))
+            training.checkpoints.wait()
+            resumed.resume(newest_checkpoint(str(tmp_path)))
+            training = resumed
+    training.checkpoints.wait()
+    left = [os.path.basename(path) for path in list_checkpoints(str(tmp_path))]
+    assert left == [f"checkpoint-0000{epoch}.pth" for epoch in (3, 4, 7, 8, 9)]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(10))
+    assert training.checkpoints.progress.updates == 30
 
 
-@pytest.mark.parametrize(
-    "overrides, weight, flag",
-    [
-        ({"patch_size": 16}, "patch_embed.proj.weight", "--model"),
-        ({"embed_dim": 64}, "cls_token", "--model"),
-    ],
-)
-def test_weights_of_another_shape_are_named(tmp_path, overrides, weight, flag):
-    other = golden.build(VisionTransformer, VIT, **overrides)
-    path = saved(tmp_path / "shape.pth", other.state_dict())
-    model = fresh_classifier()
-    with pytest.raises(UserError, match=rf"shape\.pth is of another shape.*{weight}.*{flag}"):
-        apply_weights(model, read_weights(path), keep_head=False)
-    assert_untouched(model)
+# --- log.txt
+
+
+def test_log_txt_has_a_json_line_per_epoch(tmp_path):
+    records = [{"epoch": 0, "train_loss": 0.5, "note": "é\n"}, {"epoch": 1, "train_loss": 1e-7}]
+    for record in records:
+        append_log(str(tmp_path), record)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    write_log(str(tmp_path), records[:1])
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records[:1]
+
+
+def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path):
+    """JSON has no NaN; a run whose fp16 validation overflows goes on, and resumes."""
+    training = Training(init=0, output_dir=str(tmp_path))
+    record = {"epoch": 0, "val_loss": float("nan"), "val_acc1": 12.5}
+    training.train(0)
+    training.checkpoints.finish_epoch(record, steps=3)
+    training.checkpoints.wait()
+    Training(init=1, output_dir=str(tmp_path)).resume(tmp_path / "checkpoint-00000.pth")
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert json.loads(line) == {"epoch": 0, "val_loss": None, "val_acc1": 12.5}
+    assert "NaN" not in line
+
+
+# --- writes that fail
+
+
+@contextlib.contextmanager
+def full_disk(free_bytes=5000):
+    """Let files grow no larger than this, so that the system refuses the write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def failing_replace():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space")))
+        yield
+
+
+@pytest.mark.parametrize("failure", [full_disk, failing_replace])
+def test_a_failing_write_warns_and_leaves_the_old_file(tmp_path, trained, capsys, failure):
+    path = trained.save(tmp_path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    with failure():
+        trained.save(tmp_path)
+        trained.save(tmp_path, epoch=5)
+    out = capsys.readouterr().out
+    assert f"WARNING: could not save {path}: " in out and "saved" not in out
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]  # neither a half-written one nor a temporary file
+
+
+def test_a_lost_folder_warns(tmp_path, trained, capsys):
+    (tmp_path / "file").write_text("")
+    trained.save(tmp_path / "file" / "output")
+    assert "WARNING: could not save" in capsys.readouterr().out
+    write_log(str(tmp_path / "file" / "output"), [{"epoch": 0}])
+    assert "WARNING: could not write" in capsys.readouterr().out
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint-00000.pth"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        file_io.write_atomically(str(path), write)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
+
+
+def test_the_final_name_appears_only_with_the_whole_file(tmp_path):
+    path = tmp_path / "checkpoint-00000.pth"
+
+    def write(file):
+        file.write(b"all")
+        file.flush()
+        assert not path.exists()
+
+    file_io.write_atomically(str(path), write)
+    assert path.read_bytes() == b"all" and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_and_folders_follow_the_umask(tmp_path, trained, umask):
+    before = os.umask(umask)
+    try:
+        path = trained.save(tmp_path / "output")
+        write_log(str(tmp_path / "output"), [{"epoch": 0}])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "output").stat().st_mode & 0o777 == 0o777 & ~umask
+    for file in (path, tmp_path / "output" / "log.txt"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_signals_are_given_back_after_an_error(tmp_path):
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(UserError), signals_restored():
+        checkpoints = Training(init=0, output_dir=str(tmp_path)).checkpoints
+        assert [signal.getsignal(n) for n in STOP_SIGNALS] == [checkpoints.interruption._note] * 4
+        raise UserError("a bad step")
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

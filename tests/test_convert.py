@@ -21,19 +21,12 @@ import main_test
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import formats, golden
-from util import convert, file_io, pos_embed, released
-from util.checkpoint import apply_weights, read_checkpoint, read_weights
+from util import convert, file_io, pos_embed
+from util.convert import is_decoder
 from util.errors import UserError
+from util.formats import METADATA, PYSLOWFAST, interpret, model_state, num_heads, resize_kernel
 from util.kinetics import Kinetics, VideoIndex
-from util.weights import (
-    METADATA,
-    PYSLOWFAST,
-    interpret,
-    is_decoder,
-    model_state,
-    num_heads,
-    resize_kernel,
-)
+from util.weights import apply_weights, read_checkpoint, read_weights
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
@@ -1106,15 +1099,15 @@ def test_damaged_downloads_are_fetched_again(server):
 
 def test_names_of_released_files_and_pages_with_byte_order_marks(monkeypatch):
     fetched = []
-    monkeypatch.setattr(released, "local_path", lambda address: fetched.append(address) or "")
+    monkeypatch.setattr(file_io, "local_path", lambda address: fetched.append(address) or "")
     with pytest.raises(FileNotFoundError):
-        released.fetch("mae_pretrain_vit_large_k400")
-    assert fetched == [released.ADDRESS.format(size="vit_large", data="k400")]
+        file_io.fetch("mae_pretrain_vit_large_k400")
+    assert fetched == [file_io.ADDRESS.format(size="vit_large", data="k400")]
     for page in ("<html>".encode("utf-16"), b"\xef\xbb\xbf<html>"):
         with pytest.raises(UserError, match="web page"):
-            released.refuse_other_kinds(page, "in.pth")
+            file_io.refuse_other_kinds(page, "in.pth")
     # 15392 bytes of header begin with a blank and "<"
-    released.refuse_other_kinds((15392).to_bytes(8, "little") + b'{"', "in.safetensors")
+    file_io.refuse_other_kinds((15392).to_bytes(8, "little") + b'{"', "in.safetensors")
 
 
 # --- addresses and names
@@ -1124,7 +1117,7 @@ def test_addresses_are_cached(server):
     folder, address, requested = server
     saved(folder / "in.pth", formats.reference(decoder=False))
     first = read_weights(f"{address}/in.pth")
-    released.fetch.cache_clear()
+    file_io.fetch.cache_clear()
     second = read_weights(f"{address}/in.pth")
     assert first.arguments == second.arguments
     assert len([path for path in requested if path.endswith("in.pth")]) == 1
@@ -1153,7 +1146,7 @@ def test_released_files_must_have_their_md5(server, name, digits, monkeypatch):
             read_weights(f"{address}/{name}")
     assert len([path for path in requested if path.endswith(name)]) == 2
     size = "k400/vit_large" if "large" in name else "k700/vit_huge"
-    monkeypatch.setitem(released.MD5, size, md5[:6])
+    monkeypatch.setitem(file_io.MD5, size, md5[:6])
     assert read_weights(f"{address}/{name}").source == PYSLOWFAST
 
 
@@ -1161,9 +1154,9 @@ def test_released_names(server, monkeypatch):
     folder, address, _ = server
     path = saved(folder / "mae_pretrain_vit_huge_k600.pth", formats.pyslowfast())
     with open(path, "rb") as file:
-        monkeypatch.setitem(released.MD5, "k600/vit_huge", hashlib.md5(file.read()).hexdigest()[:6])
-    assert released.ADDRESS.startswith("https://dl.fbaipublicfiles.com/video-mae/pretrain/")
-    monkeypatch.setattr(released, "ADDRESS", f"{address}/mae_pretrain_{{size}}_{{data}}.pth")
+        monkeypatch.setitem(file_io.MD5, "k600/vit_huge", hashlib.md5(file.read()).hexdigest()[:6])
+    assert file_io.ADDRESS.startswith("https://dl.fbaipublicfiles.com/video-mae/pretrain/")
+    monkeypatch.setattr(file_io, "ADDRESS", f"{address}/mae_pretrain_{{size}}_{{data}}.pth")
     assert read_weights("k600/vit_huge").source == PYSLOWFAST
     with pytest.raises(UserError, match=r"k400/vit_base is neither a file nor a released name: k4"):
         read_weights("k400/vit_base")

@@ -34,7 +34,9 @@ from tests.test_scripts import (
 )
 from util import slurm
 from util.args import NOT_COMPARED
-from util.confusion import (
+from util.kinetics import Kinetics, VideoIndex
+from util.meters import RunLog, epoch_1000x, last_x
+from util.report import (
     BLUE,
     RED,
     count_confusions,
@@ -43,9 +45,7 @@ from util.confusion import (
     report_classes,
     worst_classes,
 )
-from util.dashboard import FixedClips
-from util.kinetics import Kinetics, VideoIndex
-from util.meters import RunLog, epoch_1000x, last_x
+from util.visualize import FixedClips
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ import submitit_pretrain
 import submitit_test
 from tests import formats
 from tests.video_files import moving_frames, write_video
-from util import released, run
+from util import file_io, run
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -326,10 +326,10 @@ def test_table_of_released_checkpoints():
     rows = re.findall(
         r"\| `(k\d00/\w+)` \| \[.*?\]\((.*?)\) \| `(\w+)` \|", (ROOT / "README.md").read_text()
     )
-    assert {name: md5 for name, _, md5 in rows} == released.MD5
+    assert {name: md5 for name, _, md5 in rows} == file_io.MD5
     for name, address, _ in rows:
         data, size = name.split("/")
-        assert address == released.ADDRESS.format(size=size, data=data)
+        assert address == file_io.ADDRESS.format(size=size, data=data)
 
 
 def test_file_tree_names_every_file():
@@ -344,7 +344,7 @@ def test_file_tree_names_every_file():
         if name.endswith(".py"):
             named.add(folder + name if line.startswith(" ") else name)
     there = {
-        str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.t]*/*.py")]
+        str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.t]*/**/*.py")]
     }
     assert named == {path for path in there if not path.endswith("__init__.py")}
     for folder in ("recipes/", "tests/", "docs/"):

@@ -12,11 +12,11 @@ import main_pretrain
 from engine_pretrain import train_one_epoch
 from models_mae import MaskedAutoencoderViT
 from tests.test_scripts import FINETUNE, PRETRAIN, call, weights
+from util.checkpoint import Checkpoints, HostCopy
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import Batch, VideoLoader
 from util.meters import RunLog
 from util.optim import autocast, make_optimizer, make_scaler, param_groups_weight_decay
-from util.resume import Checkpoints, HostCopy
 
 pytestmark = [
     pytest.mark.gpu,

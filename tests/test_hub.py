@@ -9,8 +9,9 @@ import hubconf
 import models_mae
 import models_vit
 from tests import formats, golden
-from util import checkpoint
+from util import weights
 from util.errors import UserError
+from util.formats import interpret
 
 ROOT = str(Path(__file__).parent.parent)
 SIZES = {"img_size": 32, "num_frames": 4}
@@ -81,9 +82,9 @@ def test_names_of_released_weights(monkeypatch):
 
     def read_weights(path):
         paths.append(path)
-        return checkpoint.interpret(formats.pyslowfast(), path)
+        return interpret(formats.pyslowfast(), path)
 
-    monkeypatch.setattr(checkpoint, "read_weights", read_weights)
+    monkeypatch.setattr(weights, "read_weights", read_weights)
     for name in ("mae_vit_large_patch16", "vit_huge_patch16"):
         with pytest.raises(UserError, match=rf"is no {name}: it has .*'embed_dim': 128"):
             load(name, pretrained="k700")

@@ -22,10 +22,11 @@ from tests.video_files import moving_frames, write_video
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, cut_views
 from util.loader import EpochSampler, VideoLoader, default_num_workers
-from util.rand_augment import RandAugment
-from util.time_limit import call_within
-from util.transforms import random_resized_crop_box, resize
-from util.video import Video, VideoError, clip_length, frame_indices, random_start
+from util.video.decode import Video, VideoError
+from util.video.rand_augment import RandAugment
+from util.video.sampling import clip_length, frame_indices, random_resized_crop_box, random_start
+from util.video.time_limit import call_within
+from util.video.transforms import resize
 
 SIZES = {"input_size": 32, "num_frames": 4, "sampling_rate": 4}
 CPU = torch.device("cpu")
@@ -438,7 +439,7 @@ def test_time_limits_do_not_count_while_the_process_is_stopped(videos):
     """A scheduler that suspends a job sends SIGSTOP; twice the limit goes by until SIGCONT."""
     code = f"""
 import os, signal, time
-from util.time_limit import call_within
+from util.video.time_limit import call_within
 from util.video import Video
 
 def read():
@@ -596,7 +597,7 @@ def test_slots_are_used_again_and_given_back(videos):
 
 
 def test_without_fork_batches_travel_as_tensors(videos, monkeypatch):
-    monkeypatch.setattr("util.batch_memory.multiprocessing.get_start_method", lambda: "spawn")
+    monkeypatch.setattr("util.loader.multiprocessing.get_start_method", lambda: "spawn")
     dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
     loader = loader_of(dataset, 4, 1)
     assert loader.memory.capacity == 0

@@ -10,16 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.errors import UserError
-from util.meters import (
-    BadStepError,
-    Meters,
-    NonFiniteError,
-    RunLog,
-    epoch_1000x,
-    last_x,
-    memory_mib,
-    topk_correct,
-)
+from util.meters import Meters, RunLog, epoch_1000x, last_x, memory_mib
+from util.optim import BadStepError, NonFiniteError
+from util.report import topk_correct
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Tests of util/mixup.py against golden batches, and of its draws."""
+"""Tests of util/video/mixup.py against golden batches, and of its draws."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import golden
-from util.mixup import Mixup, cutmix_box, minmax_box
+from util.video.mixup import Mixup, cutmix_box, minmax_box
 
 GOLDEN = golden.table("mixup_losses.json")
 

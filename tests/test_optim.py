@@ -15,21 +15,23 @@ import engine_pretrain
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
+from util.checkpoint import Checkpoints
 from util.dist import seed_step
 from util.loader import Batch
-from util.lr_decay import layer_id, param_groups_lrd
 from util.lr_sched import learning_rate, scaled_lr, set_learning_rate
-from util.meters import NonFiniteError, RunLog
+from util.meters import RunLog
 from util.optim import (
+    NonFiniteError,
     autocast,
     choose_precision,
     grad_sync,
+    layer_id,
     make_optimizer,
     make_scaler,
     optim_step,
+    param_groups_lrd,
     param_groups_weight_decay,
 )
-from util.resume import Checkpoints
 
 CPU = torch.device("cpu")
 SCHEDULE = golden.table("lr_schedule.json")

@@ -24,7 +24,7 @@ from util import prepare_kinetics
 from util.errors import UserError
 from util.kinetics import VideoIndex
 from util.prepare_kinetics import find_damage, transcode
-from util.video import Video, VideoError
+from util.video.decode import Video, VideoError
 
 
 def prepare(*words) -> int:

@@ -1,4 +1,4 @@
-"""Tests of util/rand_augment.py and util/clip_ops.py against golden tables and timm's PIL code."""
+"""Tests of util/video/rand_augment.py and clip_ops.py against golden tables and timm's PIL code."""
 
 import math
 import random
@@ -11,9 +11,15 @@ from PIL import Image
 from timm.data import auto_augment
 
 from tests import golden
-from util.clip_ops import crop
 from util.errors import UserError
-from util.rand_augment import OPERATIONS, RandAugment, apply, operation_arguments, parse_config
+from util.video.clip_ops import crop
+from util.video.rand_augment import (
+    OPERATIONS,
+    RandAugment,
+    apply,
+    operation_arguments,
+    parse_config,
+)
 
 GOLDEN = golden.table("randaug.json")
 WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models_mae import mae_vit_tiny_patch8
 from tests import golden
-from util.meters import Meters, NonFiniteError
-from util.optim import grad_sync, make_scaler, optim_step
+from util.meters import Meters
+from util.optim import NonFiniteError, grad_sync, make_scaler, optim_step
 
 CPU = torch.device("cpu")
 

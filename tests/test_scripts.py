@@ -20,11 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_pretrain
 import main_test
-from engine_finetune import VideoScores, combine_views
+from engine_finetune import combine_views
 from models_vit import VisionTransformer
 from tests import golden
 from util import run
 from util.kinetics import VideoIndex
+from util.report import VideoScores
 
 ROOT = Path(__file__).parent.parent
 SIZES = "--input_size 32 --num_frames 4 --sampling_rate 4 --num_workers 0 --device cpu".split()

@@ -16,12 +16,11 @@ import models_vit
 from benchmarks import scaling
 from benchmarks import step as step_benchmark
 from tests.test_scripts import FINETUNE, PRETRAIN, call, finish, spawn
-from util.confusion import count_confusions
 from util.flops import count_flops
 from util.lr_sched import annealed_mask_ratio
-from util.meters import topk_correct
-from util.mixup import Mixup
-from util.transforms import augment_on_device
+from util.report import count_confusions, topk_correct
+from util.video.mixup import Mixup
+from util.video.transforms import augment_on_device
 
 CLIP = (3, 4, 32, 32)
 

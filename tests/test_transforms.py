@@ -1,4 +1,4 @@
-"""Tests of util/transforms.py against golden numbers, torchvision and float arithmetic."""
+"""Tests of util/video/transforms.py against golden numbers, torchvision and float arithmetic."""
 
 import math
 import random
@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from torchvision.transforms import RandomResizedCrop
 
 from tests import golden
-from util.transforms import (
+from util.video.sampling import (
     NO_BOX,
-    augment_on_device,
-    normalize,
     random_erasing_box,
     random_resized_crop_box,
-    resize,
     short_side_size,
     uniform_crop_box,
 )
+from util.video.transforms import augment_on_device, normalize, resize
 
 SPATIAL = golden.table("spatial_sampling.json")
 ERASING = golden.table("random_erasing.json")

@@ -20,14 +20,8 @@ from tests.video_files import (
     write_counter_video,
     write_video,
 )
-from util.video import (
-    Video,
-    VideoError,
-    clip_length,
-    clip_start,
-    frame_indices,
-    random_start,
-)
+from util.video.decode import Video, VideoError
+from util.video.sampling import clip_length, clip_start, frame_indices, random_start
 
 
 def decode_all(path: str, limit: int | None = None) -> list[np.ndarray]:

@@ -13,10 +13,10 @@ from models_mae import check_mask_ratio, mae_vit_tiny_patch8, num_visible
 from models_vit import vit_tiny_patch8
 from tests import golden
 from tests.conftest import read_number
-from util import released
+from util import file_io
 from util.errors import UserError
-from util.transforms import normalize
-from util.video import Video
+from util.video.decode import Video
+from util.video.transforms import normalize
 from util.visualize import (
     MASK_TYPES,
     draw_masks,
@@ -343,8 +343,8 @@ def test_captions_state_what_is_removed(monkeypatch):
 def test_default_checkpoint_is_the_newest_of_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "DEMO_RUN", tmp_path)
     assert visualize.default_checkpoint() == "k400/vit_large"
-    monkeypatch.setattr(released, "ADDRESS", "http://127.0.0.1:9/{size}_{data}.pth")
-    released.fetch.cache_clear()  # of other tests' addresses
+    monkeypatch.setattr(file_io, "ADDRESS", "http://127.0.0.1:9/{size}_{data}.pth")
+    file_io.fetch.cache_clear()  # of other tests' addresses
     problem = r"`make demo` has left no .* and cannot fetch http://127.*give --checkpoint"
     with pytest.raises(UserError, match=problem):
         visualize.load_autoencoder()

@@ -198,20 +198,6 @@ def add_classifier_args(parser: ArgumentParser) -> None:
     )
 
 
-def as_flags(values: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Write those of the named values that are there as command-line flags."""
-    result = []
-    for name in names:
-        value = values.get(name)
-        if name == "no_qkv_bias":
-            result += ["--no_qkv_bias"] if value else []
-        elif isinstance(value, bool):
-            result.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            result += [f"--{name}", str(value)]
-    return result
-
-
 def add_optim_args(parser: ArgumentParser) -> None:
     """Add the flags of batch, schedule and optimiser."""
     group = parser.add_argument_group("optimisation")
@@ -413,3 +399,9 @@ def parse(
         vars(args).pop(name, None)
     args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""
     return args
+
+
+def clip_options(args: Namespace) -> dict[str, Any]:
+    """Return what the flags say of the clips of every data set, for Kinetics."""
+    names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
+    return {name: getattr(args, name) for name in names.split()}

@@ -20,21 +20,13 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.file_io import make_dirs, write_atomically
+from util.formats import DECODER_ARGUMENTS, METADATA, Weights, fold_output, num_heads
 from util.pos_embed import (
     join,
     sincos_pos_embed,
     split,
 )
-from util.transforms import MEAN, STD
-from util.weights import (
-    DECODER_ARGUMENTS,
-    METADATA,
-    Weights,
-    fold_output,
-    fuse_qkv,
-    is_decoder,
-    num_heads,
-)
+from util.video.transforms import MEAN, STD
 
 FORMATS = ("mae_st", "pyslowfast", "pyslowfast-fused", "videomae-hf", "safetensors")
 
@@ -325,7 +317,7 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert a checkpoint file from the command line."""
     # checkpoint.py imports this module: the reader of files is above the formats
-    from util.checkpoint import read_weights
+    from util.weights import read_weights
 
     parser = argparse.ArgumentParser(
         prog="python -m util.convert", description="Convert a checkpoint between projects"
@@ -347,6 +339,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.input} ({weights.source}, {count:,} parameters) -> {args.output} ({args.to})")
     for note in [*weights.notes, *(f"left out: {name}" for name in weights.unused)]:
         print(f"  {note}")
+
+
+def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join q, k and v of every block to one qkv: the other way round than our_names."""
+    fused = {}
+    for name, tensor in state.items():
+        if ".attn.q." in name:
+            parts = [state[name.replace(".q.", f".{part}.")] for part in "qkv"]
+            fused[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.k." not in name and ".attn.v." not in name:
+            fused[name] = tensor
+    return fused
+
+
+def is_decoder(name: str) -> bool:
+    """Tell whether a parameter belongs to the decoder."""
+    return name.startswith("decoder_") or name == "mask_token"
 
 
 if __name__ == "__main__":

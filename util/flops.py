@@ -4,10 +4,13 @@ import contextlib
 import io
 import logging
 import warnings
+from argparse import Namespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from util.dist import print0
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore's import uses what newer PyTorch calls deprecated
@@ -50,3 +53,11 @@ def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return count.total() / 1e9
+
+
+def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
+    """Print what one clip costs; the end of a --dry_run, as the model is of no use afterwards."""
+
+    shape = (3, args.num_frames, args.input_size, args.input_size)
+    gflops = count_flops(model, shape, **options)
+    print0(f"{gflops:.1f} GFLOPs per clip forward (multiply-adds counted once); dry run: stopping")

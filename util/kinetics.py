@@ -19,28 +19,24 @@ from torch.utils.data import Dataset
 
 from util.errors import UserError
 from util.file_io import ADDRESSES, is_remote, local_path, open_file
-from util.rand_augment import RandAugment
-from util.rand_augment import apply as augment
-from util.time_limit import call_within
-from util.transforms import (
+from util.video.decode import MAX_PIXELS, Video, VideoError
+from util.video.rand_augment import RandAugment
+from util.video.rand_augment import apply as augment
+from util.video.sampling import (
     NO_BOX,
     Box,
-    random_erasing_box,
-    random_resized_crop_box,
-    resize_frame,
-    short_side_size,
-    uniform_crop_box,
-)
-from util.video import (
-    MAX_PIXELS,
-    Video,
-    VideoError,
     clip_length,
     clip_start,
     frame_indices,
+    random_erasing_box,
+    random_resized_crop_box,
     random_start,
     segment_indices,
+    short_side_size,
+    uniform_crop_box,
 )
+from util.video.time_limit import call_within
+from util.video.transforms import resize_frame
 
 MAX_REPLACEMENTS = 10  # unreadable videos in a row before a loader gives up
 NO_LABEL = -1

@@ -1,8 +1,13 @@
 """Learning rate as a function of progress, in fractional epochs."""
 
 import math
+from argparse import Namespace
 
 from torch.optim import Optimizer
+
+from util import dist
+from util.dist import print0
+from util.errors import UserError
 
 
 def scaled_lr(blr: float, effective_batch_size: int) -> float:
@@ -37,3 +42,40 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set every group's rate to lr times its lr_scale (layer decay), 1 where it has none."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def effective_lr(args: Namespace, counted: str, steps: int) -> float:
+    """Print the arithmetic of batch size and learning rate, and return the peak rate.
+
+    Args:
+        counted: "videos" or their "clips", which the rule of the recipe calls the batch.
+        steps: of an epoch.
+
+    Raises:
+        UserError: an epoch is too short for a single update.
+    """
+    if steps < args.accum_iter:
+        raise UserError(
+            f"an epoch has {steps} steps, too few for an update every --accum_iter "
+            f"{args.accum_iter} steps; lower it, or use more videos"
+        )
+    ranks = dist.world_size()
+    videos = args.batch_size * args.accum_iter * ranks
+    batch = {"videos": videos, "clips": videos * args.repeat_aug}
+    lr = scaled_lr(args.blr, batch[counted]) if args.lr is None else args.lr
+    print0(
+        f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
+        f"ranks = {videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
+    )
+    if args.lr is None:
+        size = f"{batch[counted]} {counted}"
+        print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
+    else:
+        print0(f"learning rate: {lr:.3g} by --lr")
+    if args.warmup_epochs >= args.epochs:
+        reached = lr * args.epochs / args.warmup_epochs
+        print0(
+            f"WARNING: --warmup_epochs {args.warmup_epochs:g} do not end within --epochs "
+            f"{args.epochs}: the learning rate rises to {reached:.3g} and never falls"
+        )
+    return lr

@@ -2,82 +2,31 @@
 
 import contextlib
 import io
+import os
 import resource
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import simplejson
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from util import dist
+from util.args import NOT_COMPARED
 from util.dist import all_reduce_mean, is_main, print0
 from util.errors import UserError
-from util.file_io import make_dirs
-from util.resume import Checkpoints, Progress
+from util.file_io import make_dirs, open_file, write_atomically
+from util.optim import BadStepError, NonFiniteError, UpdateGuard, _is_finite
 
-
-class BadStepError(UserError):
-    """A step that ends the run; every rank raises it for the same step."""
-
-    def __init__(self, step: int, samples: Tensor | None, problem: str):
-        super().__init__(problem, status=1)
-        self.step = step
-        self.samples = samples  # this rank's batch, if its own loss is at fault
-        self.problem = problem
-
-
-class NonFiniteError(BadStepError):
-    """A loss or gradient that is not a number."""
-
-    def __init__(self, step: int, samples: Tensor | None):
-        super().__init__(step, samples, f"the loss or gradient of step {step} is not finite")
-
-
-class UpdateGuard:
-    """Skip updates whose loss or gradient is not finite, up to `limit` in a row, on every rank.
-
-    With a limit of 0 nothing is skipped, nothing read from the device, and Meters.flush raises.
-    """
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.in_a_row = 0
-        self.bad: tuple[int, Tensor | None] | None = None  # the first bad micro-step of the update
-
-    def observe(self, step: int, samples: Tensor, loss: Tensor) -> None:
-        """Look at the loss of a micro-step, on all ranks together."""
-        if self.limit and self.bad is None:
-            own = loss.detach().float()
-            if not _is_finite(all_reduce_mean(own.clone()).item()):
-                self.bad = step, samples if not _is_finite(own.item()) else None
-
-    def allows(self, step: int, grad_norm: Tensor) -> bool:
-        """Tell whether to apply an update, given the gradient norm that all ranks share.
-
-        Raises:
-            NonFiniteError: it is one more in a row than the limit.
-        """
-        if not self.limit:
-            return True
-        if self.bad is None and not _is_finite(grad_norm.item()):
-            self.bad = step, None
-        if self.bad is None:
-            self.in_a_row = 0
-            return True
-        self.in_a_row += 1
-        (first, samples), self.bad = self.bad, None
-        if self.in_a_row > self.limit:
-            raise NonFiniteError(first, samples)
-        print0(
-            f"WARNING: the loss or gradient of step {first} is not finite: update skipped, "
-            f"{self.in_a_row} of --skip_nonfinite {self.limit} in a row"
-        )
-        return False
+if TYPE_CHECKING:
+    from util.checkpoint import Checkpoints, Progress
 
 
 def epoch_1000x(epoch: float, repeat_aug: int) -> int:
@@ -104,7 +53,7 @@ class Meters:
     def __init__(
         self,
         device: torch.device,
-        progress: Progress | None = None,
+        progress: "Progress | None" = None,
         kill_loss_factor: float = 0.0,
         skip_nonfinite: bool = False,
     ):
@@ -174,10 +123,6 @@ class Meters:
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
-
-
 class RunLog:
     """The log of a run: progress on the screen, and a file for TensorBoard.
 
@@ -221,7 +166,7 @@ class RunLog:
         num_steps: int,
         clips_per_step: int,
         x_axis: Callable[[float], int] | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: "Checkpoints | None" = None,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch), printing a line every print_freq steps, or a live bar on a terminal.
 
@@ -388,7 +333,58 @@ def memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Count rows of [N, classes] whose label is among the k largest; k is cut to the classes."""
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (top == labels.unsqueeze(1)).any(dim=1).sum()
+def open_log(
+    args: Namespace,
+    device: torch.device,
+    progress: "Progress",
+    steps_per_epoch: int,
+) -> RunLog:
+    """Open the log of a training run; TensorBoard drops what a killed process wrote after it."""
+    done = epoch_1000x(progress.epoch + progress.step / steps_per_epoch, args.repeat_aug)
+    # after the last step its results are still to come
+    purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
+    log = RunLog(
+        log_dir(args),
+        args.print_freq,
+        device,
+        purge_step,
+        args.skip_nonfinite,
+        args.kill_loss_factor,
+        time_first_step=args.compile,
+    )
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    log.hparams(flags | {"ranks": dist.world_size()})
+    return log
+
+
+def log_dir(args: Namespace) -> str:
+    """Return TensorBoard's folder."""
+    return args.log_dir or os.path.join(args.output_dir, "tensorboard")
+
+
+def log_line(record: dict[str, Any]) -> str:
+    """Make a line of log.txt; a validation loss that is no number, which JSON lacks, is null."""
+    return simplejson.dumps(record, ignore_nan=True) + "\n"
+
+
+def append_log(output_dir: str, record: dict[str, Any]) -> None:
+    """Append one JSON line to log.txt, from the main process."""
+    if is_main() and output_dir:
+        with open_file(os.path.join(output_dir, "log.txt"), "a") as file:
+            file.write(log_line(record))
+
+
+def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
+    """Write log.txt, one JSON line per epoch, from the main process; a failure is but a warning.
+
+    It is written whole, which drops what a killed process had added after its last checkpoint.
+    """
+    if not (is_main() and output_dir):
+        return
+    text = "".join(map(log_line, records))
+    path = os.path.join(output_dir, "log.txt")
+    try:
+        make_dirs(output_dir)
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except (OSError, UserError) as error:
+        print0(f"WARNING: could not write {path}: {error}; the next epoch tries again")

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from util.dist import all_reduce_mean, print0
+from util.errors import UserError
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -104,3 +107,101 @@ def optim_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+class BadStepError(UserError):
+    """A step that ends the run; every rank raises it for the same step."""
+
+    def __init__(self, step: int, samples: Tensor | None, problem: str):
+        super().__init__(problem, status=1)
+        self.step = step
+        self.samples = samples  # this rank's batch, if its own loss is at fault
+        self.problem = problem
+
+
+class NonFiniteError(BadStepError):
+    """A loss or gradient that is not a number."""
+
+    def __init__(self, step: int, samples: Tensor | None):
+        super().__init__(step, samples, f"the loss or gradient of step {step} is not finite")
+
+
+class UpdateGuard:
+    """Skip updates whose loss or gradient is not finite, up to `limit` in a row, on every rank.
+
+    With a limit of 0 nothing is skipped, nothing read from the device, and Meters.flush raises.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.in_a_row = 0
+        self.bad: tuple[int, Tensor | None] | None = None  # the first bad micro-step of the update
+
+    def observe(self, step: int, samples: Tensor, loss: Tensor) -> None:
+        """Look at the loss of a micro-step, on all ranks together."""
+        if self.limit and self.bad is None:
+            own = loss.detach().float()
+            if not _is_finite(all_reduce_mean(own.clone()).item()):
+                self.bad = step, samples if not _is_finite(own.item()) else None
+
+    def allows(self, step: int, grad_norm: Tensor) -> bool:
+        """Tell whether to apply an update, given the gradient norm that all ranks share.
+
+        Raises:
+            NonFiniteError: it is one more in a row than the limit.
+        """
+        if not self.limit:
+            return True
+        if self.bad is None and not _is_finite(grad_norm.item()):
+            self.bad = step, None
+        if self.bad is None:
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        (first, samples), self.bad = self.bad, None
+        if self.in_a_row > self.limit:
+            raise NonFiniteError(first, samples)
+        print0(
+            f"WARNING: the loss or gradient of step {first} is not finite: update skipped, "
+            f"{self.in_a_row} of --skip_nonfinite {self.limit} in a row"
+        )
+        return False
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Number a parameter's layer: 0 patches and positions, i + 1 block i, then norm and head."""
+    if name.startswith(("patch_embed", "pos_embed", "cls_token")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def param_groups_lrd(
+    model: nn.Module, depth: int, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Group a classifier's parameters by layer and weight decay.
+
+    Every group has `lr_scale` = layer_decay ** (depth + 1 - layer id). 1-D tensors, the class
+    token and the positions are not decayed.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_id(name, depth)
+        decayed = parameter.ndim > 1 and not name.startswith(("pos_embed", "cls_token"))
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "weight_decay": weight_decay if decayed else 0.0,
+                "params": [],
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

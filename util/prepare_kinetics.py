@@ -34,7 +34,7 @@ from util.args import positive_int
 from util.errors import UserError
 from util.file_io import open_file, write_atomically
 from util.loader import available_cpus
-from util.video import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
+from util.video.decode import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}
 SPLITS = {  # what annotations and folders call a split -> the list that it goes to

@@ -2,33 +2,26 @@
 
 import contextlib
 import io
-import os
 import re
 import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import dist
-from util.args import NOT_COMPARED
+from util.checkpoint import Checkpoints, newest_checkpoint
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import make_dirs
 from util.kinetics import VideoIndex
-from util.lr_sched import scaled_lr
-from util.meters import BadStepError, RunLog, epoch_1000x, last_x
-from util.optim import choose_precision, has_fast_bf16
-from util.resume import Checkpoints, Progress, newest_checkpoint
+from util.optim import BadStepError, choose_precision, has_fast_bf16
 from util.signals import signals_restored
 from util.video_vit import Encoder
-
-ROOT = Path(__file__).parent.parent
 
 
 @signals_restored()
@@ -165,112 +158,6 @@ def prepare(
     )
 
 
-def synthetic_recipe(name: str) -> Callable[[Namespace], Sequence[str]]:
-    """Return the default flags of runs without --path_to_data_dir: the embedded videos' recipe."""
-
-    def default_flags(args: Namespace) -> Sequence[str]:
-        return [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
-
-    return default_flags
-
-
-def data_dir(args: Namespace, task: str) -> str:
-    """Return the folder of csvs: --path_to_data_dir, or the synthetic videos, written if needed.
-
-    Args:
-        task: "pretrain" (all videos) or "finetune" (the few labelled ones).
-    """
-    if args.path_to_data_dir:
-        return args.path_to_data_dir
-    from util.synthetic import write_dataset
-
-    folder = ROOT / "data" / "synthetic"
-    print0(
-        f"no --path_to_data_dir: using the embedded synthetic videos in {folder}, and "
-        f"recipes/synthetic_{task}.args for flags that are not given"
-    )
-    if dist.is_main():
-        write_dataset(str(folder))
-    dist.barrier()
-    return str(folder / task)
-
-
-def clip_options(args: Namespace) -> dict[str, Any]:
-    """Return what the flags say of the clips of every data set, for Kinetics."""
-    names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
-    return {name: getattr(args, name) for name in names.split()}
-
-
-def effective_lr(args: Namespace, counted: str, steps: int) -> float:
-    """Print the arithmetic of batch size and learning rate, and return the peak rate.
-
-    Args:
-        counted: "videos" or their "clips", which the rule of the recipe calls the batch.
-        steps: of an epoch.
-
-    Raises:
-        UserError: an epoch is too short for a single update.
-    """
-    if steps < args.accum_iter:
-        raise UserError(
-            f"an epoch has {steps} steps, too few for an update every --accum_iter "
-            f"{args.accum_iter} steps; lower it, or use more videos"
-        )
-    ranks = dist.world_size()
-    videos = args.batch_size * args.accum_iter * ranks
-    batch = {"videos": videos, "clips": videos * args.repeat_aug}
-    lr = scaled_lr(args.blr, batch[counted]) if args.lr is None else args.lr
-    print0(
-        f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
-        f"ranks = {videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
-    )
-    if args.lr is None:
-        size = f"{batch[counted]} {counted}"
-        print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
-    else:
-        print0(f"learning rate: {lr:.3g} by --lr")
-    if args.warmup_epochs >= args.epochs:
-        reached = lr * args.epochs / args.warmup_epochs
-        print0(
-            f"WARNING: --warmup_epochs {args.warmup_epochs:g} do not end within --epochs "
-            f"{args.epochs}: the learning rate rises to {reached:.3g} and never falls"
-        )
-    return lr
-
-
-def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
-    """Print what one clip costs; the end of a --dry_run, as the model is of no use afterwards."""
-    from util.flops import count_flops
-
-    shape = (3, args.num_frames, args.input_size, args.input_size)
-    gflops = count_flops(model, shape, **options)
-    print0(f"{gflops:.1f} GFLOPs per clip forward (multiply-adds counted once); dry run: stopping")
-
-
-def open_log(
-    args: Namespace,
-    device: torch.device,
-    progress: Progress,
-    steps_per_epoch: int,
-) -> RunLog:
-    """Open the log of a training run; TensorBoard drops what a killed process wrote after it."""
-    done = epoch_1000x(progress.epoch + progress.step / steps_per_epoch, args.repeat_aug)
-    # after the last step its results are still to come
-    purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
-    log = RunLog(
-        log_dir(args),
-        args.print_freq,
-        device,
-        purge_step,
-        args.skip_nonfinite,
-        args.kill_loss_factor,
-        time_first_step=args.compile,
-    )
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
-    log.hparams(flags | {"ranks": dist.world_size()})
-    return log
-
-
 def bad_step_report(error: BadStepError, checkpoints: Checkpoints, index: VideoIndex) -> UserError:
     """Name the step, the files of the batch and the last good checkpoint; call it on every rank."""
     own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
@@ -284,8 +171,3 @@ def bad_step_report(error: BadStepError, checkpoints: Checkpoints, index: VideoI
         "--precision fp32",
         status=1,
     )
-
-
-def log_dir(args: Namespace) -> str:
-    """Return TensorBoard's folder."""
-    return args.log_dir or os.path.join(args.output_dir, "tensorboard")

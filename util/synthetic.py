@@ -32,13 +32,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
+
+from util import dist
+from util.dist import print0
 
 MARKER = "dataset.json"
 SPLITS = ("train", "val__", "test_")  # five letters: with the number, an ID of eleven
@@ -386,6 +390,38 @@ def main() -> None:
     print(
         f"{out} holds {args.num_videos} training videos, {args.num_val} + {args.num_test} held out"
     )
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def synthetic_recipe(name: str) -> Callable[[Namespace], Sequence[str]]:
+    """Return the default flags of runs without --path_to_data_dir: the embedded videos' recipe."""
+
+    def default_flags(args: Namespace) -> Sequence[str]:
+        return [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
+
+    return default_flags
+
+
+def data_dir(args: Namespace, task: str) -> str:
+    """Return the folder of csvs: --path_to_data_dir, or the synthetic videos, written if needed.
+
+    Args:
+        task: "pretrain" (all videos) or "finetune" (the few labelled ones).
+    """
+    if args.path_to_data_dir:
+        return args.path_to_data_dir
+
+    folder = ROOT / "data" / "synthetic"
+    print0(
+        f"no --path_to_data_dir: using the embedded synthetic videos in {folder}, and "
+        f"recipes/synthetic_{task}.args for flags that are not given"
+    )
+    if dist.is_main():
+        write_dataset(str(folder))
+    dist.barrier()
+    return str(folder / task)
 
 
 if __name__ == "__main__":

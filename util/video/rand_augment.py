@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import clip_ops
 from util.errors import UserError
+from util.video import clip_ops
 
 Drawn = tuple[str, tuple[float, ...]]  # an operation with its arguments
 

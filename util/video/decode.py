@@ -15,14 +15,13 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from util.time_limit import TimeLimit
+from util.video.time_limit import TimeLimit
 
 # width * height: above 8K footage (7680 x 4320), below a decompression bomb
 MAX_PIXELS = 8192 * 8192
@@ -62,7 +61,7 @@ class Video:
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
         time_limit: seconds from now on after which reading and decoding raise; None for no limit.
             Looked at between packets: a single read that never returns is not interrupted, and
-            what lies between two packets counts for a second at most (see util/time_limit.py).
+            what lies between two packets counts for a second at most (see util/video/time_limit.py).
 
     Raises:
         VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
@@ -464,40 +463,6 @@ def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
                 data[place.end() : following.start() if following else None].rstrip(b"\0") or b"\0"
             )
             place = following
-
-
-def clip_length(num_frames: int, sampling_rate: int, fps: float, target_fps: float = 30.0) -> float:
-    """Return the source frames spanned by `num_frames`, one per `sampling_rate` at `target_fps`."""
-    return sampling_rate * num_frames / target_fps * fps
-
-
-def random_start(total: int, clip_len: float, rng: np.random.Generator) -> float:
-    """Draw a training clip's start, uniform over the places where it fits in `total` frames."""
-    return float(rng.uniform(0, max(total - clip_len, 0)))
-
-
-def clip_start(total: int, clip_len: float, clip: int, num_clips: int) -> float:
-    """Return the start of test clip `clip` of `num_clips`, evenly spread; one is the centre one."""
-    spare = max(total - clip_len, 0)
-    return float(spare // 2) if num_clips == 1 else float(clip * (spare // (num_clips - 1)))
-
-
-def frame_indices(start: float, clip_len: float, num_frames: int, total: int) -> np.ndarray:
-    """Return the int64 [num_frames] frame numbers of a clip; past the end the last frame repeats.
-
-    Rounding decides whole frames here, so it is torch's float32 linspace, as in published results.
-    """
-    numbers = torch.linspace(start, start + clip_len - 1, num_frames, dtype=torch.float32)
-    return numbers.clamp(0, total - 1).long().numpy()
-
-
-def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> np.ndarray:
-    """Return int64 [num_frames] frame numbers, one from each of num_frames equal segments.
-
-    `place` in [0, 1) is where in its segment a frame is taken, one for all or one for each.
-    """
-    numbers = (np.arange(num_frames) + place) * (total / num_frames)
-    return np.minimum(numbers.astype(np.int64), total - 1)
 
 
 def _not_a_file(path: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from util.transforms import Box
+from util.video.sampling import Box
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from util.transforms import Box
+from util.video.sampling import Box
 
 FILL = 128  # level of pixels that a warp brings in from outside the frame
 # PIL clips to uint8 and truncates, OpenCV rounds: shift down by a half, less what float32 sums may

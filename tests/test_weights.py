@@ -1,0 +1,248 @@
+"""Tests of util/weights.py: loading, and what it refuses."""
+
+import argparse
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from tests import golden
+from util.errors import UserError
+from util.formats import checkpoint_args, model_state
+from util.weights import apply_weights, read_checkpoint, read_weights
+
+LOADING = golden.table("ckpt_loading.json")
+PRETRAINED = "ckpt_pretrain_model_state.pth"
+VIT = {"kwargs": LOADING["vit_kwargs"], "layernorm_eps": LOADING["layernorm_eps"]}
+MAE = {"kwargs": LOADING["mae_kwargs"], "layernorm_eps": LOADING["layernorm_eps"]}
+
+
+def assert_bitwise_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+# --- files that are not checkpoints
+
+
+class Bomb:
+    """Run code when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["whole", "args", "zipless"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, place):
+    path, crater = tmp_path / "bomb.pth", tmp_path / "crater"
+    if place == "zipless":
+        path.write_bytes(pickle.dumps(Bomb(crater), protocol=2))
+    else:
+        torch.save({"model": {}, "args": Bomb(crater)} if place == "args" else Bomb(crater), path)
+    with pytest.raises(UserError, match=r"bomb\.pth is not loaded: it asks to run code \(.*mkdir"):
+        read_checkpoint(str(path))
+    assert not crater.exists()
+    with open(path, "rb") as file:  # the bomb is real
+        pickle.load(file) if place == "zipless" else torch.load(file, weights_only=False)
+    assert crater.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
+def test_truncated_files(tmp_path, zipped, share):
+    path = tmp_path / "short.pth"
+    state = {"model": golden.build(MaskedAutoencoderViT, MAE).state_dict()}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    with open(path, "r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+    with pytest.raises(UserError, match=r"short\.pth is damaged or not a checkpoint"):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_bytes_never_give_a_traceback(tmp_path, zipped):
+    path = tmp_path / "damaged.pth"
+    state = {"model": torch.nn.Linear(3, 2).state_dict(), "args": argparse.Namespace(model="x")}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = np.frombuffer(whole, dtype=np.uint8).copy()
+        places = rng.integers(len(whole), size=rng.choice([1, 5, 20]))
+        damaged[places] = rng.integers(256, size=len(places))
+        path.write_bytes(damaged.tobytes())
+        try:
+            read_checkpoint(str(path))
+        except UserError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused > 100  # the rest hit a weight
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Not found</html>", b"PK\x03\x04"])
+def test_files_of_another_kind(tmp_path, content):
+    path = tmp_path / "other.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"other\.pth is damaged or not a checkpoint: \w") as caught:
+        read_checkpoint(str(path))
+    assert "weights_only" not in str(caught.value)  # never advise to run what the file holds
+
+
+def test_folders_missing_files_and_other_contents(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give the checkpoint file in it"):
+        read_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot open .*missing\.pth: No such file"):
+        read_checkpoint(str(tmp_path / "missing.pth"))
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match=r"list\.pth holds a list, not a checkpoint"):
+        read_checkpoint(str(tmp_path / "list.pth"))
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"epoch": 3}, {"model": "vit"}, {"model": {}}])
+def test_checkpoints_without_weights(checkpoint):
+    with pytest.raises(UserError, match=r"x\.pth holds no weights; its keys are"):
+        model_state(checkpoint, "x.pth")
+
+
+def test_checkpoint_args():
+    assert checkpoint_args({"args": {"lr": 1.0}}) == {"lr": 1.0}
+    assert checkpoint_args({"args": argparse.Namespace(lr=1.0)}) == {"lr": 1.0}
+    assert checkpoint_args({}) == checkpoint_args({"args": None}) == {}
+
+
+# --- loading weights
+
+
+def prefixed(state, prefix):
+    return {prefix + k: v for k, v in state.items()}
+
+
+WRAPPINGS = {
+    "model": lambda state: {"model": state, "epoch": 1},
+    "model_state": lambda state: {"epoch": 1, "model_state": state, "cfg": "A: 1"},
+    "module": lambda state: {"module": state},
+    "state_dict": lambda state: {"state_dict": state},
+    "bare": lambda state: state,
+    "DistributedDataParallel": lambda state: {"model": prefixed(state, "module.")},
+    "torch.compile": lambda state: prefixed(state, "_orig_mod."),
+    "both": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_and_bare_state_dicts(wrapping):
+    state = {"head.weight": torch.ones(2), "blocks.0.norm1.bias": torch.zeros(3)}
+    assert model_state(WRAPPINGS[wrapping](state), "x.pth") == state
+
+
+def fresh_classifier(**overrides):
+    model = golden.build(VisionTransformer, VIT, **overrides).eval()
+    if not overrides:
+        model.load_state_dict(golden.tensors("ckpt_loading.npz", "init_sd/"))
+    return model
+
+
+def saved(path, state):
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("key", ["model_state", "model"])
+def test_pretrained_weights_give_the_golden_logits(tmp_path, capsys, key):
+    path = golden.DATA / PRETRAINED
+    if key == "model":
+        state = read_checkpoint(str(path))["model_state"]
+        path = saved(tmp_path / "model.pth", state)
+    model = fresh_classifier()
+    apply_weights(model, read_weights(str(path)), keep_head=False)
+    case = next(case for case in LOADING["cases"] if case["file"] == PRETRAINED)
+    logits = model(golden.tensor("ckpt_loading.npz", "video")).detach()
+    expected = golden.tensor("ckpt_loading.npz", case["logits_key"])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=5e-6)
+    head = golden.tensors("ckpt_loading.npz", "init_sd/head.")
+    assert torch.equal(model.head.weight, head["weight"])
+    assert torch.equal(model.head.bias, head["bias"])
+
+    out = capsys.readouterr().out
+    own = model.state_dict()
+    assert f"loaded {len(own) - len(case['missing'])} of {len(own)} tensors from {path}" in out
+    assert all(name in out for name in case["missing"] + case["unexpected"][:4])
+
+
+@pytest.mark.parametrize("keep_head", [True, False])
+def test_head_projection_is_the_head(tmp_path, keep_head):
+    trained = golden.build(VisionTransformer, VIT).eval()
+    state = {k.replace("head.", "head.projection."): v for k, v in trained.state_dict().items()}
+    path = tmp_path / "finetuned.pth"
+    torch.save({"model_state": state}, path)
+    model = fresh_classifier()
+    apply_weights(model, read_weights(str(path)), keep_head=keep_head)
+    assert list(model_state(read_checkpoint(str(path)), "x")) == LOADING["converted_key_names"]
+    assert torch.equal(model.head.weight, trained.head.weight) == keep_head
+    video = golden.tensor("ckpt_loading.npz", "video")
+    assert torch.equal(model(video), trained(video)) == keep_head
+
+
+def test_head_of_another_number_of_classes(tmp_path):
+    trained = golden.build(VisionTransformer, VIT, num_classes=5)
+    path = saved(tmp_path / "five.pth", trained.state_dict())
+    model = fresh_classifier()
+    apply_weights(model, read_weights(path), keep_head=False)
+    head = golden.tensors("ckpt_loading.npz", "init_sd/head.")
+    assert torch.equal(model.head.weight, head["weight"])
+    assert torch.equal(model.norm.weight, trained.norm.weight)
+    with pytest.raises(UserError, match=r"head\.weight is \[5, 48\].*\[7, 48\].*--num_classes"):
+        apply_weights(fresh_classifier(), read_weights(path), keep_head=True)
+
+
+def assert_untouched(model):
+    assert_bitwise_equal(model.state_dict(), golden.tensors("ckpt_loading.npz", "init_sd/"))
+
+
+@pytest.mark.parametrize(
+    "lost, flag",
+    [
+        ("cls_token", "--no-cls_embed"),
+        ("q.bias", "--no_qkv"),
+        ("mlp.fc1.bias", "--allow_missing"),
+    ],
+)
+def test_missing_encoder_weights_are_named(tmp_path, lost, flag):
+    state = golden.build(VisionTransformer, VIT).state_dict()
+    state = {k: v for k, v in state.items() if not k.endswith(lost)}
+    path = saved(tmp_path / "lacking.pth", state)
+    model = fresh_classifier()
+    with pytest.raises(UserError, match=rf"lacking\.pth lacks \d weights.*{lost}.*{flag}"):
+        apply_weights(model, read_weights(path), keep_head=False)
+    assert_untouched(model)
+
+
+def test_a_missing_head_is_an_error_when_it_is_needed():
+    path = str(golden.DATA / PRETRAINED)
+    with pytest.raises(UserError, match=r"lacks 2 weights of the model \(head\.weight, head\.bias"):
+        apply_weights(fresh_classifier(), read_weights(path), keep_head=True)
+
+
+@pytest.mark.parametrize(
+    "overrides, weight, flag",
+    [
+        ({"patch_size": 16}, "patch_embed.proj.weight", "--model"),
+        ({"embed_dim": 64}, "cls_token", "--model"),
+    ],
+)
+def test_weights_of_another_shape_are_named(tmp_path, overrides, weight, flag):
+    other = golden.build(VisionTransformer, VIT, **overrides)
+    path = saved(tmp_path / "shape.pth", other.state_dict())
+    model = fresh_classifier()
+    with pytest.raises(UserError, match=rf"shape\.pth is of another shape.*{weight}.*{flag}"):
+        apply_weights(model, read_weights(path), keep_head=False)
+    assert_untouched(model)
