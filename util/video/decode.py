@@ -61,7 +61,7 @@ class Video:
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
         time_limit: seconds from now on after which reading and decoding raise; None for no limit.
             Looked at between packets: a single read that never returns is not interrupted, and
-            what lies between two packets counts for a second at most (see util/video/time_limit.py).
+            what lies between two packets counts for a second at most (see time_limit.py).
 
     Raises:
         VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
