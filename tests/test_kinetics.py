@@ -440,7 +440,7 @@ def test_time_limits_do_not_count_while_the_process_is_stopped(videos):
     code = f"""
 import os, signal, time
 from util.video.time_limit import call_within
-from util.video import Video
+from util.video.decode import Video
 
 def read():
     count = 0
