@@ -18,6 +18,7 @@ import torch
 
 from tests.conftest import read_number
 from tests.test_scripts import ROOT
+from tests.test_transforms import resize
 from tests.video_files import moving_frames, write_video
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, cut_views
@@ -26,7 +27,6 @@ from util.video.decode import Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.sampling import clip_length, frame_indices, random_resized_crop_box, random_start
 from util.video.time_limit import call_within
-from util.video.transforms import resize
 
 SIZES = {"input_size": 32, "num_frames": 4, "sampling_rate": 4}
 CPU = torch.device("cpu")

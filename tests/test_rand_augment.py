@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from timm.data import auto_augment
 
@@ -75,8 +74,7 @@ def test_configs_mean_what_the_golden_table_says():
         "rand-m9-mstd0.5",
         "rand-m5-n3-p0.8-mstd101-mmax20-inc1",
         "rand-tweights-m3-n4",
-        "rand-m7-t3a-n3",
-        "rand-t3aw-mmax0",
+        "rand-mmax0",
     ],
 )
 def test_configs_mean_what_timm_makes_of_them(config):
@@ -99,8 +97,8 @@ def test_configs_mean_what_timm_makes_of_them(config):
 
 
 BAD_CONFIGS = ["original-mstd0.5", "augmix-m3", "random-m7", "", "rand-", "rand-x3", "rand-m"]
-BAD_CONFIGS += ["rand-m7,n2", "rand-n2.5", "rand-inc", "rand-m-1", "rand-mstd1e3", "rand-t3"]
-BAD_CONFIGS += ["rand-w1", "rand-p50", "rand-w0-n14"]
+BAD_CONFIGS += ["rand-m7,n2", "rand-n2.5", "rand-inc", "rand-m-1", "rand-mstd1e3", "rand-t3a"]
+BAD_CONFIGS += ["rand-w1", "rand-t3aw", "rand-p50", "rand-w0-n14"]
 
 
 @pytest.mark.parametrize("config", BAD_CONFIGS)
@@ -205,30 +203,27 @@ def test_magnitudes_stay_within_their_bound():
 
 def test_a_clip_changes_as_its_frames_would_and_keeps_its_source(clips):
     augment = RandAugment("rand-m7-n4-mstd0.5-inc1-p0.8")
-    clip = torch.from_numpy(clips[1])
-    before = clip.clone()
+    clip, before = clips[1], clips[1].copy()
     changed = 0
     for seed in range(20):
-        out = augment(clip, np.random.default_rng(seed))
-        assert out.shape == clip.shape and out.dtype == torch.uint8
-        assert torch.equal(out, augment(clip, np.random.default_rng(seed)))
+        drawn = augment.draw(np.random.default_rng(seed))
+        assert drawn == augment.draw(np.random.default_rng(seed))
+        out = apply(clip, drawn)
+        assert out.shape == clip.shape and out.dtype == np.uint8
         for t in range(len(clip)):
-            alone = augment(clip[t : t + 1], np.random.default_rng(seed))
-            assert torch.equal(alone, out[t : t + 1])
-        changed += not torch.equal(out, clip)
+            np.testing.assert_array_equal(apply(clip[t : t + 1], drawn), out[t : t + 1])
+        changed += not np.array_equal(out, clip)
     assert changed >= 15
-    assert torch.equal(clip, before)
+    np.testing.assert_array_equal(clip, before)
 
 
 def test_zero_probability_changes_nothing(clips):
-    clip = torch.from_numpy(clips[0])
-    assert torch.equal(RandAugment("rand-m9-p0")(clip, np.random.default_rng(0)), clip)
+    drawn = RandAugment("rand-m9-p0").draw(np.random.default_rng(0))
+    np.testing.assert_array_equal(apply(clips[0], drawn), clips[0])
     assert math.isinf(parse_config("rand-mstd1000").magnitude_std)
 
 
-@pytest.mark.parametrize(
-    "config", ["rand-m7-n1-p1-mstd0.5-inc1", "rand-m10-n3-p0.8-inc1", "rand-m5-n3-t3aw"]
-)
+@pytest.mark.parametrize("config", ["rand-m7-n1-p1-mstd0.5-inc1", "rand-m10-n3-p0.8-inc1"])
 def test_only_the_crop_is_made_and_it_is_the_same(clips, config):
     augment, seen = RandAugment(config), set()
     for seed in range(120):
