@@ -165,7 +165,7 @@ class _MadeBatch(NamedTuple):
 
     slot: int | None  # that was set aside for its clips
     clips: Tensor | None  # None if the slot holds them
-    arrays: dict[str, np.ndarray]  # flip, erase, label and row of `Batch`
+    arrays: tuple[np.ndarray, ...]  # flip, erase, label and row, as in `Batch`
     errors: list[dict[str, str]]
 
 
@@ -185,12 +185,12 @@ class _BatchReader(Dataset):
         in_place = all(x.clips is place for x, place in zip(samples, places, strict=True))
         if not in_place:
             clips = torch.stack([x.clips for x in samples])
-        arrays = {
-            "flip": np.stack([x.flip.numpy() for x in samples]),
-            "erase": np.stack([x.erase.numpy() for x in samples]),
-            "label": np.array([x.label for x in samples]),
-            "row": np.array([x.row for x in samples]),
-        }
+        arrays = (
+            np.stack([x.flip.numpy() for x in samples]),
+            np.stack([x.erase.numpy() for x in samples]),
+            np.array([x.label for x in samples]),
+            np.array([x.row for x in samples]),
+        )
         sent = None if in_place and slot is not None else clips
         return _MadeBatch(slot, sent, arrays, [x.errors for x in samples])
 
@@ -331,8 +331,8 @@ class VideoLoader:
             clips = made.clips
             if made.slot is not None:
                 self.memory.abandon(made.slot)
-        tensors = {name: torch.from_numpy(array) for name, array in made.arrays.items()}
-        batch = Batch(clips, **tensors, errors=made.errors)
+        flip, erase, label, row = map(torch.from_numpy, made.arrays)
+        batch = Batch(clips, flip, erase, label, row, made.errors)
         self._record(batch)
         return batch
 
