@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -305,6 +306,27 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_taken(
         Training(init=1).resume(newest)
     damage(older)
     assert latest(args) is None
+
+
+def bytes_read():
+    """Return the bytes that this process has asked the system to read so far."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("main, times", [(True, 1.0), (False, 0.0)])
+def test_resuming_reads_the_newest_file_once(tmp_path, trained, monkeypatch, main, times):
+    """The main rank checks every byte of it; the others map it into their memory."""
+    trained.save(tmp_path, epoch=3)
+    newest = str(trained.save(tmp_path, epoch=4))
+    resumed = Training(init=1, output_dir=str(tmp_path))
+    monkeypatch.setattr("util.checkpoint.is_main", lambda: main)
+    monkeypatch.setattr("util.checkpoint.broadcast_object", lambda _: (newest, ""))
+    before = bytes_read()
+    resumed.checkpoints.resume(*load_latest(resumed.args))
+    read = (bytes_read() - before) / os.path.getsize(newest)
+    assert times <= read < times + 0.35
+    assert_bitwise_equal(resumed.state(), trained.state())
 
 
 def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, trained):
