@@ -79,7 +79,7 @@ class PatchEmbed(nn.Module):
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed all patches, or those numbered ids [N, K], of clips [N, C, T, H, W] -> [N, K, D]."""
+        """Embed clips [N, C, T, H, W] -> [N, L, D], or only the patches ids [N, K] -> [N, K, D]."""
         patches = self.cut(x)  # (N, t, h, w, C, t_patch, p, p)
         if ids is not None:
             _, h, w = self.input_size
