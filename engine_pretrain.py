@@ -36,7 +36,7 @@ def train_one_epoch(
         the epoch's mean metrics over all ranks.
 
     Raises:
-        BadStepError: on every rank, when a loss or gradient is not finite, or the loss leaps.
+        NonFiniteError: on every rank, when a loss or gradient is infinite or NaN.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
 from util.meters import RunLog, last_x, open_log
-from util.optim import BadStepError, make_optimizer, make_scaler, param_groups_lrd
+from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups_lrd
 from util.report import read_class_names
 from util.synthetic import data_dir, synthetic_recipe
 from util.video.mixup import Mixup
@@ -287,7 +287,7 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(
                 ddp_model, mixup, train_loader, optimizer, scaler, device, checkpoints, log, args
             )
-        except BadStepError as error:
+        except NonFiniteError as error:
             raise run.bad_step_report(error, checkpoints, train_set.index) from error
         checkpoints.stop_if_told()
         checkpoints.before_validation()

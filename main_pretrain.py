@@ -23,7 +23,7 @@ from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
 from util.meters import last_x, open_log
-from util.optim import BadStepError, make_optimizer, make_scaler, param_groups_weight_decay
+from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups_weight_decay
 from util.synthetic import data_dir, synthetic_recipe
 from util.visualize import FixedClips
 
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(
                 ddp_model, loader, optimizer, scaler, device, checkpoints, log, args
             )
-        except BadStepError as error:
+        except NonFiniteError as error:
             raise run.bad_step_report(error, checkpoints, index) from error
         checkpoints.stop_if_told()
         if "loss" in stats:  # else --skip_nonfinite left out every step

@@ -242,7 +242,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
 
 
 def add_guard_args(parser: ArgumentParser) -> None:
-    """Add the flags of what to do with a loss that is not finite, or leaps."""
+    """Add the flag of what to do with a loss or gradient that is not finite."""
     group = parser.add_argument_group("bad steps")
     group.add_argument(
         "--skip_nonfinite",
@@ -251,13 +251,6 @@ def add_guard_args(parser: ArgumentParser) -> None:
         metavar="N",
         help="skip up to N updates in a row whose loss or gradient is not finite, reading the "
         "loss every step; 0: stop at the first",
-    )
-    group.add_argument(
-        "--kill_loss_factor",
-        type=natural_float,
-        default=0.0,
-        metavar="F",
-        help="stop when a step's loss is more than F times the epoch's mean before it; 0: never",
     )
 
 

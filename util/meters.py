@@ -23,7 +23,7 @@ from util.args import NOT_COMPARED
 from util.dist import all_reduce_mean, is_main, print0
 from util.errors import UserError
 from util.file_io import make_dirs, open_file, write_atomically
-from util.optim import BadStepError, NonFiniteError, UpdateGuard, _is_finite
+from util.optim import NonFiniteError, UpdateGuard, _is_finite
 
 if TYPE_CHECKING:
     from util.checkpoint import Checkpoints, Progress
@@ -54,11 +54,9 @@ class Meters:
         self,
         device: torch.device,
         progress: "Progress | None" = None,
-        kill_loss_factor: float = 0.0,
         skip_nonfinite: bool = False,
     ):
         self.device = device
-        self.kill_loss_factor = kill_loss_factor
         self.skip_nonfinite = skip_nonfinite
         self.pending: list[tuple[int, Tensor, dict[str, Tensor | float]]] = []
         self.sums = dict(progress.sums) if progress else {}
@@ -78,7 +76,6 @@ class Meters:
         Raises:
             NonFiniteError: on every rank, for the first step with a value that is not finite,
                 unless UpdateGuard has dealt with such steps already.
-            BadStepError: a loss above kill_loss_factor times the mean of the loop before it.
         """
         if not self.pending:
             return []
@@ -96,8 +93,6 @@ class Meters:
                     if self.skip_nonfinite:
                         continue  # its update was skipped; it is in no mean either
                     raise NonFiniteError(step, samples if not _is_finite(own) else None)
-                if name == "loss":
-                    self._check_spike(step, samples, value)
                 row[name] = value
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
@@ -106,17 +101,6 @@ class Meters:
             self.latest = self.latest | row
         self.pending.clear()
         return steps
-
-    def _check_spike(self, step: int, samples: Tensor, loss: float) -> None:
-        count = self.counts.get("loss", 0)
-        if self.kill_loss_factor and count:
-            mean = self.sums["loss"] / count
-            if loss > self.kill_loss_factor * mean:
-                problem = (
-                    f"the loss of step {step}, {loss:.4g}, is more than --kill_loss_factor "
-                    f"{self.kill_loss_factor:g} times the epoch's mean before it, {mean:.4g}"
-                )
-                raise BadStepError(step, samples, problem)
 
     def means(self) -> dict[str, float]:
         """Return each metric's mean over the steps flushed so far."""
@@ -131,7 +115,6 @@ class RunLog:
         print_freq: steps between printed lines.
         purge_step: drop what an earlier, killed process wrote from this place of the x axis on.
         skip_nonfinite: see UpdateGuard.
-        kill_loss_factor: see Meters.flush; 0 for none.
         time_first_step: print how long the first step took, as it compiles the model.
     """
 
@@ -142,13 +125,11 @@ class RunLog:
         device: torch.device,
         purge_step: int | None = None,
         skip_nonfinite: int = 0,
-        kill_loss_factor: float = 0.0,
         time_first_step: bool = False,
     ):
         self.print_freq = print_freq
         self.time_first_step = time_first_step
         self.device = device
-        self.kill_loss_factor = kill_loss_factor
         self.guard = UpdateGuard(skip_nonfinite)
         self.meters = Meters(device)
         self.session_end: Any = None  # see hparams
@@ -184,7 +165,6 @@ class RunLog:
         self.meters = Meters(
             self.device,
             checkpoints.progress if checkpoints else None,
-            self.kill_loss_factor,
             self.guard.limit > 0,
         )
 
@@ -349,7 +329,6 @@ def open_log(
         device,
         purge_step,
         args.skip_nonfinite,
-        args.kill_loss_factor,
         time_first_step=args.compile,
     )
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}

@@ -109,21 +109,14 @@ def optim_step(
     return norm
 
 
-class BadStepError(UserError):
-    """A step that ends the run; every rank raises it for the same step."""
-
-    def __init__(self, step: int, samples: Tensor | None, problem: str):
-        super().__init__(problem, status=1)
-        self.step = step
-        self.samples = samples  # this rank's batch, if its own loss is at fault
-        self.problem = problem
-
-
-class NonFiniteError(BadStepError):
-    """A loss or gradient that is not a number."""
+class NonFiniteError(UserError):
+    """A loss or gradient that is infinite or NaN ends the run; all ranks raise it for one step."""
 
     def __init__(self, step: int, samples: Tensor | None):
-        super().__init__(step, samples, f"the loss or gradient of step {step} is not finite")
+        self.step = step
+        self.samples = samples  # this rank's batch, if its own loss is at fault
+        self.problem = f"the loss or gradient of step {step} is not finite"
+        super().__init__(self.problem, status=1)
 
 
 class UpdateGuard:

@@ -19,7 +19,7 @@ from util.dist import print0
 from util.errors import UserError
 from util.file_io import make_dirs
 from util.kinetics import VideoIndex
-from util.optim import BadStepError, choose_precision, has_fast_bf16
+from util.optim import NonFiniteError, choose_precision, has_fast_bf16
 from util.signals import signals_restored
 from util.video_vit import Encoder
 
@@ -158,7 +158,9 @@ def prepare(
     )
 
 
-def bad_step_report(error: BadStepError, checkpoints: Checkpoints, index: VideoIndex) -> UserError:
+def bad_step_report(
+    error: NonFiniteError, checkpoints: Checkpoints, index: VideoIndex
+) -> UserError:
     """Name the step, the files of the batch and the last good checkpoint; call it on every rank."""
     own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
     checkpoints.wait()
