@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from util.args import NOT_COMPARED
+from util.args import compared
 from util.dist import SAVING, broadcast_object, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, path_manager, write_atomically
@@ -364,9 +364,9 @@ class Checkpoints:
             )
 
     def _changed_flags(self, checkpoint: dict[str, Any]) -> str:
-        """List the flags that the run had until now, and has no more."""
-        then, now = checkpoint_args(checkpoint), vars(self.args)
-        names = then.keys() & now.keys() - {*NOT_COMPARED, "path_to_data_dir", "path_prefix"}
+        """List the flags that differ from the checkpoint's."""
+        then, now = checkpoint_args(checkpoint), compared(self.args)
+        names = then.keys() & now.keys() - {"path_to_data_dir", "path_prefix"}
         return ", ".join(
             f"--{name} {then[name]} -> {now[name]}"
             for name in sorted(names)

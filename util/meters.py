@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util import dist
-from util.args import NOT_COMPARED
+from util.args import compared
 from util.dist import all_reduce_mean, is_main, print0
 from util.errors import UserError
 from util.file_io import make_dirs, open_file, write_atomically
@@ -331,8 +331,7 @@ def open_log(
         args.skip_nonfinite,
         time_first_step=args.compile,
     )
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
-    log.hparams(flags | {"ranks": dist.world_size()})
+    log.hparams(compared(args) | {"ranks": dist.world_size()})
     return log
 
 
