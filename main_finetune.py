@@ -60,7 +60,7 @@ def get_args_parser() -> flags.Parser:
     add(
         "--layer_decay",
         0.75,
-        "factor of the rate from a layer to the one below",
+        "learning rate of a layer relative to the next",
         flags.positive_float,
     )
     flags.add_guard_args(parser)
@@ -71,7 +71,7 @@ def get_args_parser() -> flags.Parser:
         "encoder to start from: path, address or released name (k400/vit_large) of a checkpoint, "
         "of other projects too; empty: train from scratch",
     )
-    add("--keep_head", False, "keep the head of --finetune if it has as many classes")
+    add("--keep_head", False, "keep the head of --finetune if it has the same number of classes")
     add("--allow_missing", False, "start even if --finetune lacks some of the encoder's weights")
     add("--eval", False, "validate the weights of --resume, then exit")
     flags.add_run_args(parser, output_dir="./output/finetune")

@@ -80,8 +80,8 @@ class Parser(ArgumentParser):
 def adder(parser: ArgumentParser, group: str = "") -> Callable[..., None]:
     """Return add(names, default, text, kind=None, **options), which adds a flag to a group.
 
-    A default of True adds --name and --no-name, False adds --name alone; `kind` converts a value;
-    options are those of ArgumentParser.add_argument.
+    A default of True adds --name and --no-name, one of False --name alone. `names` are separated
+    by spaces, `kind` is the type of a value, and `options` go to ArgumentParser.add_argument.
 
     Args:
         group: title of a new group in --help; empty: none.
@@ -120,7 +120,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
     add("--repeat_aug", 1, "clips taken from each loaded video", positive_int)
     limits = {"kind": positive_float, "nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
-    add("--jitter_scales_relative", jitter_scales, "area of random crop / of frame", **limits)
+    add("--jitter_scales_relative", jitter_scales, "random crop's share of the frame", **limits)
     add("--jitter_aspect_relative", (3 / 4, 4 / 3), "width / height of the random crop", **limits)
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
@@ -173,8 +173,8 @@ def add_guard_args(parser: ArgumentParser) -> None:
     adder(parser, "bad steps")(
         "--skip_nonfinite",
         0,
-        "skip up to N updates in a row whose loss or gradient is not finite, which reads the loss "
-        "every step; 0: stop at the first",
+        "skip up to N updates in a row whose loss or gradient is not finite (the loss is then "
+        "read at every step); 0: stop at the first",
         natural_int,
         metavar="N",
     )

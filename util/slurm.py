@@ -19,7 +19,7 @@ MAX_TIMEOUTS = 1000  # how often a job may reach its time limit; submitit's defa
 def add_slurm_args(parser: ArgumentParser) -> None:
     """Add the flags of the job to those of the script."""
     add = adder(parser, "job")
-    cluster = "local: processes of this machine, without Slurm"
+    cluster = "local: run processes on this machine, without Slurm"
     add("--cluster", "slurm", cluster, choices=("slurm", "local"))
     add("--nodes", 1, "number of machines", int)
     add("--ngpus", 8, "GPUs per node, with one task each; 0: run on CPUs", int)
@@ -27,7 +27,7 @@ def add_slurm_args(parser: ArgumentParser) -> None:
     add("--cpus_per_task", 10, "CPU cores per task", int)
     add("--mem_gb", None, "memory per node, GB", float)
     add("--time", 4320, "time limit, minutes", int)
-    delay = "seconds between the signal to save and the time limit; Slurm may give up to 60 more"
+    delay = "seconds between the signal to save and the time limit; Slurm may add up to 60"
     add("--signal_delay_s", 120, delay, int)
     add("--partition", None, "Slurm's partition")
     add("--account", None, "account that pays for the job")
