@@ -41,92 +41,42 @@ def get_args_parser() -> flags.Parser:
     flags.add_data_args(parser, jitter_scales=(0.08, 1.0))
     flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
     flags.add_classifier_args(parser)
-    group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument(
-        "--dropout", type=flags.share, default=0.3, help="probability before the head"
-    )
-    group.add_argument(
-        "--drop_path_rate", type=flags.share, default=0.2, help="stochastic depth of the last block"
-    )
-    group.add_argument(
-        "--rand_aug", action=argparse.BooleanOptionalAction, default=True, help="use RandAugment"
-    )
-    group.add_argument(
-        "--aa", default="rand-m7-mstd0.5-inc1", help="RandAugment policy, timm's grammar"
-    )
-    group.add_argument(
-        "--reprob",
-        type=flags.share,
-        default=0.25,
-        help="probability of random erasing, a part of --rand_aug",
-    )
-    group.add_argument("--smoothing", type=flags.share, default=0.1, help="label smoothing")
-    group.add_argument(
-        "--mixup", type=flags.natural_float, default=0.8, help="mixup alpha, 0 for none"
-    )
-    group.add_argument(
-        "--cutmix", type=flags.natural_float, default=1.0, help="cutmix alpha, 0 for none"
-    )
-    group.add_argument(
-        "--cutmix_minmax",
-        type=flags.share,
-        action=flags.Range,
-        nargs=2,
-        default=None,
-        help="cutmix side range, share",
-    )
-    group.add_argument(
-        "--mixup_prob", type=flags.share, default=1.0, help="probability of mixing a batch at all"
-    )
-    group.add_argument(
-        "--mixup_switch_prob",
-        type=flags.share,
-        default=0.5,
-        help="probability of cutmix over mixup",
-    )
-    group.add_argument(
-        "--mask_ratio",
-        type=float,
-        default=0.0,
-        help="share of patches left out at first, annealed to 0 by a cosine: faster",
-    )
+    add = flags.adder(parser, "augmentation and regularisation")
+    add("--dropout", 0.3, "dropout probability before the head", flags.share)
+    add("--drop_path_rate", 0.2, "drop-path probability of the last block", flags.share)
+    add("--rand_aug", True, "apply RandAugment and random erasing")
+    add("--aa", "rand-m7-mstd0.5-inc1", "RandAugment policy in timm's notation")
+    add("--reprob", 0.25, "probability of random erasing; 0 with --no-rand_aug", flags.share)
+    add("--smoothing", 0.1, "label smoothing", flags.share)
+    add("--mixup", 0.8, "mixup alpha; 0: no mixup", flags.natural_float)
+    add("--cutmix", 1.0, "cutmix alpha; 0: no cutmix", flags.natural_float)
+    side = "smallest and largest side of the cutmix box, as a share of the clip's"
+    add("--cutmix_minmax", None, side, flags.share, action=flags.Range, nargs=2)
+    add("--mixup_prob", 1.0, "probability of mixing a batch at all", flags.share)
+    add("--mixup_switch_prob", 0.5, "probability of cutmix instead of mixup", flags.share)
+    add("--mask_ratio", 0.0, "share of patches left out, falling to 0 by a cosine: faster", float)
     flags.add_optim_args(parser)
-    parser.add_argument(
+    add = flags.adder(parser)
+    add(
         "--layer_decay",
-        type=flags.positive_float,
-        default=0.75,
-        help="factor of the rate from layer to layer",
+        0.75,
+        "learning rate of a layer relative to the next",
+        flags.positive_float,
     )
     flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
-    parser.add_argument(
+    add(
         "--finetune",
-        default="",
-        help="encoder to start from: path, address or released name (k400/vit_large) of a "
-        "checkpoint, also of other projects; empty: scratch",
+        "",
+        "encoder to start from: path, address or released name (k400/vit_large) of a checkpoint, "
+        "of other projects too; empty: train from scratch",
     )
-    parser.add_argument(
-        "--keep_head",
-        action="store_true",
-        help="keep the head of --finetune if it has as many classes",
-    )
-    parser.add_argument(
-        "--allow_missing",
-        action="store_true",
-        help="start though --finetune lacks some of the encoder's weights",
-    )
-    parser.add_argument(
-        "--eval", action="store_true", help="validate the weights of --resume, then exit"
-    )
+    add("--keep_head", False, "keep the head of --finetune if it has the same number of classes")
+    add("--allow_missing", False, "start even if --finetune lacks some of the encoder's weights")
+    add("--eval", False, "validate the weights of --resume, then exit")
     flags.add_run_args(parser, output_dir="./output/finetune")
-    parser.set_defaults(
-        repeat_aug=2,
-        epochs=50,
-        warmup_epochs=5,
-        blr=2.4e-3,
-        min_lr=1e-5,
-        clip_grad=5.0,
-    )
+    parser.set_defaults(repeat_aug=2, epochs=50, warmup_epochs=5)
+    parser.set_defaults(blr=2.4e-3, min_lr=1e-5, clip_grad=5.0)
     return parser
 
 

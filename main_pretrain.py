@@ -39,46 +39,34 @@ def get_args_parser() -> flags.Parser:
     parser = flags.Parser("Masked-autoencoder pre-training on videos")
     flags.add_data_args(parser, jitter_scales=(0.5, 1.0))
     flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
-    group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask_ratio", type=float, default=0.9, help="share of patches removed")
-    group.add_argument(
+    add = flags.adder(parser, "masked autoencoder")
+    add("--mask_ratio", 0.9, "share of patches that are removed", float)
+    add(
         "--decoder_mask_ratio",
-        type=float,
-        default=0.0,
-        help="share of the removed patches that are not decoded either: faster, not the paper's",
+        0.0,
+        "share of the removed patches that are not decoded either: faster, but not in the paper",
+        float,
     )
-    group.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width")
-    group.add_argument("--decoder_depth", type=int, default=4, help="decoder blocks")
-    group.add_argument("--decoder_num_heads", type=int, default=16, help="decoder heads")
-    group.add_argument(
-        "--norm_pix_loss",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="normalise each target patch by its own mean and deviation",
-    )
-    group.add_argument("--pred_t_dim", type=int, default=8, help="frames to predict per clip")
-    group.add_argument(
-        "--trunc_init", action="store_true", help="truncated normal in place of Xavier weights"
-    )
+    add("--decoder_embed_dim", 512, "decoder width", int)
+    add("--decoder_depth", 4, "decoder blocks", int)
+    add("--decoder_num_heads", 16, "attention heads of a decoder block", int)
+    add("--norm_pix_loss", True, "normalise each target patch by its own mean and deviation")
+    add("--pred_t_dim", 8, "frames to predict per clip", int)
+    add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
-    parser.add_argument("--bias_wd", action="store_true", help="decay norm weights too")
+    add = flags.adder(parser)
+    add("--bias_wd", False, "apply weight decay to norm weights too")
     flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     flags.add_run_args(parser, output_dir="./output/pretrain")
-    parser.add_argument(
+    add(
         "--vis_period",
-        type=flags.natural_int,
-        default=10,
-        help="epochs between reconstructions of fixed clips in TensorBoard; 0: none",
+        10,
+        "epochs between reconstructions of fixed clips in TensorBoard; 0: none",
+        flags.natural_int,
     )
-    parser.set_defaults(
-        repeat_aug=4,
-        epochs=200,
-        warmup_epochs=30,
-        blr=1.6e-3,
-        beta=(0.9, 0.95),
-        clip_grad=0.02,
-    )
+    parser.set_defaults(repeat_aug=4, epochs=200, warmup_epochs=30)
+    parser.set_defaults(blr=1.6e-3, beta=(0.9, 0.95), clip_grad=0.02)
     return parser
 
 
