@@ -92,16 +92,19 @@ class MaskedAutoencoderViT(Encoder):
         self.cls_embed = cls_embed
         self.cls_through_decoder = cls_through_decoder
         self.pred_t_dim = pred_t_dim
-        if cls_through_decoder and not cls_embed:
-            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
-        require_multiple(
-            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
-        )
 
-        # Targets: which frames, and how many of them per patch.
+        # Patches, and the targets: which frames are predicted, and how many of them per patch.
+        patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
+        )
         frames = choose_frames(num_frames, t_patch_size, pred_t_dim, strided_targets)
         self.predicted_frames = frames
         self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
+        require_multiple(
+            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
+        )
+        if cls_through_decoder and not cls_embed:
+            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
 
         def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -111,9 +114,6 @@ class MaskedAutoencoderViT(Encoder):
 
         # Class tokens and positions. From here on parameters and modules are registered in the
         # order of the published state dicts.
-        patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
-        )
         grid = patch_embed.input_size
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
