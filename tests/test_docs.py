@@ -28,7 +28,7 @@ import submitit_pretrain
 import submitit_test
 from tests import formats
 from tests.video_files import moving_frames, write_video
-from util import file_io, run
+from util import file_io
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -153,7 +153,7 @@ def test_script_runs_dry(document, command, videos, tmp_path, monkeypatch, capsy
     rows = "".join(f"{videos}/v{i % 6}.mp4 {i % 3}\n" for i in range(64))  # a batch at least
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.csv").write_text(rows)
-    monkeypatch.setattr(run, "data_dir", lambda args, task: str(tmp_path))
+    monkeypatch.setattr(module, "data_dir", lambda args, task: str(tmp_path))
     args = SCRIPTS[script].parse_args(
         [*argv, "--dry_run", "--device", "cpu", "--num_workers", "0", "--output_dir", str(tmp_path)]
     )
