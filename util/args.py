@@ -401,6 +401,11 @@ def parse(
     return args
 
 
+def compared(args: Namespace) -> dict[str, Any]:
+    """Return the flags that have a part in what a run learns."""
+    return {k: v for k, v in vars(args).items() if k not in NOT_COMPARED}
+
+
 def clip_options(args: Namespace) -> dict[str, Any]:
     """Return what the flags say of the clips of every data set, for Kinetics."""
     names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
