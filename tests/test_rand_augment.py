@@ -42,7 +42,7 @@ def on_pil_frames(name, clip, *arguments):
 
 @pytest.fixture(scope="module")
 def clips():
-    """Clips [T, H, W, 3] that are smooth, noisy, constant, and of few dark levels."""
+    """Return four clips [T, H, W, 3]: smooth, noisy, constant, and with few dark levels."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:57, :83]
     waves = [np.sin(x / 9 + k) + np.cos(y / 7 - k) for k in range(9)]
@@ -146,7 +146,7 @@ def test_colours_are_bit_for_bit_those_of_timm(name, magnitude, clips):
 
 @pytest.mark.parametrize("magnitude", [0.0, 0.3, 3.1, 7.0, 8.7, 10.0])
 @pytest.mark.parametrize("name", WARPS)
-def test_warps_are_those_of_timm_but_for_rare_single_levels(name, magnitude, clips):
+def test_warps_are_those_of_timm_except_for_rare_single_levels(name, magnitude, clips):
     for sign in (1.0, -1.0):
         arguments = operation_arguments(name, magnitude, lambda sign=sign: sign, True)
         for clip in clips[:3]:
@@ -154,11 +154,11 @@ def test_warps_are_those_of_timm_but_for_rare_single_levels(name, magnitude, cli
             difference = np.abs(ours.astype(int) - on_pil_frames(name, clip, *arguments))
             assert ours.shape == clip.shape and ours.dtype == np.uint8
             assert difference.max() <= 1
-            assert difference.mean() <= 0.01  # 0.001 for real frames, where sums round apart
+            assert difference.mean() <= 0.01  # 0.001 on real frames, from sums rounded differently
 
 
 class SeededDraws:
-    """Stand in for a Generator: the sources that seeded the golden rows."""
+    """Stand in for a Generator: draws of the generators that made the golden rows."""
 
     def __init__(self, seed):
         numbers, rng = np.random.RandomState(seed), random.Random(seed)
@@ -224,7 +224,7 @@ def test_zero_probability_changes_nothing(clips):
 
 
 @pytest.mark.parametrize("config", ["rand-m7-n1-p1-mstd0.5-inc1", "rand-m10-n3-p0.8-inc1"])
-def test_only_the_crop_is_made_and_it_is_the_same(clips, config):
+def test_computing_only_the_crop_gives_the_same_crop(clips, config):
     augment, seen = RandAugment(config), set()
     for seed in range(120):
         clip = clips[seed % 4]
@@ -242,7 +242,7 @@ def test_only_the_crop_is_made_and_it_is_the_same(clips, config):
     assert seen == set(augment.names)
 
 
-def test_warps_of_nothing_but_the_outside_are_filled(clips):
+def test_warps_of_only_the_outside_are_filled(clips):
     for clip in clips:
         box = (0, 0, clip.shape[1], 5)
         out = OPERATIONS["TranslateX"](clip, -1.0, box=box)
