@@ -363,29 +363,17 @@ _vit = partial(MaskedAutoencoderViT, mlp_ratio=4.0, norm_layer=partial(nn.LayerN
 _large = partial(_vit, embed_dim=1024, depth=24, num_heads=16)
 _huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
 
+# trains on a laptop CPU, on the embedded synthetic videos
+_tiny = partial(_vit, embed_dim=128, depth=4, num_heads=4, pos_embed_std=0.4)
+mae_vit_tiny_patch8 = partial(
+    _tiny, patch_size=8, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4
+)
 mae_vit_small_patch16 = partial(_vit, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 mae_vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 mae_vit_large_patch16 = partial(_large, patch_size=16)
 mae_vit_huge_patch14 = partial(_huge, patch_size=14)
 mae_vit_huge_patch16 = partial(_huge, patch_size=16)  # the released ViT-H
-# trains on a laptop CPU, on the embedded synthetic videos
-mae_vit_tiny_patch8 = partial(
-    _vit,
-    patch_size=8,
-    embed_dim=128,
-    depth=4,
-    num_heads=4,
-    decoder_embed_dim=64,
-    decoder_depth=2,
-    decoder_num_heads=4,
-    pos_embed_std=0.4,
-)
 
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
-    "mae_vit_tiny_patch8": mae_vit_tiny_patch8,
-    "mae_vit_small_patch16": mae_vit_small_patch16,
-    "mae_vit_base_patch16": mae_vit_base_patch16,
-    "mae_vit_large_patch16": mae_vit_large_patch16,
-    "mae_vit_huge_patch14": mae_vit_huge_patch14,
-    "mae_vit_huge_patch16": mae_vit_huge_patch16,
+    name: build for name, build in globals().items() if name.startswith("mae_vit_")
 }

@@ -123,19 +123,14 @@ class VisionTransformer(Encoder):
 _vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 _huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
 
+# trains on a laptop CPU, on the embedded synthetic videos
+vit_tiny_patch8 = partial(_vit, patch_size=8, embed_dim=128, depth=4, num_heads=4)
 vit_small_patch16 = partial(_vit, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 vit_large_patch16 = partial(_vit, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 vit_huge_patch14 = partial(_huge, patch_size=14)
 vit_huge_patch16 = partial(_huge, patch_size=16)  # the released ViT-H
-# trains on a laptop CPU, on the embedded synthetic videos
-vit_tiny_patch8 = partial(_vit, patch_size=8, embed_dim=128, depth=4, num_heads=4)
 
 MODELS: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_tiny_patch8": vit_tiny_patch8,
-    "vit_small_patch16": vit_small_patch16,
-    "vit_base_patch16": vit_base_patch16,
-    "vit_large_patch16": vit_large_patch16,
-    "vit_huge_patch14": vit_huge_patch14,
-    "vit_huge_patch16": vit_huge_patch16,
+    name: build for name, build in globals().items() if name.startswith("vit_")
 }

@@ -66,15 +66,11 @@ def param_groups_lrd(
             continue
         layer = layer_id(name, depth)
         decayed = parameter.ndim > 1 and not name.startswith(("pos_embed", "cls_token"))
-        group = groups.setdefault(
-            (layer, decayed),
-            {
-                "lr_scale": layer_decay ** (depth + 1 - layer),
-                "weight_decay": weight_decay if decayed else 0.0,
-                "params": [],
-            },
-        )
-        group["params"].append(parameter)
+        if (layer, decayed) not in groups:
+            lr_scale = layer_decay ** (depth + 1 - layer)
+            decay = weight_decay if decayed else 0.0
+            groups[layer, decayed] = {"lr_scale": lr_scale, "weight_decay": decay, "params": []}
+        groups[layer, decayed]["params"].append(parameter)
     return list(groups.values())
 
 
