@@ -108,7 +108,7 @@ def _parse_row(line: str) -> tuple[str, int]:
     if re.fullmatch("[+-]?[0-9]+", line[cut + 1 :]):
         path, label = line[: max(cut, 0)], int(line[cut + 1 :])
     path = path.strip(" ,\t")
-    if len(path) > 2 and path[0] == path[-1] == '"':  # spreadsheets quote what has commas
+    if len(path) > 2 and path[0] == path[-1] == '"':  # spreadsheets quote values with commas
         path = path[1:-1]
     return path, label
 

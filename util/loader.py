@@ -69,7 +69,7 @@ class EpochSampler(Sampler):
 
 
 class BatchMemory:
-    """Slots for uint8 batches of one shape, lent first to a worker, then to the batch's user.
+    """Slots for uint8 batches of one shape, lent to a worker and then to the user of its batch.
 
     A slot is reserved by `take`, which names it to a worker, then handed out as a tensor by
     `lease`, and free again when the last tensor that uses it is gone. Workers call only `view`.
@@ -285,8 +285,8 @@ class VideoLoader:
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
         workers = default_num_workers() if num_workers is None else num_workers
-        # Only forked workers see the memory of this process. It has a slot for every batch asked
-        # for ahead, the one on its way to the device, the caller's, and a spare one.
+        # Only forked workers see the memory of this process. There are slots for the batches asked
+        # for ahead, the one on its way to the device, the one in use, and a spare one.
         shared = workers == 0 or multiprocessing.get_start_method() == "fork"
         slots = workers * PREFETCH + 3 if shared else 0
         shape = (batch_size, *dataset.clips_shape)

@@ -74,7 +74,7 @@ class Video:
         self._time_limit = time_limit
         self._left = TimeLimit(time_limit)
         self._packets: list[av.Packet] = []
-        self._containers: list[InputContainer] = []  # `_open_stream` may run more than once
+        self._containers: list[InputContainer] = []  # more than one if it must be reopened
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
         if not os.path.isfile(path):
@@ -157,7 +157,7 @@ class Video:
         self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
         self._stamps = [packet.pts for packet in self._packets if packet.pts is not None]
         self._number: dict[int | None, int] = {}  # time stamp -> frame number
-        self._timed = self._can_number_by_stamps(shown)  # else only decoding everything numbers
+        self._timed = self._can_number_by_stamps(shown)  # else a full decode numbers the frames
         if self._timed:
             shown.sort(key=self._stamps.__getitem__)
             self._number = {self._stamps[k]: number for number, k in enumerate(shown)}
