@@ -167,8 +167,7 @@ def find_videos(folder: str) -> list[str]:
         raise UserError(f"{folder} is not a folder")
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        place = status.st_dev, status.st_ino
+        place = os.path.realpath(parent)
         if place in visited:  # a link may lead to a folder above it
             folders.clear()
             continue
@@ -199,10 +198,7 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     # The split of every video
     missing: list[str] = []
     if args.train_list or args.test_list or args.hmdb_splits:
-        if args.train_list or args.test_list:
-            listed = _read_ucf(args.train_list, "train") | _read_ucf(args.test_list, "val")
-        else:
-            listed = _read_hmdb(args.hmdb_splits, args.hmdb_split)
+        listed = _read_listed(args)
         names = {path: "/".join(parts[path][-2:]) for path in videos}
         split_of = {path: listed[name] for path, name in names.items() if name in listed}
         absent = listed.keys() - names.values()
@@ -214,27 +210,30 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
 
 
-def _read_ucf(path: str, split: str) -> dict[str, str]:
-    """Read lines `class/name.avi N`, or `class/name.avi` in a test list; names may hold spaces."""
-    lines = _read_text(path).splitlines() if path else []
-    names = (re.sub(r"\s+\d+$", "", line.strip()) for line in lines)
-    return dict.fromkeys(filter(None, names), split)
+def _read_listed(args: argparse.Namespace) -> dict[str, str]:
+    """Return the splits of the videos `class/name.avi` in the lists of UCF101 or HMDB51."""
+    if args.train_list or args.test_list:
+        train = dict.fromkeys((name for name, _ in _read_lines(args.train_list)), "train")
+        return train | dict.fromkeys((name for name, _ in _read_lines(args.test_list)), "val")
 
-
-def _read_hmdb(folder: str, split: int) -> dict[str, str]:
-    """Read lines `name.avi N` of CLASS_test_splitK.txt: N = 1 is training, 2 test, 0 unused."""
-    ending = f"_test_split{split}.txt"
-    files = sorted(Path(folder).glob(f"*{ending}"))
+    # HMDB51 has a list for every class; its numbers mean 1 training, 2 test, 0 unused
+    ending = f"_test_split{args.hmdb_split}.txt"
+    files = sorted(Path(args.hmdb_splits).glob(f"*{ending}"))
     if not files:
-        raise UserError(f"{folder} holds no *{ending}")
+        raise UserError(f"{args.hmdb_splits} holds no *{ending}")
     listed = {}
     for path in files:
-        label = path.name.removesuffix(ending)
-        for line in _read_text(str(path)).splitlines():
-            words = line.strip().rsplit(maxsplit=1)
-            if len(words) == 2 and words[1] in ("1", "2"):
-                listed[f"{label}/{words[0]}"] = "train" if words[1] == "1" else "val"
+        for name, number in _read_lines(str(path)):
+            if number in ("1", "2"):
+                split = "train" if number == "1" else "val"
+                listed[f"{path.name.removesuffix(ending)}/{name}"] = split
     return listed
+
+
+def _read_lines(path: str) -> list[tuple[str, str]]:
+    """Read names and numbers of lines `name N` or `name`; names may hold spaces."""
+    lines = [line.strip() for line in _read_text(path).splitlines()] if path else []
+    return [(re.sub(r"\s+\d+$", "", line), line.split()[-1]) for line in lines if line]
 
 
 def _split_by_folder(parts: dict[str, tuple[str, ...]]) -> dict[str, str]:

@@ -222,12 +222,9 @@ class Parameters:
 def write_dataset(out: str | os.PathLike[str], *, num_workers: int = 0, **parameters: int) -> Path:
     """Write the data set to the folder `out`, unless it is already there, and return the folder.
 
-    The same parameters always give the same frames. The folder appears when it is complete, so
-    several processes may call this at the same time, before every run.
-
-    Args:
-        num_workers: threads, 0 = one per core; the result does not depend on it.
-        parameters: the fields of Parameters.
+    The same parameters, the fields of Parameters, give the same frames with any num_workers
+    (threads, 0 = one per core). The folder appears when it is complete, so several processes may
+    call this at the same time, before every run.
 
     Raises:
         ValueError: a parameter is out of range; the message names it.
@@ -275,11 +272,11 @@ def _is_written(out: Path, marker: dict[str, int]) -> bool:
 
 def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
     """Write the videos, classes.txt and the csvs."""
+    # Folders and names of the classes
     classes = list(MOVEMENTS)[: p.num_classes]
     for name in ("pretrain", "finetune", *(f"videos/{name}" for name in classes)):
         (root / name).mkdir(parents=True)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-
     end = math.ceil(p.num_frames / p.fps)  # seconds, as in the names of Kinetics
 
     def write_one(job: tuple[int, int]) -> str:
