@@ -41,6 +41,9 @@ SAMPLING_RATE = 4  # of models whose file does not record it
 MIN_SIDE = 128  # pixels; smaller pictures are enlarged
 ROWS = ("original", "masked", "reconstruction")  # fields of a Reconstruction
 NOTE = "mean and contrast of every patch are the original's"
+mask_ratio = flags.number(
+    float, "a share above 0 and below 1, such as 0.95", lambda value: 0 < value < 1
+)
 
 
 class Autoencoder(NamedTuple):
@@ -211,14 +214,6 @@ def save(video: Tensor, stem: Path, fps: float) -> list[Path]:
     return paths
 
 
-def mask_ratio(text: str) -> float:
-    """Parse a share above 0 and below 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and below 1, such as 0.95")
-    return value
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
     parser = argparse.ArgumentParser(
@@ -227,52 +222,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("videos", nargs="*", metavar="VIDEO", help="files; none: the embedded synthetic videos")
+    parser.add_argument(
+        "videos", nargs="*", metavar="VIDEO", help="files; none: the embedded synthetic videos"
+    )
+    add = flags.adder(parser)
     add(
         "--checkpoint",
-        help="path, address or name of a pre-trained model; None: the newest one of `make demo`, "
-        f"or else {RELEASED}",
+        None,
+        "path, address or name of a pre-trained model; None: the newest one of `make demo`, or "
+        f"else {RELEASED}",
     )
-    add(
-        "--mask_ratio",
-        type=mask_ratio,
-        nargs="+",
-        default=[0.95, 0.98],
-        help="shares of patches to remove, a column for each",
-    )
+    ratios = "shares of patches to remove, a column for each"
+    add("--mask_ratio", [0.95, 0.98], ratios, mask_ratio, nargs="+")
     add(
         "--mask_type",
+        "random",
+        "what to remove: random patches, the same places at all times (tube), time steps, or "
+        "cuboids (block)",
         choices=MASK_TYPES,
-        default="random",
-        help="what is removed: random patches, the same places at all times (tube), time steps, "
-        "or cuboids (block)",
     )
-    add("--seed", type=int, default=0, help="seed of the first video's masks; one more for each")
-    add(
-        "--paste_visible",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="show the true pixels of visible patches in the reconstruction",
-    )
-    add(
-        "--clip_start",
-        type=flags.share,
-        default=0.5,
-        help="position of the clip, from 0 (the start of a video) to 1 (its end)",
-    )
-    add(
-        "--fps",
-        type=flags.positive_float,
-        help="frames per second of the pictures; None: the video's own speed",
-    )
-    add(
-        "--grid",
-        type=flags.positive_int,
-        metavar="COLUMNS",
-        help="put all videos into one picture with this many columns; None: one picture each",
-    )
-    add("--output_dir", default="./output/visualize", help="folder of the pictures")
+    add("--seed", 0, "seed of the first video's masks; one more for each video after it", int)
+    add("--paste_visible", True, "show the true pixels of visible patches in the reconstruction")
+    start = "position of the clip, from 0 (the start of a video) to 1 (its end)"
+    add("--clip_start", 0.5, start, flags.share)
+    fps = "frames per second of the pictures; None: the video's own speed"
+    add("--fps", None, fps, flags.positive_float)
+    grid = "put all videos into one picture with this many columns; None: one picture each"
+    add("--grid", None, grid, flags.positive_int, metavar="COLUMNS")
+    add("--output_dir", "./output/visualize", "folder of the pictures")
     return parser.parse_args(argv)
 
 

@@ -34,7 +34,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from util.args import positive_int
+from util.args import adder, positive_int
 from util.errors import UserError
 from util.file_io import open_file, write_atomically
 from util.loader import available_cpus
@@ -483,27 +483,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     # Flags of all commands
     common = argparse.ArgumentParser(add_help=False)
-    add = common.add_argument
-    add("videos", help="folder of the videos")
-    add("out", help="folder to write the lists to")
-    add("--reencode", default="", metavar="DIR", help="write cheaper copies here and list those")
-    add("--short_side", type=positive_int, default=256, help="pixels, of copies of larger videos")
-    add("--gop", type=positive_int, default=32, help="frames between key frames")
-    add("--crf", type=float, default=23, help="x264's quality, smaller is better")
-    add("--verify", action="store_true", help="decode all videos and name the broken ones")
-    add("--workers", type=positive_int, default=available_cpus(), help="videos at a time")
+    common.add_argument("videos", help="folder of the videos")
+    common.add_argument("out", help="folder to write the lists to")
+    add = adder(common)
+    add("--reencode", "", "write cheaper copies here and list those", metavar="DIR")
+    add("--short_side", 256, "short side of the copies, pixels, at most", positive_int)
+    add("--gop", 32, "frames between key frames", positive_int)
+    add("--crf", 23, "x264's quality, smaller is better", float)
+    add("--verify", False, "decode all videos and name the broken ones")
+    add("--workers", available_cpus(), "videos at a time", positive_int)
 
     # Commands
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official csv files")
     group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")
-    group = commands.add_parser("folders", parents=[common], help="a folder per class")
-    group.add_argument("--train_list", default="", help="UCF101's trainlist01.txt")
-    group.add_argument("--test_list", default="", help="UCF101's testlist01.txt")
-    group.add_argument("--hmdb_splits", default="", help="folder of CLASS_test_split1.txt files")
-    group.add_argument("--hmdb_split", type=positive_int, default=1, help="HMDB51's split number")
-    text = "share of each class for validation, if nothing else gives the splits"
-    group.add_argument("--val_share", type=float, default=0.2, help=text)
+    add = adder(commands.add_parser("folders", parents=[common], help="a folder per class"))
+    add("--train_list", "", "UCF101's trainlist01.txt")
+    add("--test_list", "", "UCF101's testlist01.txt")
+    add("--hmdb_splits", "", "folder of CLASS_test_split1.txt files")
+    add("--hmdb_split", 1, "HMDB51's split number", positive_int)
+    add("--val_share", 0.2, "share of validation videos if nothing else gives the splits", float)
     group = commands.add_parser("ssv2", parents=[common], help="Something-Something json files")
     group.add_argument("--labels", required=True, help="json file of templates and their numbers")
     group.add_argument("--annotations", nargs="+", required=True, metavar="JSON")
