@@ -13,10 +13,9 @@ Kind = Callable[[str], Any]  # converts the text of a flag to its value
 # flags that do not change what a run learns
 NOT_COMPARED = """
     notice dry_run eval device output_dir log_dir resume print_freq dist_timeout vis_period
-    num_workers item_timeout max_bad_share max_pixels
-    checkpoint_period checkpoint_minutes keep_last keep_every
-    cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos constraint
-    comment job_name job_dir signal_delay_s
+    num_workers item_timeout max_bad_share max_pixels checkpoint_period checkpoint_minutes keep_last
+    keep_every cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos
+    constraint comment job_name job_dir signal_delay_s
 """.split()
 
 
@@ -54,7 +53,6 @@ class Range(argparse.Action):
     """Take two numbers in order."""
 
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
-        """Store them."""
         low, high = values
         if low > high:
             raise argparse.ArgumentError(self, f"{low:g} is above {high:g}: give MIN MAX")
@@ -78,13 +76,11 @@ class Parser(ArgumentParser):
 
 
 def adder(parser: ArgumentParser, group: str = "") -> Callable[..., None]:
-    """Return add(names, default, text, kind=None, **options), which adds a flag to a group.
+    """Return add(names, default, text, kind=None, **options), which adds a flag.
 
     A default of True adds --name and --no-name, one of False --name alone. `names` are separated
     by spaces, `kind` is the type of a value, and `options` go to ArgumentParser.add_argument.
-
-    Args:
-        group: title of a new group in --help; empty: none.
+    `group` is the title of a new group in --help.
     """
     target = parser.add_argument_group(group) if group else parser
 
@@ -109,12 +105,10 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--num_workers", None, "loader processes per rank; not given: the rank's CPUs", natural_int)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
-    add(
-        "--sampling",
-        "dense",
-        "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts",
-        choices=("dense", "segments"),
+    text = (
+        "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts"
     )
+    add("--sampling", "dense", text, choices=("dense", "segments"))
     if not jitter_scales:
         return
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
@@ -136,12 +130,8 @@ def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) 
     add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", positive_int)
     add("--t_patch_size", 2, "frames of a patch", positive_int)
     add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
-    add(
-        "--sincos_pos_embed",
-        False,
-        "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed",
-        action=BooleanOptionalAction,
-    )
+    text = "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed"
+    add("--sincos_pos_embed", False, text, action=BooleanOptionalAction)
     add("--cls_embed", True, "prepend a class token")
     add("--no_qkv_bias", False, "leave out the biases of q, k and v")
 
@@ -170,14 +160,11 @@ def add_optim_args(parser: ArgumentParser) -> None:
 
 def add_guard_args(parser: ArgumentParser) -> None:
     """Add the flag that says what to do about a loss or gradient that is not finite."""
-    adder(parser, "bad steps")(
-        "--skip_nonfinite",
-        0,
+    text = (
         "skip up to N updates in a row whose loss or gradient is not finite (the loss is then "
-        "read at every step); 0: stop at the first",
-        natural_int,
-        metavar="N",
+        "read at every step); 0: stop at the first"
     )
+    adder(parser, "bad steps")("--skip_nonfinite", 0, text, natural_int, metavar="N")
 
 
 def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True) -> None:
@@ -188,12 +175,10 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
         add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
         add("--seed", 0, "seed of all random choices", natural_int)
     add("--device", "auto", "cuda, mps, cpu, or auto (the first of these that the machine has)")
-    add(
-        "--precision",
-        None,
-        "precision of the forward pass; not given: bf16 if the accelerator supports it, else fp32",
-        choices=("bf16", "fp16", "fp32"),
+    text = (
+        "precision of the forward pass; not given: bf16 if the accelerator supports it, else fp32"
     )
+    add("--precision", None, text, choices=("bf16", "fp16", "fp32"))
     fp32 = {"dest": "precision", "action": "store_const", "const": "fp32"}
     add("--fp32", argparse.SUPPRESS, "short for --precision fp32", **fp32)
     add("--dry_run", False, "build data and model, print batch arithmetic and FLOPs, then exit")
@@ -213,8 +198,7 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
 
 # --- parsing ------------------------------------------------------------------------------------
 
-# Flags of the reference implementation that do nothing here, or not in every script, with the
-# number of values that they take.
+# flags of the reference that do nothing here, or not in every script: the number of their values
 OBSOLETE_FLAGS = {
     **dict.fromkeys("distributed no_env dist_on_itp dist_eval pin_mem no_pin_mem".split(), 0),
     **dict.fromkeys("global_pool cpu_mix resplit".split(), 0),
@@ -222,7 +206,7 @@ OBSOLETE_FLAGS = {
     **dict.fromkeys("decoder_backend decoder_device encoder_attn color_jitter seed".split(), 1),
     "log_dir": 1,
 }
-# Flags of the reference implementation that would change the result, with the only value allowed.
+# flags of the reference that would change the result: the only value that is allowed
 FIXED_FLAGS = {"remode": "pixel", "recount": "1", "mixup_mode": "batch"}
 
 
@@ -232,12 +216,11 @@ def parse(
     default_flags: Callable[[Namespace], Sequence[str]],
     obsolete: dict[str, int] = OBSOLETE_FLAGS,
 ) -> Namespace:
-    """Parse flags; obsolete ones are ignored and listed in args.notice.
+    """Parse flags; obsolete ones that the script does not have are listed in args.notice.
 
     Args:
         default_flags: maps the parsed flags to more flags, which those of argv then override
             (a recipe for the embedded videos, or the flags a checkpoint was trained with).
-        obsolete: flags to ignore unless the script has them, with the number of their values.
     """
     argv = sys.argv[1:] if argv is None else argv
     # flags given by hand override those of an @FILE, whether they stand before or after it
@@ -249,8 +232,7 @@ def parse(
             add(f"--{name}", None, argparse.SUPPRESS, dest=f"obsolete_{name}", **options)
     for name, value in FIXED_FLAGS.items():
         add(f"--{name}", argparse.SUPPRESS, argparse.SUPPRESS, choices=[value])
-    args = parser.parse_args(argv)
-    args = parser.parse_args([*default_flags(args), *argv])
+    args = parser.parse_args([*default_flags(parser.parse_args(argv)), *argv])
     values = vars(args)
     ignored = [f"--{name}" for name in obsolete if values.pop(f"obsolete_{name}", None) is not None]
     for name in FIXED_FLAGS:

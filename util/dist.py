@@ -62,11 +62,8 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
     exchange in util.signals.Interruption then fails first, and its error says more.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        nccl = device_type == "cuda"
-        dist.init_process_group(
-            "nccl" if nccl else "gloo",
-            timeout=timedelta(minutes=timeout_minutes + (5 if nccl else 0)),
-        )
+        backend, extra = ("nccl", 5) if device_type == "cuda" else ("gloo", 0)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + extra))
 
 
 def warn_of_stale_store() -> None:
@@ -75,8 +72,8 @@ def warn_of_stale_store() -> None:
     torchrun hands its store on to the restarted ranks, with the addresses that the previous ones
     left there (https://github.com/pytorch/pytorch/issues/135712).
     """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         print0(
             "WARNING: for --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun; "
             "else restarted ranks may look for each other at old addresses"
@@ -111,44 +108,30 @@ def get_device(name: str) -> torch.device:
             processes are to share one GPU.
     """
     if name == "auto":
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind in found if found[kind]), "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is not a device; use cuda, mps, cpu or auto") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if count == 0:
-            raise ValueError(f"--device {name} asks for a GPU and PyTorch sees none; use cpu")
-        index = device.index
-        if index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"--device {name} names one GPU for all processes; with cuda each takes its own"
-            )
-        if index is None:
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            # srun may let each task see only its own GPU; torchrun does not
-            alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-            index = 0 if alone else local_rank
-        if index >= count:
-            raise ValueError(f"GPU {index} was asked for and this machine has {count}")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps is not available on this machine; use cpu")
-    return device
+    if device.type != "cuda":
+        return device
 
-
-def all_reduce_mean(x: Tensor) -> Tensor:
-    """Average a tensor over all processes, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-        x /= world_size()
-    return x
+    count, index = torch.cuda.device_count(), device.index
+    if count == 0:
+        raise ValueError(f"--device {name} asks for a GPU and PyTorch sees none; use cpu")
+    if index is None:
+        # srun may let each task see only its own GPU; torchrun does not
+        alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        index = 0 if alone else int(os.environ.get("LOCAL_RANK", "0"))
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {name} is one GPU for all processes; use cuda: one for each")
+    if index >= count:
+        raise ValueError(f"GPU {index} was asked for and this machine has {count}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -158,21 +141,24 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Average a floating-point tensor over all processes, in place."""
+    return all_reduce_sum(x).div_(world_size())
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return the picklable values of all processes, in rank order, to every process."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_object(value: Any) -> Any:
     """Return the main process's picklable value to every process."""
-    if world_size() == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values)
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -187,8 +173,8 @@ def barrier() -> None:
 def seed_step(*key: int) -> None:
     """Seed PyTorch's generators from integers such as (seed, epoch, step, rank).
 
-    It is called before every training step: masks, drop path, dropout and noise then depend on the
-    step alone, and a resumed run draws the same ones as a run that was never stopped.
+    Masks, drop path, dropout and noise then depend on the step alone, and a resumed run draws the
+    same ones as a run that was never stopped.
     """
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))

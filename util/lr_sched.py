@@ -19,29 +19,25 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
 
     Args:
         counted: what the recipe counts as its batch, "videos" or their (repeated) "clips".
-        steps: micro-steps of an epoch.
-
-    Raises:
-        UserError: an epoch is too short for a single update.
+        steps: micro-steps of an epoch; UserError if these are too few for a single update.
     """
-    if steps < args.accum_iter:
+    accum, ranks = args.accum_iter, world_size()
+    if steps < accum:
         raise UserError(
-            f"an epoch has {steps} steps, too few for an update every --accum_iter "
-            f"{args.accum_iter} steps; lower it, or use more videos"
+            f"an epoch has {steps} steps, too few for an update every --accum_iter {accum} steps; "
+            "lower it, or use more videos"
         )
     # Count what an update sees.
-    ranks = world_size()
-    videos = args.batch_size * args.accum_iter * ranks
+    videos = args.batch_size * accum * ranks
     batch = {"videos": videos, "clips": videos * args.repeat_aug}
     print0(
-        f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
-        f"ranks = {videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
+        f"videos per update: {args.batch_size} per rank x {accum} accumulated x {ranks} ranks = "
+        f"{videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
     )
 
     # Scale the base rate, unless --lr gives the peak itself.
     if args.lr is None:
-        lr = scaled_lr(args.blr, batch[counted])
-        size = f"{batch[counted]} {counted}"
+        lr, size = scaled_lr(args.blr, batch[counted]), f"{batch[counted]} {counted}"
         print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
     else:
         lr = args.lr
@@ -58,11 +54,7 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
 def learning_rate(
     progress: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float
 ) -> float:
-    """Rise linearly from 0 over warmup_epochs, then fall along half a cosine to min_lr at epochs.
-
-    Args:
-        progress: epochs done, fractional.
-    """
+    """Rise linearly from 0 over warmup_epochs; fall along half a cosine to min_lr at epochs."""
     if progress < warmup_epochs:
         return lr * progress / warmup_epochs
     share = (progress - warmup_epochs) / (epochs - warmup_epochs)
@@ -76,9 +68,5 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
-    """Return the share of tokens that fine-tuning leaves out: half a cosine from mask_ratio to 0.
-
-    Args:
-        progress: epochs done, fractional.
-    """
+    """Return the share of tokens that fine-tuning leaves out, which falls to 0 by half a cosine."""
     return mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))

@@ -18,6 +18,16 @@ from util.file_io import make_dirs
 from util.optim import choose_precision, has_fast_bf16
 from util.signals import signals_restored
 
+# what PyTorch's errors say (regular expressions), and what has happened then
+FAILURES = {
+    "^DataLoader worker": "a loader process was killed: memory or /dev/shm has probably run out; "
+    "lower --num_workers or --batch_size, or give the container more (--shm-size)",
+    "[Tt]imed out waiting": "another rank did not answer within --dist_timeout",
+    "Connection (closed|reset) by peer": "another rank is gone; its own message says why",
+    "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "
+    "GLOO_SOCKET_IFNAME names the network interface to use",
+}
+
 
 @signals_restored()
 def run(
@@ -44,8 +54,7 @@ def ending(script: str) -> Iterator[None]:
         dist.shutdown()
         raise
     except BaseException as error:
-        known = error if isinstance(error, UserError) else explain(error)
-        several = dist.world_size() > 1
+        known, several = explain(error), dist.world_size() > 1
         if known is not None:
             status = known.status
             prefix = f"[rank {dist.rank()}] " if several else ""
@@ -60,50 +69,32 @@ def ending(script: str) -> Iterator[None]:
         if several:
             dist.exit_alone(status)
         sys.exit(status)
-    else:
-        dist.shutdown()
+    dist.shutdown()
 
 
 def explain(error: BaseException) -> UserError | None:
     """Say in a sentence that a file system has failed or another process is gone, else None."""
-    if not isinstance(error, RuntimeError | OSError):
-        return None
+    if isinstance(error, UserError):
+        return error
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         return UserError(text or type(error).__name__, status=1)
-    if text.startswith("DataLoader worker"):
-        reason = text.partition(". ")[0]
-        sentence = (
-            f"a loader process was killed ({reason}): most likely memory or /dev/shm has run out; "
-            "lower --num_workers or --batch_size, or give the container more (--shm-size)"
-        )
-    elif re.search("[Tt]imed out waiting", text):
-        sentence = f"another rank did not answer within --dist_timeout ({text[:200]})"
-    elif re.search("Connection (closed|reset) by peer", text):
-        sentence = f"another rank is gone; its own message says why ({text[:200]})"
-    elif "connectFullMesh failed" in text:
-        sentence = (
-            "another rank is gone, or cannot be reached from here: GLOO_SOCKET_IFNAME names the "
-            f"network interface to use ({text[:200]})"
-        )
-    else:
-        return None
-    return UserError(sentence + "; the same command goes on from the newest checkpoint", status=1)
+    if isinstance(error, RuntimeError):
+        for pattern, happened in FAILURES.items():
+            if re.search(pattern, text):
+                go_on = "the same command goes on from the newest checkpoint"
+                return UserError(f"{happened} ({text[:200]}); {go_on}", status=1)
+    return None
 
 
 def start(args: Namespace) -> torch.device:
-    """Join the other ranks, choose device and precision, and print the flags.
-
-    Raises:
-        UserError: the machine has no such device.
-    """
+    """Join the other ranks, choose device and precision, and print the flags."""
     dist.adopt_slurm_step()
     with usage_errors():
         device = dist.get_device(args.device)
     dist.init_distributed(device.type, args.dist_timeout)
     args.precision = choose_precision(args.precision, device)
-    flags = {k: v for k, v in sorted(vars(args).items()) if k != "notice"}
-    print0(" ".join(f"--{k} {v}" for k, v in flags.items()))
+    print0(" ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if k != "notice"))
     if args.notice:
         print0(args.notice)
     dist.warn_of_stale_store()

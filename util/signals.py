@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -23,25 +23,47 @@ PATIENCE = 2.0  # seconds after which another Ctrl-C stops at once; torchrun its
 
 
 @contextlib.contextmanager
-def signals_restored() -> Iterator[None]:
-    """Restore the handlers of the stop signals at the end, also after an error."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+def signals_restored(*numbers: int) -> Iterator[None]:
+    """Restore the handlers of signals (by default, of those that stop) at the end of the body."""
+    before = {number: signal.getsignal(number) for number in numbers or STOP_SIGNALS}
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
+        for number, handler in before.items():
+            if handler is not None and in_main_thread():
                 signal.signal(number, handler)
+
+
+def child_signal_kept() -> contextlib.AbstractContextManager[None]:
+    """Undo the SIGCHLD handler that DataLoader installs with its first workers.
+
+    That handler raises wherever the trainer is when a worker dies, even in the middle of a save.
+    Without it the loader still notices the missing worker, within 5 seconds, when it waits for
+    that worker's batch.
+    """
+    return signals_restored(signal.SIGCHLD)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block the stop signals, here and in processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def in_main_thread() -> bool:
+    """Return whether this thread may install handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class Interruption:
     """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
 
     The ranks exchange flags while they compute: an exchange begun after one step is read after
-    the next. So no rank waits for another one or for its device.
-
-    Args:
-        timeout: minutes that a rank waits for the others.
+    the next. So no rank waits for another one (at most `timeout` minutes) or for its device.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -52,19 +74,17 @@ class Interruption:
         self.group: Any = None
         if world_size() > 1:
             self.group = dist.new_group(timeout=timedelta(minutes=timeout), backend="gloo")
-        self.handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        numbers = STOP_SIGNALS if in_main_thread() else ()
+        self.handlers: dict[int, Any] = {n: signal.signal(n, self._note) for n in numbers}
 
     def _note(self, number: int, _: Any) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and now - self.since > PATIENCE:
             raise KeyboardInterrupt
-        self.since = min(self.since, now)
-        self.signal = max(self.signal, STOP_SIGNALS.index(signal.Signals(number)) + 1)
-        again = "; once more: at once" if number == signal.SIGINT else ""
-        name = signal.Signals(number).name
-        text = f"{name}: stopping after this step with a checkpoint{again}\n"
+        self.since, which = min(self.since, now), signal.Signals(number)
+        self.signal = max(self.signal, STOP_SIGNALS.index(which) + 1)
+        again = "; once more: at once" if which == signal.SIGINT else ""
+        text = f"{which.name}: stopping after this step with a checkpoint{again}\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # print would raise if the signal interrupted another print
 
@@ -91,11 +111,11 @@ class Interruption:
         and needs the other ranks to stay alive meanwhile.
         """
         if self.group is not None:
-            # Leave together: a launcher kills the other ranks, maybe a saving one, when one leaves.
+            # leave together: a launcher kills the other ranks, maybe a saving one, when one leaves
             with contextlib.suppress(RuntimeError):
                 dist.barrier(self.group)
         number = STOP_SIGNALS[self.signal - 1]
-        previous: Callable[..., Any] | int | None = self.handlers.get(number)
+        previous = self.handlers.get(number)
         status = 128 + number if number == signal.SIGINT else REQUEUE_STATUS
         if callable(previous) and number != signal.SIGINT:
             previous(number, None)
@@ -108,29 +128,3 @@ class Interruption:
         """Restore the handlers that were installed before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Block the stop signals, here and in processes that are started meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def child_signal_kept() -> Iterator[None]:
-    """Undo the SIGCHLD handler that DataLoader installs with its first workers.
-
-    That handler raises wherever the trainer is when a worker dies, even in the middle of a save.
-    Without it the loader still notices the missing worker, within 5 seconds, when it waits for
-    that worker's batch.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
-            signal.signal(signal.SIGCHLD, before)

@@ -3,7 +3,6 @@
 import importlib
 import os
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
@@ -48,8 +47,7 @@ class Job:
     """
 
     def __init__(self, script: str, args: Namespace):
-        self.script = script
-        self.args = args
+        self.script, self.args = script, args
 
     def __call__(self) -> None:
         args = Namespace(**vars(self.args))
@@ -68,20 +66,15 @@ class Job:
 
 
 def submit(script: str, args: Namespace) -> None:
-    """Submit a script as a job and print its id and logs; wait for it if it is a local one.
-
-    Args:
-        script: module with main(args), e.g. "main_pretrain".
+    """Submit a script, a module with main(args); print its logs, and wait for a local job.
 
     Raises:
         UserError: there is no Slurm on this machine, Slurm refuses the job, or a local job fails.
     """
-    folder = Path(args.job_dir).absolute()
-    args.job_dir = str(folder)
+    folder = args.job_dir = os.path.abspath(args.job_dir)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)
     names = ("partition", "account", "qos", "constraint", "comment")
-    slurm_options = {f"slurm_{name}": getattr(args, name) for name in names}
     try:
         # a local executor ignores the arguments named slurm_*
         executor = submitit.AutoExecutor(folder, args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
@@ -96,7 +89,7 @@ def submit(script: str, args: Namespace) -> None:
             slurm_signal_delay_s=args.signal_delay_s,
             # srun does not take this over from sbatch
             slurm_srun_args=[f"--cpus-per-task={args.cpus_per_task}"],
-            **slurm_options,
+            **{f"slurm_{name}": getattr(args, name) for name in names},
         )
         job = executor.submit(Job(script, args))
     except (RuntimeError, OSError, FailedJobError) as error:
