@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
 from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
-from util.meters import RunLog, epoch_1000x
+from util.meters import RunLog
 from util.optim import autocast, grad_sync, optim_step
 from util.report import VideoScores, count_confusions, topk_correct
 from util.video.transforms import augment_on_device
@@ -60,11 +60,9 @@ def train_one_epoch(
     def epochs_done(step: int) -> float:
         return progress.epoch + step / steps
 
-    def x_axis(step: int) -> int:
-        return epoch_1000x(epochs_done(step), args.repeat_aug)
-
     loader.set_epoch(progress.epoch, progress.step)
-    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, progress):
+    loop = log.every(loader, header, steps, clips_per_step, progress, args.repeat_aug)
+    for step, batch in loop:
         # Drop path, dropout and erasing noise depend on the step alone, and so does mixup.
         seed_step(args.seed, progress.epoch, step, rank())  # drop path, dropout, erasing noise
         rng = np.random.default_rng((args.seed, progress.epoch, step, rank()))

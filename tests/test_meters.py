@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from util.checkpoint import Progress
 from util.errors import UserError
 from util.meters import Meters, RunLog, epoch_1000x, last_x, memory_mib
 from util.optim import NonFiniteError
@@ -90,15 +91,11 @@ def run_log(log_dir="", print_freq=2, **options):
     return RunLog(str(log_dir), print_freq, CPU, **options)
 
 
-def run_epoch(log, steps, epoch=0, repeat_aug=1, **every):
+def run_epoch(log, steps, epoch=0, repeat_aug=1):
     """Note loss = step + epoch in every step, as the engines do."""
-
-    def x_axis(step):
-        return epoch_1000x(epoch + step / steps, repeat_aug)
-
-    seen = []
+    seen, progress = [], Progress(epoch=epoch)
     batches = [f"batch {i}" for i in range(steps)]
-    for step, batch in log.every(batches, f"Epoch [{epoch}/2]", steps, 8, x_axis, **every):
+    for step, batch in log.every(batches, f"Epoch [{epoch}/2]", steps, 8, progress, repeat_aug):
         seen.append((step, batch))
         log.meters.update(step, rows(step), loss=torch.tensor(float(step + epoch)), lr=0.5)
     assert seen == list(enumerate(batches))

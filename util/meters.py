@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -36,28 +36,21 @@ class Meters:
     """Collect the metrics of every step without waiting for the device.
 
     Values may be scalars on the device: they are stacked, averaged over ranks and read once per
-    `flush`. That is where a value that is not finite is noticed.
-
-    Args:
-        progress: of an epoch that is continued; its sums and counts are carried on.
-        skip_nonfinite: leave values that are not finite out; UpdateGuard has dealt with them.
+    `flush`. That is where a value that is not finite is noticed, or left out if UpdateGuard has
+    dealt with it (skip_nonfinite). Sums and counts of an epoch that is continued are carried on.
     """
 
     def __init__(
         self, device: torch.device, progress: Progress | None = None, skip_nonfinite: bool = False
     ):
-        self.device = device
-        self.skip_nonfinite = skip_nonfinite
+        self.device, self.skip_nonfinite = device, skip_nonfinite
         self.pending: list[tuple[int, Tensor, dict[str, Tensor | float]]] = []
         self.sums = dict(progress.sums) if progress else {}
         self.counts = dict(progress.counts) if progress else {}
         self.latest: dict[str, float] = {}
 
     def update(self, step: int, samples: Tensor, **metrics: Tensor | float) -> None:
-        """Note the metrics of a step and the sample numbers of its batch.
-
-        Every rank must note the same steps and names.
-        """
+        """Note a step's metrics, the same on every rank, and the sample numbers of its batch."""
         self.pending.append((step, samples, metrics))
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
@@ -69,9 +62,8 @@ class Meters:
         if not self.pending:
             return []
         flat = [value for _, _, metrics in self.pending for value in metrics.values()]
-        local = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in flat]
-        )
+        options = {"dtype": torch.float32, "device": self.device}
+        local = torch.stack([torch.as_tensor(value, **options) for value in flat])
         values = iter(zip(all_reduce_mean(local.clone()).tolist(), local.tolist(), strict=True))
         steps = []
         for step, samples, metrics in self.pending:
@@ -126,7 +118,8 @@ class _Loop:
     header: str
     num_steps: int
     clips_per_step: int
-    x_axis: Callable[[int], int] | None
+    progress: Progress | None
+    repeat_aug: int
     bar: tqdm
     last_step: int
     last_time: float
@@ -140,24 +133,15 @@ class RunLog:
         log_dir: TensorBoard's folder; empty for none.
         print_freq: steps between printed lines.
         purge_step: x from which on TensorBoard drops what an earlier process wrote.
-        skip_nonfinite: see UpdateGuard.
-        time_first_step: print how long the first step takes, for it compiles the model.
     """
 
     def __init__(
-        self,
-        log_dir: str,
-        print_freq: int,
-        device: torch.device,
-        purge_step: int | None = None,
-        skip_nonfinite: int = 0,
-        time_first_step: bool = False,
+        self, log_dir: str, print_freq: int, device: torch.device, purge_step: int | None = None
     ):
-        self.print_freq = print_freq
-        self.device = device
-        self.time_first_step = time_first_step
-        self.guard = UpdateGuard(skip_nonfinite)
+        self.print_freq, self.device = print_freq, device
+        self.guard = UpdateGuard(0)
         self.meters = Meters(device)
+        self.time_first_step = False  # print how long the first step takes, for it compiles
         self.session_end: Any = None  # see hparams
         self.writer = None
         if is_main() and log_dir:
@@ -172,16 +156,16 @@ class RunLog:
         header: str,
         num_steps: int,
         clips_per_step: int,
-        x_axis: Callable[[int], int] | None = None,
         progress: Progress | None = None,
+        repeat_aug: int = 1,
     ) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch); print a line every print_freq steps, or a live bar on a terminal.
 
         Args:
             num_steps: length of the loop.
             clips_per_step: clips that all ranks together process per step, for clips/s.
-            x_axis: maps a step to TensorBoard's x axis; None logs no scalars.
-            progress: the place in the epoch where the loop starts.
+            progress: the epoch, and where in it the loop starts; None logs no scalars.
+            repeat_aug: see epoch_1000x.
 
         Raises:
             NonFiniteError: see Meters.flush.
@@ -191,9 +175,10 @@ class RunLog:
         hidden = not (is_main() and sys.stderr.isatty())
         bar = tqdm(total=num_steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True)
         start = waiting = time.perf_counter()
-        loop = _Loop(header, num_steps, clips_per_step, x_axis, bar, first - 1, start)
-        self.loop = loop
-        try:
+        self.loop = loop = _Loop(
+            header, num_steps, clips_per_step, progress, repeat_aug, bar, first - 1, start
+        )
+        with bar:
             for step, batch in enumerate(loader, first):
                 step_start = time.perf_counter()
                 loop.data_time += step_start - waiting
@@ -206,21 +191,17 @@ class RunLog:
                 if self.is_due(step):
                     self.read(step)
                 waiting = time.perf_counter()
-        finally:
-            bar.close()
         elapsed = timedelta(seconds=int(time.perf_counter() - start))
-        means = "".join(f"  {k} {v:.4g}" for k, v in self.meters.means().items() if k == "loss")
-        print0(f"{header}  done in {elapsed}{means}")
+        means = self.meters.means()
+        loss = f"  loss {means['loss']:.4g}" if "loss" in means else ""
+        print0(f"{header}  done in {elapsed}{loss}")
 
     def is_due(self, step: int) -> bool:
         """Return whether a line is due after a step: every print_freq steps and after the last."""
         return (step + 1) % self.print_freq == 0 or step + 1 == self.loop.num_steps
 
     def read(self, step: int) -> None:
-        """Read the metrics up to this step; print them, and log them to TensorBoard.
-
-        This waits for the device. A step that has been read is not read again.
-        """
+        """Wait for the metrics up to this step, once; print them, and log them to TensorBoard."""
         loop = self.loop
         if step == loop.last_step:
             return
@@ -232,18 +213,14 @@ class RunLog:
             "data_share": loop.data_time / (now - loop.last_time),
             "memory_mib": memory_mib(self.device),
         }
-        if loop.x_axis is not None:
-            for number, row in rows:
+        if loop.progress is not None:
+            for kind, number, row in [*(("train", *row) for row in rows), ("speed", step, speed)]:
+                x = epoch_1000x(loop.progress.epoch + number / loop.num_steps, loop.repeat_aug)
                 for name, value in row.items():
-                    self.scalar(f"train/{name}", value, loop.x_axis(number))
-            for name, value in speed.items():
-                self.scalar(f"speed/{name}", value, loop.x_axis(step))
-        line = {
-            **{name: f"{value:.4g}" for name, value in self.meters.latest.items()},
-            "clips/s": f"{speed['clips_per_s']:.1f}",
-            "data": f"{speed['data_share']:.0%}",
-            "mem": f"{speed['memory_mib']:.0f}M",
-        }
+                    self.scalar(f"{kind}/{name}", value, x)
+        line = {name: f"{value:.4g}" for name, value in self.meters.latest.items()}
+        line["clips/s"] = f"{speed['clips_per_s']:.1f}"
+        line["data"], line["mem"] = f"{speed['data_share']:.0%}", f"{speed['memory_mib']:.0f}M"
         eta = timedelta(seconds=int(seconds * (loop.num_steps - step - 1)))
         if loop.bar.disable:
             text = "  ".join(f"{name} {value}" for name, value in line.items())
@@ -269,33 +246,26 @@ class RunLog:
         self._write("add_text", name, markdown, x)
 
     def gif(self, name: str, data: bytes, x: int) -> None:
-        """Write the contents of a GIF file; TensorBoard plays it among its images.
+        """Write a GIF file, which TensorBoard plays; writer.add_video would need MoviePy for it."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard import summary
 
-        writer.add_video would make the same, but needs MoviePy.
-        """
-        if self.writer is not None:
-            from torch.utils.tensorboard import summary
-
-            width, height = Image.open(io.BytesIO(data)).size
-            Summary: Any = summary.Summary  # a generated class, which type checkers do not see
-            picture = Summary.Image(
-                height=height, width=width, colorspace=3, encoded_image_string=data
-            )
-            self._write("add_summary", Summary(value=[Summary.Value(tag=name, image=picture)]), x)
+        width, height = Image.open(io.BytesIO(data)).size
+        Summary: Any = summary.Summary  # a generated class, which type checkers do not see
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        self._write("add_summary", Summary(value=[Summary.Value(tag=name, image=image)]), x)
 
     def hparams(self, flags: dict[str, Any]) -> None:
-        """Let TensorBoard compare this run with others by its flags.
+        """Let TensorBoard compare this run with others by its flags and last scalars.
 
-        It finds the flags that differ, and the last values of all scalars, by itself.
         writer.add_hparams would make a run of its own for them.
         """
         if self.writer is not None:
             from torch.utils.tensorboard.summary import hparams
 
-            values = {
-                name: value if isinstance(value, (bool, int, float)) else str(value)
-                for name, value in flags.items()
-            }
+            numbers = (bool, int, float)
+            values = {k: v if isinstance(v, numbers) else str(v) for k, v in flags.items()}
             _, start, self.session_end = hparams(values, {})
             self._write("add_summary", start)
 
@@ -322,18 +292,15 @@ class RunLog:
 
 
 def open_log(
-    args: Namespace,
-    device: torch.device,
-    progress: Progress,
-    steps_per_epoch: int,
-    hparams: dict[str, Any],
+    args: Namespace, device: torch.device, progress: Progress, steps: int, hparams: dict[str, Any]
 ) -> RunLog:
     """Open the log of a training run; what a killed process wrote beyond `progress` is dropped."""
-    done = epoch_1000x(progress.epoch + progress.step / steps_per_epoch, args.repeat_aug)
+    done = epoch_1000x(progress.epoch + progress.step / steps, args.repeat_aug)
     # a run that stopped after the last step of an epoch has still to write that epoch's results
     purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
     log_dir = args.log_dir or os.path.join(args.output_dir, "tensorboard")
-    log = RunLog(log_dir, args.print_freq, device, purge_step, args.skip_nonfinite, args.compile)
+    log = RunLog(log_dir, args.print_freq, device, purge_step)
+    log.guard.limit, log.time_first_step = args.skip_nonfinite, args.compile
     log.hparams(hparams | {"ranks": world_size()})
     return log
 
@@ -358,12 +325,11 @@ def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
 
     This drops the lines that a killed process had added after its last checkpoint.
     """
-    if not (is_main() and output_dir):
-        return
-    text = "".join(map(log_line, records))
-    path = os.path.join(output_dir, "log.txt")
-    try:
-        make_dirs(output_dir)
-        write_atomically(path, lambda file: file.write(text.encode()))
-    except (OSError, UserError) as error:
-        print0(f"WARNING: could not write {path}: {error}; the next epoch tries again")
+    if is_main() and output_dir:
+        text = "".join(map(log_line, records)).encode()
+        path = os.path.join(output_dir, "log.txt")
+        try:
+            make_dirs(output_dir)
+            write_atomically(path, lambda file: file.write(text))
+        except (OSError, UserError) as error:
+            print0(f"WARNING: could not write {path}: {error}; the next epoch tries again")

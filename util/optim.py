@@ -32,15 +32,11 @@ def param_groups_weight_decay(
     """
     no_decay, decay = [], []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_bias = name.endswith(".bias")
-        exempt = is_bias if bias_wd else is_bias or parameter.ndim <= 1
-        (no_decay if exempt else decay).append(parameter)
-    return [
-        {"params": no_decay, "weight_decay": 0.0},
-        {"params": decay, "weight_decay": weight_decay},
-    ]
+        if parameter.requires_grad:
+            exempt = name.endswith(".bias") or (parameter.ndim <= 1 and not bias_wd)
+            (no_decay if exempt else decay).append(parameter)
+    decayed = {"params": decay, "weight_decay": weight_decay}
+    return [{"params": no_decay, "weight_decay": 0.0}, decayed]
 
 
 def layer_id(name: str, depth: int) -> int:
@@ -66,11 +62,9 @@ def param_groups_lrd(
             continue
         layer = layer_id(name, depth)
         decayed = parameter.ndim > 1 and not name.startswith(("pos_embed", "cls_token"))
-        if (layer, decayed) not in groups:
-            lr_scale = layer_decay ** (depth + 1 - layer)
-            decay = weight_decay if decayed else 0.0
-            groups[layer, decayed] = {"lr_scale": lr_scale, "weight_decay": decay, "params": []}
-        groups[layer, decayed]["params"].append(parameter)
+        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decayed else 0.0
+        new = {"lr_scale": scale, "weight_decay": decay, "params": []}
+        groups.setdefault((layer, decayed), new)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -120,8 +114,7 @@ def prepare_model(
 ) -> nn.Module:
     """Compile the blocks and set gradient checkpointing as asked; wrap for several ranks (DDP).
 
-    Args:
-        dynamic: see Encoder.compile_blocks.
+    `dynamic` is for Encoder.compile_blocks.
 
     Raises:
         UserError: torch.compile does not work on this machine (no C++ compiler, no Triton ...).
@@ -136,18 +129,14 @@ def prepare_model(
         model.compile_blocks(dynamic)
     if world_size() == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
 
 def grad_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-    """Average the gradients of a backward pass over ranks only where enabled.
+    """Average gradients over ranks only where enabled: in the last micro-step of an update.
 
-    Wrap the forward and backward pass of every micro-step; only the last one of an update needs
-    the averages.
+    Wrap the forward and backward pass of every micro-step.
     """
     if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
@@ -191,13 +180,15 @@ def optim_step(
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite; every rank raises it for the same step."""
+    """A loss or gradient that is NaN or infinite; every rank raises it for the same step.
+
+    `samples` is this rank's batch (rows of the csv), if its own loss is at fault.
+    """
 
     def __init__(self, step: int, samples: Tensor | None):
         self.problem = f"the loss or gradient of step {step} is not finite"
         super().__init__(self.problem, status=1)
-        self.step = step
-        self.samples = samples  # this rank's batch (rows of the csv), if its own loss is at fault
+        self.step, self.samples = step, samples
 
 
 class UpdateGuard:
@@ -208,8 +199,7 @@ class UpdateGuard:
     """
 
     def __init__(self, limit: int):
-        self.limit = limit
-        self.in_a_row = 0
+        self.limit, self.in_a_row = limit, 0
         self.bad: tuple[int, Tensor | None] | None = None  # first bad micro-step of this update
 
     def observe(self, step: int, samples: Tensor, loss: Tensor) -> None:
