@@ -26,9 +26,6 @@ class VisionTransformer(Encoder):
     Args:
         num_frames, t_patch_size: frames of a clip, and of a patch.
         img_size, patch_size: height and width of a clip, and of a patch, pixels.
-        in_chans: colour channels.
-        num_classes: width of the head.
-        embed_dim, depth, num_heads, mlp_ratio: the transformer.
         no_qkv_bias: q, k and v have no biases.
         norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
         dropout: probability before the head.
@@ -66,17 +63,14 @@ class VisionTransformer(Encoder):
         self.cls_embed = cls_embed
         # Class token and positions. From here on parameters and modules are registered in the order
         # of the published state dicts.
-        patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
-        )
+        patch = PatchEmbed(img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size)
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        make_pos_embed(
-            self, "", patch_embed.input_size, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed
-        )
+        grid = patch.input_size
+        make_pos_embed(self, "", grid, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed)
 
         # Encoder.
-        self.patch_embed = patch_embed
+        self.patch_embed = patch
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, rate, norm_layer)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -92,19 +86,13 @@ class VisionTransformer(Encoder):
         """Raise ValueError for a ratio that is negative or keeps nothing."""
         tokens = self.patch_embed.num_patches
         if mask_ratio < 0 or num_visible(tokens, mask_ratio) < 1:
-            raise ValueError(
-                f"mask_ratio = {mask_ratio} must be at least 0 and keep at least one of "
-                f"{tokens} tokens"
-            )
+            allowed = f"at least 0 and keep at least one of {tokens} tokens"
+            raise ValueError(f"mask_ratio = {mask_ratio} must be {allowed}")
 
     def forward_features(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
-        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] after the last block.
+        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] before the last norm.
 
-        No norm has been applied to them. A mask_ratio leaves out that share of the patches, chosen
-        at random: [N, K, D].
-
-        Raises:
-            ValueError: a mask_ratio that keeps nothing.
+        A mask_ratio leaves out that share of the patches, chosen at random: [N, K, D].
         """
         ids_keep = None
         if mask_ratio:

@@ -44,31 +44,24 @@ class PatchEmbed(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size: int,
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        num_frames: int,
-        t_patch_size: int,
+        self, img_size: int, patch_size: int, in_chans: int, dim: int, num_frames: int, t_patch: int
     ):
         super().__init__()
         grid = require_multiple(img_size, patch_size, "img_size", "patch_size")
-        t_grid = require_multiple(num_frames, t_patch_size, "num_frames", "t_patch_size")
+        t_grid = require_multiple(num_frames, t_patch, "num_frames", "t_patch_size")
         self.img_size, self.num_frames = img_size, num_frames
-        self.patch_size, self.t_patch_size = patch_size, t_patch_size
+        self.patch_size, self.t_patch_size = patch_size, t_patch
         self.input_size = (t_grid, grid, grid)  # tokens along t, h, w
         self.num_patches = t_grid * grid * grid
-        kernel = (t_patch_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+        kernel = (t_patch, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_chans, dim, kernel_size=kernel, stride=kernel)
 
     def cut(self, x: Tensor) -> Tensor:
         """View clips [N, C, T, H, W] as patches [N, T/t, H/p, W/p, C, t, p, p] without copying."""
         if x.ndim != 5 or not x.is_floating_point():
             raise ValueError(f"clips must be float [N, C, T, H, W], not {x.dtype} {list(x.shape)}")
         N, C, T, H, W = x.shape
-        expected = (self.num_frames, self.img_size, self.img_size)
-        if expected != (T, H, W):
+        if (self.num_frames, self.img_size, self.img_size) != (T, H, W):
             raise ValueError(
                 f"the model was built for clips of {self.num_frames} x {self.img_size} x "
                 f"{self.img_size} (frames x height x width) and got {T} x {H} x {W}; "
@@ -96,9 +89,7 @@ class Attention(nn.Module):
         super().__init__()
         require_multiple(dim, num_heads, "embed_dim", "num_heads")
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,8 +124,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Encoder(nn.Module):
@@ -150,10 +140,9 @@ class Encoder(nn.Module):
     grad_checkpointing = False
 
     def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Embed all patches, or only those numbered ids_keep [N, K]; add positions and class token.
+        """Embed all patches, or only ids_keep [N, K]; add positions -> [N, (1 +) L or K, D].
 
-        Returns:
-            [N, (1 +) L or K, D], the class token in front.
+        The class token stands in front.
         """
         cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
         if ids_keep is not None:
@@ -166,11 +155,9 @@ class Encoder(nn.Module):
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         """Pass tokens [N, L, D] through blocks."""
-        for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # replays drop path's randomness
-            else:
-                x = block(x)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        for block in blocks:  # checkpoint replays drop path's randomness
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
@@ -180,16 +167,14 @@ class Encoder(nn.Module):
         gradients of a block are sent to other ranks while those of the block before are computed.
 
         Args:
-            dynamic: False compiles again for every number of tokens, which gives the fastest code
-                if there are few such numbers (encoder and decoder); None makes it a variable as
-                soon as a second one is met.
+            dynamic: False compiles again for every number of tokens, the fastest code if there are
+                few (encoder and decoder); None makes it a variable once a second one is met.
         """
         blocks = [module for module in self.modules() if isinstance(module, Block)]
-        torch._dynamo.config.optimize_ddp = False  # it would split blocks at the ranks' buckets
+        config = torch._dynamo.config
+        config.optimize_ddp = False  # it would split blocks at the ranks' buckets
         # drop path rates are compiled in: every block needs versions for training and evaluation
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, 4 * len(blocks)
-        )
+        config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
         for block in blocks:
             block.compile(dynamic=dynamic)
 
@@ -206,9 +191,6 @@ def random_mask(
 
     Returns:
         mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
-
-    Raises:
-        ValueError: nothing is kept.
     """
     noise = torch.rand(num_clips, num_tokens, device=device)
     ids_shuffle = noise.argsort(dim=1)
@@ -216,8 +198,7 @@ def random_mask(
     K = num_visible(num_tokens, mask_ratio)
     if not 0 < K <= num_tokens:
         raise ValueError(f"mask_ratio = {mask_ratio} keeps {K} of {num_tokens} tokens")
-    mask = (ids_restore >= K).to(noise.dtype)
-    return mask, ids_restore, ids_shuffle[:, :K]
+    return (ids_restore >= K).to(noise.dtype), ids_restore, ids_shuffle[:, :K]
 
 
 def make_pos_embed(
@@ -234,24 +215,16 @@ def make_pos_embed(
     Separable: {prefix}pos_embed_spatial [1, h*w, D], _temporal [1, t, D] and, with a class token,
     _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class. With sincos, the
     joint positions are the sine-cosine table (class row zero) and are not trained.
-
-    Raises:
-        ValueError: sincos with separable positions.
     """
     if sincos and sep_pos_embed:
         raise ValueError("sincos_pos_embed is a table of joint positions: turn sep_pos_embed off")
     t, h, w = input_size
-
-    def add(name: str, rows: int) -> None:
-        module.register_parameter(prefix + name, nn.Parameter(torch.zeros(1, rows, dim)))
-
+    rows = {"": t * h * w + int(cls_embed)}
     if sep_pos_embed:
-        add("pos_embed_spatial", h * w)
-        add("pos_embed_temporal", t)
-        if cls_embed:
-            add("pos_embed_class", 1)
-    else:
-        add("pos_embed", t * h * w + int(cls_embed))
+        rows = {"_spatial": h * w, "_temporal": t} | ({"_class": 1} if cls_embed else {})
+    for name, count in rows.items():
+        positions = nn.Parameter(torch.zeros(1, count, dim))
+        module.register_parameter(f"{prefix}pos_embed{name}", positions)
     if sincos:
         joint = getattr(module, prefix + "pos_embed").requires_grad_(False)
         joint[:, int(cls_embed) :] = sincos_pos_embed(t * h * w, dim)
