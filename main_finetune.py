@@ -39,8 +39,7 @@ def get_args_parser() -> flags.Parser:
     """Build the flags; their defaults are the recipe for ViT-L on Kinetics-400."""
     parser = flags.Parser("Fine-tuning of a video classifier")
     flags.add_data_args(parser, jitter_scales=(0.08, 1.0))
-    flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
-    flags.add_classifier_args(parser)
+    flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16", classifier=True)
     add = flags.adder(parser, "augmentation and regularisation")
     add("--dropout", 0.3, "dropout probability before the head", flags.share)
     add("--drop_path_rate", 0.2, "drop-path probability of the last block", flags.share)
@@ -63,7 +62,6 @@ def get_args_parser() -> flags.Parser:
         "learning rate of a layer relative to the next",
         flags.positive_float,
     )
-    flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     add(
         "--finetune",

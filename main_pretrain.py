@@ -56,7 +56,6 @@ def get_args_parser() -> flags.Parser:
     flags.add_optim_args(parser)
     add = flags.adder(parser)
     add("--bias_wd", False, "apply weight decay to norm weights too")
-    flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     flags.add_run_args(parser, output_dir="./output/pretrain")
     add(

@@ -39,8 +39,7 @@ def get_args_parser() -> flags.Parser:
     """Build the flags; views default to 10 x 3 (the paper's tables use 7 x 3)."""
     parser = flags.Parser("Multi-view testing of a video classifier")
     flags.add_data_args(parser)
-    flags.add_model_args(parser, ["", *models_vit.MODELS], "")
-    flags.add_classifier_args(parser)
+    flags.add_model_args(parser, ["", *models_vit.MODELS], "", classifier=True)
     add = flags.adder(parser, "test")
     add(
         "--finetune --resume",

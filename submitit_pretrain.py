@@ -9,7 +9,6 @@ import main_pretrain
 from util import run, slurm
 
 parse_args = partial(main_pretrain.parse_args, add_args=slurm.add_slurm_args)
-main = partial(slurm.submit, "main_pretrain")
 
 if __name__ == "__main__":
-    run.run(main, parse_args)
+    run.run(partial(slurm.submit, "main_pretrain"), parse_args)

@@ -63,12 +63,8 @@ class Parser(ArgumentParser):
     """ArgumentParser that shows defaults in --help and reads more flags from @FILE."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            fromfile_prefix_chars="@",
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False)
+        self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an @FILE like a shell; # starts a comment."""
@@ -119,7 +115,9 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
 
-def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) -> None:
+def add_model_args(
+    parser: ArgumentParser, models: Sequence[str], default: str, classifier: bool = False
+) -> None:
     """Add the flags of the model; the data use its clip sizes too."""
     add = adder(parser, "model")
     names = "one of " + ", ".join(filter(None, models))
@@ -134,11 +132,8 @@ def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) 
     add("--sincos_pos_embed", False, text, action=BooleanOptionalAction)
     add("--cls_embed", True, "prepend a class token")
     add("--no_qkv_bias", False, "leave out the biases of q, k and v")
-
-
-def add_classifier_args(parser: ArgumentParser) -> None:
-    """Add the flag that every classifier has in addition to add_model_args."""
-    adder(parser)("--num_classes --nb_classes", 400, "classes of the head", positive_int)
+    if classifier:
+        add("--num_classes --nb_classes", 400, "classes of the head", positive_int)
 
 
 def add_optim_args(parser: ArgumentParser) -> None:
@@ -154,17 +149,13 @@ def add_optim_args(parser: ArgumentParser) -> None:
     add("--weight_decay", 0.05, "AdamW's weight decay", natural_float)
     add("--beta", (0.9, 0.999), "AdamW's betas", share, nargs=2)
     add("--clip_grad", None, "largest global gradient norm; 0: no limit", natural_float)
-    add("--compile", False, "compile the transformer blocks with torch.compile")
-    add("--grad_checkpointing", False, "recompute the blocks in the backward pass, to save memory")
-
-
-def add_guard_args(parser: ArgumentParser) -> None:
-    """Add the flag that says what to do about a loss or gradient that is not finite."""
     text = (
         "skip up to N updates in a row whose loss or gradient is not finite (the loss is then "
         "read at every step); 0: stop at the first"
     )
-    adder(parser, "bad steps")("--skip_nonfinite", 0, text, natural_int, metavar="N")
+    add("--skip_nonfinite", 0, text, natural_int, metavar="N")
+    add("--compile", False, "compile the transformer blocks with torch.compile")
+    add("--grad_checkpointing", False, "recompute the blocks in the backward pass, to save memory")
 
 
 def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True) -> None:

@@ -30,7 +30,7 @@ def signals_restored(*numbers: int) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None and in_main_thread():
+            if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(number, handler)
 
 
@@ -54,11 +54,6 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def in_main_thread() -> bool:
-    """Return whether this thread may install handlers of signals."""
-    return threading.current_thread() is threading.main_thread()
-
-
 class Interruption:
     """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
 
@@ -74,8 +69,9 @@ class Interruption:
         self.group: Any = None
         if world_size() > 1:
             self.group = dist.new_group(timeout=timedelta(minutes=timeout), backend="gloo")
-        numbers = STOP_SIGNALS if in_main_thread() else ()
-        self.handlers: dict[int, Any] = {n: signal.signal(n, self._note) for n in numbers}
+        self.handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def _note(self, number: int, _: Any) -> None:
         now = time.monotonic()
