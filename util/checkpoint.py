@@ -222,7 +222,7 @@ class Checkpoints:
         if stop or log.is_due(step):
             log.read(step)
             log.flush()  # what the checkpoint counts as done must be on the disk
-            if update or step + 1 == log.loop.num_steps:
+            if update or step + 1 == log.num_steps:
                 progress, meters = self.progress, log.meters
                 progress.step = step + 1
                 progress.sums, progress.counts = dict(meters.sums), dict(meters.counts)

@@ -10,7 +10,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -105,34 +104,15 @@ def epoch_1000x(epoch: float, repeat_aug: int) -> int:
 def last_x(epoch: int, repeat_aug: int) -> int:
     """Return the last place of an epoch (0, 1, ...) on the x axis, for results of its end.
 
-    The next place belongs to the first step of the next epoch: a run that resumes from the end of
-    this epoch has TensorBoard drop everything from there on.
+    TensorBoard drops what follows it when a run resumes from the end of this epoch.
     """
     return epoch_1000x(epoch + 1, repeat_aug) - 1
 
 
-@dataclass
-class _Loop:
-    """The loop that RunLog.every is in, and its clock since the last printed line (seconds)."""
-
-    header: str
-    num_steps: int
-    clips_per_step: int
-    progress: Progress | None
-    repeat_aug: int
-    bar: tqdm
-    last_step: int
-    last_time: float
-    data_time: float = 0.0  # spent waiting for the loader
-
-
 class RunLog:
-    """Progress lines, and TensorBoard from the main process.
+    """Progress lines, and TensorBoard from the main process (without log_dir: none).
 
-    Args:
-        log_dir: TensorBoard's folder; empty for none.
-        print_freq: steps between printed lines.
-        purge_step: x from which on TensorBoard drops what an earlier process wrote.
+    TensorBoard drops what an earlier process wrote from x = purge_step on.
     """
 
     def __init__(
@@ -170,24 +150,27 @@ class RunLog:
         Raises:
             NonFiniteError: see Meters.flush.
         """
+        # The loop, and its clock since the last printed line, for `read`.
         first = progress.step if progress else 0
-        self.meters = Meters(self.device, progress, self.guard.limit > 0)
-        hidden = not (is_main() and sys.stderr.isatty())
-        bar = tqdm(total=num_steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True)
         start = waiting = time.perf_counter()
-        self.loop = loop = _Loop(
-            header, num_steps, clips_per_step, progress, repeat_aug, bar, first - 1, start
+        self.header, self.num_steps, self.clips_per_step = header, num_steps, clips_per_step
+        self.progress, self.repeat_aug = progress, repeat_aug
+        self.meters = Meters(self.device, progress, self.guard.limit > 0)
+        self.last_step, self.last_time, self.data_time = first - 1, start, 0.0
+        hidden = not (is_main() and sys.stderr.isatty())
+        self.bar = tqdm(
+            total=num_steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True
         )
-        with bar:
+        with self.bar:
             for step, batch in enumerate(loader, first):
                 step_start = time.perf_counter()
-                loop.data_time += step_start - waiting
+                self.data_time += step_start - waiting
                 yield step, batch
                 if self.time_first_step:
                     seconds = time.perf_counter() - step_start
                     print0(f"{header}  first step, with compilation: {seconds:.1f} s")
                     self.time_first_step = False
-                bar.update()
+                self.bar.update()
                 if self.is_due(step):
                     self.read(step)
                 waiting = time.perf_counter()
@@ -198,36 +181,35 @@ class RunLog:
 
     def is_due(self, step: int) -> bool:
         """Return whether a line is due after a step: every print_freq steps and after the last."""
-        return (step + 1) % self.print_freq == 0 or step + 1 == self.loop.num_steps
+        return (step + 1) % self.print_freq == 0 or step + 1 == self.num_steps
 
     def read(self, step: int) -> None:
         """Wait for the metrics up to this step, once; print them, and log them to TensorBoard."""
-        loop = self.loop
-        if step == loop.last_step:
+        if step == self.last_step:
             return
         rows = self.meters.flush()
         now = time.perf_counter()
-        seconds = (now - loop.last_time) / (step - loop.last_step)
+        seconds = (now - self.last_time) / (step - self.last_step)
         speed = {
-            "clips_per_s": loop.clips_per_step / seconds,
-            "data_share": loop.data_time / (now - loop.last_time),
+            "clips_per_s": self.clips_per_step / seconds,
+            "data_share": self.data_time / (now - self.last_time),
             "memory_mib": memory_mib(self.device),
         }
-        if loop.progress is not None:
+        self.last_step, self.last_time, self.data_time = step, now, 0.0
+        if self.progress is not None:
             for kind, number, row in [*(("train", *row) for row in rows), ("speed", step, speed)]:
-                x = epoch_1000x(loop.progress.epoch + number / loop.num_steps, loop.repeat_aug)
+                x = epoch_1000x(self.progress.epoch + number / self.num_steps, self.repeat_aug)
                 for name, value in row.items():
                     self.scalar(f"{kind}/{name}", value, x)
         line = {name: f"{value:.4g}" for name, value in self.meters.latest.items()}
         line["clips/s"] = f"{speed['clips_per_s']:.1f}"
         line["data"], line["mem"] = f"{speed['data_share']:.0%}", f"{speed['memory_mib']:.0f}M"
-        eta = timedelta(seconds=int(seconds * (loop.num_steps - step - 1)))
-        if loop.bar.disable:
-            text = "  ".join(f"{name} {value}" for name, value in line.items())
-            print0(f"{loop.header}  [{step + 1}/{loop.num_steps}]  eta {eta}  {text}")
-        else:
-            loop.bar.set_postfix(line)
-        loop.last_step, loop.last_time, loop.data_time = step, now, 0.0
+        if not self.bar.disable:
+            self.bar.set_postfix(line)
+            return
+        eta = timedelta(seconds=int(seconds * (self.num_steps - step - 1)))
+        text = "  ".join(f"{name} {value}" for name, value in line.items())
+        print0(f"{self.header}  [{step + 1}/{self.num_steps}]  eta {eta}  {text}")
 
     def scalar(self, name: str, value: float, x: int) -> None:
         """Write a scalar to TensorBoard."""

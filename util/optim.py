@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# --- parameter groups ---------------------------------------------------------------------------
-
 
 def param_groups_weight_decay(
     model: nn.Module, weight_decay: float, bias_wd: bool = False
@@ -75,9 +73,6 @@ def make_optimizer(
     return AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
-# --- precision ----------------------------------------------------------------------------------
-
-
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether the device computes in bfloat16 itself; others emulate it, slowly."""
     if device.type == "cuda":
@@ -100,9 +95,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Build the loss scaler that fp16 needs; with bf16 and fp32 it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-# --- ranks --------------------------------------------------------------------------------------
 
 
 def prepare_model(
@@ -141,9 +133,6 @@ def grad_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextMana
     if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-# --- the step -----------------------------------------------------------------------------------
 
 
 def optim_step(
