@@ -61,8 +61,7 @@ def train_one_epoch(
         return progress.epoch + step / steps
 
     loader.set_epoch(progress.epoch, progress.step)
-    loop = log.every(loader, header, steps, clips_per_step, progress, args.repeat_aug)
-    for step, batch in loop:
+    for step, batch in log.every(loader, header, clips_per_step, progress):
         # Drop path, dropout and erasing noise depend on the step alone, and so does mixup.
         seed_step(args.seed, progress.epoch, step, rank())  # drop path, dropout, erasing noise
         rng = np.random.default_rng((args.seed, progress.epoch, step, rank()))
@@ -137,7 +136,7 @@ def evaluate(
     confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
     clips_per_step = loader.batch_size * world_size()
     common_steps = len(loader.dataset) // world_size() // loader.batch_size  # of all ranks
-    for step, batch in log.every(loader, "Validate", len(loader), clips_per_step):
+    for step, batch in log.every(loader, "Validate", clips_per_step):
         if stop is not None and step < common_steps and stop():
             break
 
@@ -194,7 +193,7 @@ def test(
     model.eval()
     dataset = loader.dataset
     rows: list[tuple[int, np.ndarray | None, str]] = []
-    for _, batch in log.every(loader, "Test", len(loader), dataset.views * world_size()):
+    for _, batch in log.every(loader, "Test", dataset.views * world_size()):
         for clips, row, errors in zip(batch.clips, batch.row, batch.errors, strict=True):
             if errors:
                 rows.append((int(row), None, "; ".join(errors.values())))

@@ -54,8 +54,7 @@ def train_one_epoch(
         return progress.epoch + step / steps
 
     loader.set_epoch(progress.epoch, progress.step)
-    loop = log.every(loader, header, steps, clips_per_step, progress, args.repeat_aug)
-    for step, batch in loop:
+    for step, batch in log.every(loader, header, clips_per_step, progress):
         seed_step(args.seed, progress.epoch, step, rank())  # masks depend on the step alone
 
         # Set the learning rate at the first micro-step of every update.

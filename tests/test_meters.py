@@ -95,7 +95,8 @@ def run_epoch(log, steps, epoch=0, repeat_aug=1):
     """Note loss = step + epoch in every step, as the engines do."""
     seen, progress = [], Progress(epoch=epoch)
     batches = [f"batch {i}" for i in range(steps)]
-    for step, batch in log.every(batches, f"Epoch [{epoch}/2]", steps, 8, progress, repeat_aug):
+    log.repeat_aug = repeat_aug
+    for step, batch in log.every(batches, f"Epoch [{epoch}/2]", 8, progress):
         seen.append((step, batch))
         log.meters.update(step, rows(step), loss=torch.tensor(float(step + epoch)), lr=0.5)
     assert seen == list(enumerate(batches))
@@ -122,13 +123,17 @@ def test_speed_and_share_of_waiting_for_data(capfd, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
-    def loader():
-        for _ in range(4):
-            now[0] += 3.0  # seconds to load
-            yield None
+    class Loader:
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            for _ in range(4):
+                now[0] += 3.0  # seconds to load
+                yield None
 
     log = run_log()
-    for step, _ in log.every(loader(), "Test", 4, clips_per_step=8):
+    for step, _ in log.every(Loader(), "Test", clips_per_step=8):
         now[0] += 1.0  # seconds to compute
         log.meters.update(step, rows(step), loss=0.0)
     assert capfd.readouterr().out.count("clips/s 2.0  data 75%") == 2
@@ -151,7 +156,7 @@ def test_a_bar_on_a_terminal(capfd, monkeypatch):
 def test_errors_of_a_step_come_out_of_the_loop():
     log = run_log()
     with pytest.raises(NonFiniteError, match="step 1"):
-        for step, _ in log.every(range(10), "Epoch", 10, 1):
+        for step, _ in log.every(range(10), "Epoch", 1):
             assert step < 2  # noticed at the next printed line
             log.meters.update(step, rows(step), loss=math.nan if step else 1.0)
 

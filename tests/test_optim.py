@@ -282,6 +282,7 @@ def test_pretraining_with_accumulation():
         clip_grad=0.02,
     )
     log = RecordingLog(print_freq=3)  # 5 steps: flushed inside and at the end of an epoch
+    log.repeat_aug = args.repeat_aug
     with golden.masking_noise(*golden.tensor(file, "noises")):
         for epoch in epochs:
             loader = GivenBatches(videos[5 * epoch : 5 * epoch + 5])

@@ -103,9 +103,7 @@ def exit_alone(status: int) -> NoReturn:
 def get_device(name: str) -> torch.device:
     """Return the device of this process: cuda (one GPU per local rank), mps or cpu; auto: the best.
 
-    Raises:
-        ValueError: the machine has no such device or fewer GPUs than processes, or several
-            processes are to share one GPU.
+    Raise ValueError if the machine has no such device, or if processes would share a GPU.
     """
     if name == "auto":
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

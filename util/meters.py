@@ -110,7 +110,7 @@ def last_x(epoch: int, repeat_aug: int) -> int:
 
 
 class RunLog:
-    """Progress lines, and TensorBoard from the main process (without log_dir: none).
+    """Progress lines, and TensorBoard from the main process if there is a log_dir.
 
     TensorBoard drops what an earlier process wrote from x = purge_step on.
     """
@@ -121,6 +121,7 @@ class RunLog:
         self.print_freq, self.device = print_freq, device
         self.guard = UpdateGuard(0)
         self.meters = Meters(device)
+        self.repeat_aug = 1  # for the x axis
         self.time_first_step = False  # print how long the first step takes, for it compiles
         self.session_end: Any = None  # see hparams
         self.writer = None
@@ -131,36 +132,27 @@ class RunLog:
             self.writer = SummaryWriter(log_dir, purge_step=purge_step)
 
     def every(
-        self,
-        loader: Any,
-        header: str,
-        num_steps: int,
-        clips_per_step: int,
-        progress: Progress | None = None,
-        repeat_aug: int = 1,
+        self, loader: Any, header: str, clips_per_step: int, progress: Progress | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch); print a line every print_freq steps, or a live bar on a terminal.
 
         Args:
-            num_steps: length of the loop.
+            loader: its length is that of a whole epoch.
             clips_per_step: clips that all ranks together process per step, for clips/s.
             progress: the epoch, and where in it the loop starts; None logs no scalars.
-            repeat_aug: see epoch_1000x.
 
         Raises:
             NonFiniteError: see Meters.flush.
         """
         # The loop, and its clock since the last printed line, for `read`.
-        first = progress.step if progress else 0
+        first, steps = progress.step if progress else 0, len(loader)
         start = waiting = time.perf_counter()
-        self.header, self.num_steps, self.clips_per_step = header, num_steps, clips_per_step
-        self.progress, self.repeat_aug = progress, repeat_aug
+        self.header, self.num_steps = header, steps
+        self.clips_per_step, self.progress = clips_per_step, progress
         self.meters = Meters(self.device, progress, self.guard.limit > 0)
         self.last_step, self.last_time, self.data_time = first - 1, start, 0.0
         hidden = not (is_main() and sys.stderr.isatty())
-        self.bar = tqdm(
-            total=num_steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True)
         with self.bar:
             for step, batch in enumerate(loader, first):
                 step_start = time.perf_counter()
@@ -282,7 +274,8 @@ def open_log(
     purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
     log_dir = args.log_dir or os.path.join(args.output_dir, "tensorboard")
     log = RunLog(log_dir, args.print_freq, device, purge_step)
-    log.guard.limit, log.time_first_step = args.skip_nonfinite, args.compile
+    log.guard.limit, log.repeat_aug = args.skip_nonfinite, args.repeat_aug
+    log.time_first_step = args.compile
     log.hparams(hparams | {"ranks": world_size()})
     return log
 

@@ -106,10 +106,7 @@ def prepare_model(
 ) -> nn.Module:
     """Compile the blocks and set gradient checkpointing as asked; wrap for several ranks (DDP).
 
-    `dynamic` is for Encoder.compile_blocks.
-
-    Raises:
-        UserError: torch.compile does not work on this machine (no C++ compiler, no Triton ...).
+    Raise UserError if torch.compile does not work here (no C++ compiler, no Triton ...).
     """
     model.grad_checkpointing = grad_checkpointing
     if compile_blocks:
@@ -142,10 +139,7 @@ def optim_step(
     clip_grad: float | None,
     allows: Callable[[Tensor], bool] = lambda norm: True,
 ) -> Tensor:
-    """Unscale the gradients, clip them by their global norm, step, and clear them.
-
-    Args:
-        allows: decides, given the gradient norm, whether to step at all (UpdateGuard.allows).
+    """Unscale the gradients, clip them by their global norm, step if that is allowed; clear them.
 
     Returns:
         the gradient norm before clipping, a scalar on the device (reading it waits for the GPU); 0

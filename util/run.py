@@ -42,11 +42,10 @@ def run(
 
 @contextlib.contextmanager
 def ending(script: str) -> Iterator[None]:
-    """End the process according to what the body raises.
+    """End the process as the body asks: a UserError with its sentence and status.
 
-    A UserError ends it with its sentence and status, and so does a failure of the machine. When
-    the body returns, or stops for a signal, all ranks do so together and leave their group; an
-    error may happen on one rank alone.
+    All ranks leave their group together when the body returns, or stops for a signal; an error may
+    happen on one rank alone.
     """
     try:
         yield

@@ -68,8 +68,7 @@ class Job:
 def submit(script: str, args: Namespace) -> None:
     """Submit a script, a module with main(args); print its logs, and wait for a local job.
 
-    Raises:
-        UserError: there is no Slurm on this machine, Slurm refuses the job, or a local job fails.
+    Raise UserError if this machine has no Slurm, Slurm refuses the job, or a local job fails.
     """
     folder = args.job_dir = os.path.abspath(args.job_dir)
     if args.output_dir:

@@ -13,7 +13,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from util.pos_embed import join, sincos_pos_embed
+from util.pos_embed import Grid, join, sincos_pos_embed
 
 
 def require_multiple(value: int, divisor: int, value_name: str, divisor_name: str) -> int:
@@ -202,13 +202,7 @@ def random_mask(
 
 
 def make_pos_embed(
-    module: nn.Module,
-    prefix: str,
-    input_size: tuple[int, int, int],
-    dim: int,
-    sep_pos_embed: bool,
-    cls_embed: bool,
-    sincos: bool = False,
+    module: nn.Module, prefix: str, grid: Grid, dim: int, sep: bool, cls_embed: bool, sincos: bool
 ) -> None:
     """Register position parameters, zero, on module under the names the checkpoints use.
 
@@ -216,11 +210,11 @@ def make_pos_embed(
     _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class. With sincos, the
     joint positions are the sine-cosine table (class row zero) and are not trained.
     """
-    if sincos and sep_pos_embed:
+    if sincos and sep:
         raise ValueError("sincos_pos_embed is a table of joint positions: turn sep_pos_embed off")
-    t, h, w = input_size
+    t, h, w = grid
     rows = {"": t * h * w + int(cls_embed)}
-    if sep_pos_embed:
+    if sep:
         rows = {"_spatial": h * w, "_temporal": t} | ({"_class": 1} if cls_embed else {})
     for name, count in rows.items():
         positions = nn.Parameter(torch.zeros(1, count, dim))
