@@ -21,7 +21,7 @@ from util.video_vit import (
 
 
 class VisionTransformer(Encoder):
-    """Classify clips by the mean of their patch tokens.
+    """Classify clips by the mean of their patch tokens; sizes that do not divide raise ValueError.
 
     Args:
         num_frames, t_patch_size: frames of a clip, and of a patch.
@@ -33,9 +33,6 @@ class VisionTransformer(Encoder):
         cls_embed: prepend a class token; it takes part in attention, but not in the mean.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
         sincos_pos_embed: joint positions are a fixed sine-cosine table, not trained.
-
-    Raises:
-        ValueError: sizes that do not divide; the message names the arguments.
     """
 
     def __init__(
@@ -97,8 +94,7 @@ class VisionTransformer(Encoder):
         ids_keep = None
         if mask_ratio:
             self.check_mask_ratio(mask_ratio)
-            L = self.patch_embed.num_patches
-            _, _, ids_keep = random_mask(len(x), L, mask_ratio, x.device)
+            _, _, ids_keep = random_mask(len(x), self.patch_embed.num_patches, mask_ratio, x.device)
         x = self.run_blocks(self.blocks, self.embed(x, ids_keep))
         return x[:, int(self.cls_embed) :]
 

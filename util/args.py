@@ -24,9 +24,6 @@ def compared(args: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
 
 
-# --- kinds of flags -----------------------------------------------------------------------------
-
-
 def number(kind: Kind, description: str, allows: Callable[[float], bool]) -> Kind:
     """Make a parser of numbers; the error about a bad one is "TEXT is not DESCRIPTION"."""
 
@@ -101,10 +98,8 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--num_workers", None, "loader processes per rank; not given: the rank's CPUs", natural_int)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
-    text = (
-        "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts"
-    )
-    add("--sampling", "dense", text, choices=("dense", "segments"))
+    how = "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts"
+    add("--sampling", "dense", how, choices=("dense", "segments"))
     if not jitter_scales:
         return
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
@@ -166,9 +161,7 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
         add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
         add("--seed", 0, "seed of all random choices", natural_int)
     add("--device", "auto", "cuda, mps, cpu, or auto (the first of these that the machine has)")
-    text = (
-        "precision of the forward pass; not given: bf16 if the accelerator supports it, else fp32"
-    )
+    text = "precision of the forward pass; not given: bf16 if the GPU supports it, else fp32"
     add("--precision", None, text, choices=("bf16", "fp16", "fp32"))
     fp32 = {"dest": "precision", "action": "store_const", "const": "fp32"}
     add("--fp32", argparse.SUPPRESS, "short for --precision fp32", **fp32)

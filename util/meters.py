@@ -28,8 +28,6 @@ from util.optim import NonFiniteError, UpdateGuard
 if TYPE_CHECKING:
     from util.checkpoint import Progress
 
-# --- meters -------------------------------------------------------------------------------------
-
 
 class Meters:
     """Collect the metrics of every step without waiting for the device.

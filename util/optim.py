@@ -123,10 +123,7 @@ def prepare_model(
 
 
 def grad_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-    """Average gradients over ranks only where enabled: in the last micro-step of an update.
-
-    Wrap the forward and backward pass of every micro-step.
-    """
+    """Wrap a forward and backward pass; average its gradients over ranks only where enabled."""
     if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return contextlib.nullcontext()
@@ -163,15 +160,13 @@ def optim_step(
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite; every rank raises it for the same step.
-
-    `samples` is this rank's batch (rows of the csv), if its own loss is at fault.
-    """
+    """A loss or gradient that is NaN or infinite; every rank raises it for the same step."""
 
     def __init__(self, step: int, samples: Tensor | None):
         self.problem = f"the loss or gradient of step {step} is not finite"
         super().__init__(self.problem, status=1)
-        self.step, self.samples = step, samples
+        self.step = step
+        self.samples = samples  # this rank's batch (rows of the csv), if its own loss is at fault
 
 
 class UpdateGuard:

@@ -42,7 +42,7 @@ def run(
 
 @contextlib.contextmanager
 def ending(script: str) -> Iterator[None]:
-    """End the process as the body asks: a UserError with its sentence and status.
+    """End the process when the body ends; a UserError gives the sentence and the status.
 
     All ranks leave their group together when the body returns, or stops for a signal; an error may
     happen on one rank alone.

@@ -73,7 +73,7 @@ def submit(script: str, args: Namespace) -> None:
     folder = args.job_dir = os.path.abspath(args.job_dir)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)
-    names = ("partition", "account", "qos", "constraint", "comment")
+    names = "partition account qos constraint comment".split()
     try:
         # a local executor ignores the arguments named slurm_*
         executor = submitit.AutoExecutor(folder, args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)

@@ -140,10 +140,7 @@ class Encoder(nn.Module):
     grad_checkpointing = False
 
     def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Embed all patches, or only ids_keep [N, K]; add positions -> [N, (1 +) L or K, D].
-
-        The class token stands in front.
-        """
+        """Embed all patches, or ids_keep [N, K], with positions -> [N, (class +) L or K, D]."""
         cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
         if ids_keep is not None:
             # F.embedding gathers rows; its backward sums over clips without a copy for each
