@@ -125,7 +125,7 @@ def get_device(name: str) -> torch.device:
         alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
         index = 0 if alone else int(os.environ.get("LOCAL_RANK", "0"))
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"--device {name} is one GPU for all processes; use cuda: one for each")
+        raise ValueError(f"--device {name} is one GPU for all processes; cuda gives each its own")
     if index >= count:
         raise ValueError(f"GPU {index} was asked for and this machine has {count}")
     torch.cuda.set_device(index)

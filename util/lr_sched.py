@@ -19,7 +19,7 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
 
     Args:
         counted: what the recipe counts as its batch, "videos" or their (repeated) "clips".
-        steps: micro-steps of an epoch; UserError if these are too few for a single update.
+        steps: micro-steps of an epoch; a UserError if they are too few for a single update.
     """
     accum, ranks = args.accum_iter, world_size()
     if steps < accum:

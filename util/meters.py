@@ -142,12 +142,11 @@ class RunLog:
         Raises:
             NonFiniteError: see Meters.flush.
         """
-        # The loop, and its clock since the last printed line, for `read`.
+        # For `read`: the loop, and since the last line its clock and the time spent on loading.
         first, steps = progress.step if progress else 0, len(loader)
         start = waiting = time.perf_counter()
-        self.header, self.num_steps = header, steps
-        self.clips_per_step, self.progress = clips_per_step, progress
-        self.meters = Meters(self.device, progress, self.guard.limit > 0)
+        self.header, self.num_steps, self.clips_per_step = header, steps, clips_per_step
+        self.progress, self.meters = progress, Meters(self.device, progress, self.guard.limit > 0)
         self.last_step, self.last_time, self.data_time = first - 1, start, 0.0
         hidden = not (is_main() and sys.stderr.isatty())
         self.bar = tqdm(total=steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True)

@@ -21,7 +21,7 @@ from util.signals import signals_restored
 # what PyTorch's errors say (regular expressions), and what has happened then
 FAILURES = {
     "^DataLoader worker": "a loader process was killed: memory or /dev/shm has probably run out; "
-    "lower --num_workers or --batch_size, or give the container more (--shm-size)",
+    "lower --num_workers or --batch_size, or give the container more with --shm-size",
     "[Tt]imed out waiting": "another rank did not answer within --dist_timeout",
     "Connection (closed|reset) by peer": "another rank is gone; its own message says why",
     "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "

@@ -58,7 +58,8 @@ class Interruption:
     """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
 
     The ranks exchange flags while they compute: an exchange begun after one step is read after
-    the next. So no rank waits for another one (at most `timeout` minutes) or for its device.
+    the next. So no rank waits for another one or for its device. One that does not answer within
+    `timeout` minutes is an error.
     """
 
     def __init__(self, timeout: float) -> None:
