@@ -24,9 +24,9 @@ from tests import formats, golden
 from util import convert, file_io, pos_embed
 from util.convert import is_decoder
 from util.errors import UserError
-from util.formats import METADATA, PYSLOWFAST, interpret, model_state, num_heads, resize_kernel
+from util.formats import METADATA, PYSLOWFAST, model_state, num_heads, resize_kernel
 from util.kinetics import Kinetics, VideoIndex
-from util.weights import apply_weights, read_checkpoint, read_weights
+from util.weights import apply_weights, interpret, read_checkpoint, read_weights
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
@@ -919,7 +919,7 @@ def test_half_precision_is_computed_in_float32(tmp_path, dtype):
         assert all(torch.equal(left[k], right[k]) for k in left)
     path = saved(tmp_path / "half.pth", {"model": stored(state, dtype)})
     convert.main([path, str(tmp_path / "out"), "--to", "pyslowfast"])  # renamed: bitwise
-    written = read_weights(str(tmp_path / "out")).state
+    written = model_state(read_checkpoint(str(tmp_path / "out")), "out")
     assert all(v.dtype == dtype and torch.equal(v, state[k].to(dtype)) for k, v in written.items())
 
 

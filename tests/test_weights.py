@@ -209,19 +209,21 @@ def assert_untouched(model):
 
 
 @pytest.mark.parametrize(
-    "lost, flag",
+    "lost, says",
     [
-        ("cls_token", "--no-cls_embed"),
-        ("q.bias", "--no_qkv"),
-        ("mlp.fc1.bias", "--allow_missing"),
+        (("cls_token", "pos_embed_class"), r"\d weights.*cls_token.*--no-cls_embed"),
+        (("cls_token",), "cls_token: the checkpoint is incomplete"),
+        (("q.bias", "k.bias", "v.bias"), r"\d weights.*q\.bias.*--no_qkv_bias"),
+        (("q.bias",), r"\d weights.*q\.bias.*--allow_missing"),
+        (("mlp.fc1.bias",), r"\d weights.*mlp\.fc1\.bias.*--allow_missing"),
     ],
 )
-def test_missing_encoder_weights_are_named(tmp_path, lost, flag):
+def test_missing_encoder_weights_are_named(tmp_path, lost, says):
     state = golden.build(VisionTransformer, VIT).state_dict()
     state = {k: v for k, v in state.items() if not k.endswith(lost)}
     path = saved(tmp_path / "lacking.pth", state)
     model = fresh_classifier()
-    with pytest.raises(UserError, match=rf"lacking\.pth lacks \d weights.*{lost}.*{flag}"):
+    with pytest.raises(UserError, match=rf"lacking\.pth lacks {says}"):
         apply_weights(model, read_weights(path), keep_head=False)
     assert_untouched(model)
 

@@ -1,7 +1,6 @@
 """Positions of tokens: the fixed sine-cosine table, resizing, separable and joint.
 
 Shapes: D width, (t, h, w) the grid of tokens; positions of patches alone, without a class row.
-What is computed of positions in half precision is float32, which models are.
 """
 
 import torch
@@ -23,16 +22,11 @@ def sincos_pos_embed(num_tokens: int, dim: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """Make half precision float32: rounding again after each step would add up."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def resize_spatial(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize positions of frames, bicubic: [n, h*w, D] -> [n, h'*w', D]; equal sizes return pos."""
     if old == new:
         return pos
-    grid = widen(pos).unflatten(1, old).permute(0, 3, 1, 2)  # (n, D, h, w)
+    grid = pos.unflatten(1, old).permute(0, 3, 1, 2)  # (n, D, h, w)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.flatten(2).transpose(1, 2)
 
@@ -41,7 +35,7 @@ def resize_temporal(pos: Tensor, t: int) -> Tensor:
     """Resize positions along time, linear: [n, t, D] -> [n, t', D]; equal sizes return pos."""
     if pos.shape[1] == t:
         return pos
-    rows = widen(pos).transpose(1, 2)
+    rows = pos.transpose(1, 2)
     return F.interpolate(rows, size=t, mode="linear", align_corners=False).transpose(1, 2)
 
 
@@ -60,28 +54,26 @@ def resize_joint(pos: Tensor, old: Grid, new: Grid) -> Tensor:
 def join(spatial: Tensor, temporal: Tensor) -> Tensor:
     """Add separable positions [1, h*w, D] and [1, t, D] to joint ones [1, t*h*w, D]."""
     # (1, t, 1, D) + (1, 1, h*w, D) -> (1, t*h*w, D)
-    return (widen(temporal).unsqueeze(2) + widen(spatial).unsqueeze(1)).flatten(1, 2)
+    return (temporal.unsqueeze(2) + spatial.unsqueeze(1)).flatten(1, 2)
 
 
-def split(joint: Tensor, grid: Grid, stored: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
     """Write joint positions [1, t*h*w, D] as the sum of spatial [1, h*w, D] and temporal [1, t, D].
 
     Args:
-        stored: the precision that they were rounded to, if less than that of `joint`.
+        rounding: relative error with which they were stored.
 
     Raises:
         ValueError: they are no such sum: the best one misses more than a ten thousandth of their
-            spread, and more than that rounding.
+            spread, and more than the rounding.
     """
-    tolerance = max(1e-4, *(torch.finfo(dtype).eps for dtype in (joint.dtype, stored)))
     frames = joint.double().unflatten(1, (grid[0], grid[1] * grid[2]))  # (1, t, h*w, D)
     spatial = frames.mean(dim=1)
     temporal = (frames - spatial.unsqueeze(1)).mean(dim=2)
     rest = (join(spatial, temporal) - joint).norm() / (joint.double().norm() + 1e-12)
-    if rest > tolerance:
+    if rest > max(1e-4, rounding):
         raise ValueError(
             f"joint positions are no sum of positions in space and in time ({rest:.1%} would be "
             "lost): build the model with joint ones (--no-sep_pos_embed)"
         )
-    dtype = widen(joint).dtype
-    return spatial.to(dtype), temporal.to(dtype)
+    return spatial.to(joint.dtype), temporal.to(joint.dtype)
