@@ -85,7 +85,7 @@ def parse_args(
 
 
 def load_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
-    """Build the classifier of --finetune, as far as flags do not say otherwise, with its weights."""
+    """Rebuild the classifier of --finetune; flags replace what its file says."""
     weights = read_weights(args.finetune)
     sizes = {"num_frames": args.num_frames, "img_size": args.input_size}
     build = partial(models_vit.VisionTransformer, **weights.classifier_arguments(**sizes))

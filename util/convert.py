@@ -20,10 +20,10 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.file_io import make_dirs, write_atomically
-from util.formats import DECODER_ARGUMENTS, METADATA, Weights, fold_output, is_decoder, num_heads
+from util.formats import DECODER_ARGUMENTS, METADATA, Weights, is_decoder, num_heads
 from util.pos_embed import join, sincos_pos_embed, split
 from util.video.transforms import MEAN, STD
-from util.weights import read_weights
+from util.weights import fold_output, read_weights, with_our_normalisation
 
 FORMATS = ("mae_st", "pyslowfast", "pyslowfast-fused", "videomae-hf", "safetensors")
 
@@ -66,7 +66,7 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
     Its encoder and head load in the reference implementation. `arguments`, which only this project
     reads, rebuild the model, also with decoders that the reference does not have.
     """
-    weights = weights.with_our_normalisation()
+    weights = with_our_normalisation(weights)
     arguments = weights.arguments
     flags = {k: arguments[k] for k in ("num_frames", "t_patch_size")}
     flags |= {"input_size": arguments["img_size"]} | weights.flags
@@ -79,7 +79,7 @@ def to_pyslowfast(weights: Weights, fused: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: PySlowFast has no such model; the message says why.
     """
-    weights = weights.with_our_normalisation()
+    weights = with_our_normalisation(weights)
     arguments, state, reasons = weights.arguments, weights.as_stored(), []
     cls = arguments["cls_embed"]
 
@@ -247,7 +247,7 @@ def write(weights: Weights, path: str, to: str) -> None:
 
 def to_safetensors(weights: Weights) -> bytes:
     """Return a .safetensors file with our names; its header rebuilds the model."""
-    weights = weights.with_our_normalisation()
+    weights = with_our_normalisation(weights)
     return safetensors_bytes(_own_storage(weights.as_stored()), _metadata(weights))
 
 

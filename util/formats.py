@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 from util.pos_embed import Grid
-from util.video.transforms import MEAN, STD
 
 OURS = "MAE"  # names of this project and of the reference implementation
 PYSLOWFAST = "PySlowFast"
@@ -194,36 +193,9 @@ class Weights:
         return {k: v.to(self.stored.get(k, v.dtype)) for k, v in self.state.items()}
 
     def rounding(self, name: str) -> float:
-        """Return the relative rounding error of a tensor as it is in the file."""
-        dtype = self.stored.get(name, self.state[name].dtype)
+        """Return the relative rounding error that a tensor of reduced precision has in the file."""
+        dtype = self.stored.get(name, torch.float32)
         return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-    def with_our_normalisation(self) -> "Weights":
-        """Fold the file's normalisation into the patch embedding, and into predictions of pixels.
-
-        The result takes clips normalised by (0.45, 0.225) and computes what the original computes
-        from the same pixels. Targets that are normalised patch by patch (norm_pix_loss) stay.
-        """
-        if self.mean is None or self.std is None:
-            return self
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
-        # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift
-        folded = _fold_input(self.state, STD / std, (MEAN - mean) / std)
-        converted = dict.fromkeys(folded, "input normalisation folded in")
-        if self.arguments.get("norm_pix_loss") is False:
-            if self.predicts_unit_pixels:
-                mean, std = torch.zeros_like(mean), torch.ones_like(std)
-            pred = fold_output(self.state, std / STD, (mean - MEAN) / STD)
-            folded |= pred
-            converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
-        return replace(
-            self,
-            state=self.state | folded,
-            stored={k: v for k, v in self.stored.items() if k not in folded},
-            converted=self.converted | converted,
-            mean=None,
-            std=None,
-        )
 
 
 def token_grid(arguments: dict[str, Any]) -> Grid:
@@ -240,44 +212,6 @@ def num_heads(width: int) -> int:
 def is_decoder(name: str) -> bool:
     """Return whether a parameter belongs to the decoder."""
     return name.startswith("decoder_") or name == "mask_token"
-
-
-def resize_kernel(kernel: Tensor, t: int) -> Tensor:
-    """Resize a patch kernel [D, C, t, p, p] in time so that still clips keep their tokens.
-
-    Frames are repeated and averaged, and scaled so that the sum over time stays.
-    """
-    old = kernel.shape[2]
-    if old == t:
-        return kernel
-    steps = math.lcm(old, t)
-    fine = kernel.repeat_interleave(steps // old, dim=2) / (steps // old)
-    return fine.unflatten(2, (t, steps // t)).sum(dim=3)
-
-
-def _fold_input(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return the patch embedding that sees x as the file's sees scale * x + shift, by channel."""
-    weight, bias = state[KERNEL].double(), state[KERNEL_BIAS]  # (D, C, t, p, p), (D,)
-    return {
-        KERNEL: (weight * scale.view(-1, 1, 1, 1)).to(state[KERNEL].dtype),
-        KERNEL_BIAS: (bias + weight.sum((2, 3, 4)) @ shift).to(bias.dtype),
-    }
-
-
-def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return the decoder_pred that predicts scale * x + shift, by channel, where the file's does x.
-
-    Its rows run over (frame, row, column, C).
-    """
-    folded = {}
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        if name in state:
-            rows = state[name].double().unflatten(0, (-1, len(scale)))  # (u*p*p, C[, D])
-            rows = rows * scale.view(-1, *[1] * (rows.ndim - 2))
-            if name.endswith("bias"):
-                rows = rows + shift
-            folded[name] = rows.flatten(0, 1).to(state[name].dtype)
-    return folded
 
 
 def _with_norm_layer(arguments: dict[str, Any]) -> dict[str, Any]:

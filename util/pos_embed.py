@@ -1,13 +1,16 @@
-"""Positions of tokens: the fixed sine-cosine table, resizing, separable and joint.
+"""Positions of tokens, joint or separable, the fixed sine-cosine table, and resizing to other clips.
 
-Shapes: D width, (t, h, w) the grid of tokens; positions of patches alone, without a class row.
+Shapes: C channels, D width, (t, h, w) the grid of tokens; positions of patches have no class row.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+Parts = dict[str, Tensor]  # "joint", or "spatial" and "temporal"; "class": the class token's row
 
 
 def sincos_pos_embed(num_tokens: int, dim: int) -> Tensor:
@@ -77,3 +80,64 @@ def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Ten
             "lost): build the model with joint ones (--no-sep_pos_embed)"
         )
     return spatial.to(joint.dtype), temporal.to(joint.dtype)
+
+
+def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Parts:
+    """Return the positions of a state dict, e.g. "decoder_pos_embed", with the class row apart.
+
+    Empty when it lacks some of the patches' positions.
+    """
+    if name in state:
+        rows = state[name]
+        return {"class": rows[:, :1], "joint": rows[:, 1:]} if cls_embed else {"joint": rows}
+    names = {part: f"{name}_{part}" for part in ("spatial", "temporal", "class")}
+    parts = {part: state[key] for part, key in names.items() if key in state}
+    return parts if {"spatial", "temporal"} <= parts.keys() else {}
+
+
+def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
+    """Resize positions to another grid; the class row stays.
+
+    Raises:
+        RuntimeError: they are not of the old grid.
+    """
+    resize = {
+        "joint": lambda pos: resize_joint(pos, old, new),
+        "spatial": lambda pos: resize_spatial(pos, old[1:], new[1:]),
+        "temporal": lambda pos: resize_temporal(pos, new[0]),
+        "class": lambda pos: pos,
+    }
+    return {part: resize[part](pos) for part, pos in parts.items()}
+
+
+def put_positions(
+    parts: Parts, name: str, grid: Grid, joint: bool, rounding: float = 0.0
+) -> dict[str, Tensor]:
+    """Return positions of a grid, joint or separable, by parameter name.
+
+    Args:
+        rounding: see split.
+
+    Raises:
+        ValueError: joint ones cannot be separated.
+    """
+    if not joint:
+        if "joint" in parts:
+            spatial, temporal = split(parts["joint"], grid, rounding)
+            parts = {"spatial": spatial, "temporal": temporal} | parts
+        return {f"{name}_{part}": pos for part, pos in parts.items() if part != "joint"}
+    rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
+    return {name: torch.cat([parts["class"], rows], dim=1) if "class" in parts else rows}
+
+
+def resize_kernel(kernel: Tensor, t: int) -> Tensor:
+    """Resize a patch kernel [D, C, t, p, p] in time so that still clips keep their tokens.
+
+    Frames are repeated and averaged, and scaled so that the sum over time stays.
+    """
+    old = kernel.shape[2]
+    if old == t:
+        return kernel
+    steps = math.lcm(old, t)
+    fine = kernel.repeat_interleave(steps // old, dim=2) / (steps // old)
+    return fine.unflatten(2, (t, steps // t)).sum(dim=3)

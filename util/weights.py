@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import IO, Any, NamedTuple
 
 import safetensors
@@ -22,15 +23,14 @@ from util import formats
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, forget, is_remote, open_file, refuse_other_kinds
-from util.formats import HF_VIDEOMAE, IMAGE_MAE, KERNEL, SINCOS, VIDEOMAE, Weights
+from util.formats import HF_VIDEOMAE, IMAGE_MAE, KERNEL, SINCOS, VIDEOMAE, Weights, token_grid
 from util.pos_embed import (
     Grid,
-    join,
-    resize_joint,
-    resize_spatial,
-    resize_temporal,
+    put_positions,
+    resize_kernel,
+    resize_positions,
     sincos_pos_embed,
-    split,
+    take_positions,
 )
 from util.video.transforms import MEAN, STD
 
@@ -252,7 +252,7 @@ def _interpret(
     wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}
     stored = {k: v.dtype for k, v in state.items() if v.dtype != wide[k].dtype}
     if source == IMAGE_MAE:
-        wide[KERNEL] = formats.resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
+        wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
         stored.pop(KERNEL, None)
 
     # find the model, from the tensors and from what the file records
@@ -269,7 +269,7 @@ def _interpret(
     # write out the positions that VideoMAE computes
     for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
         if is_videomae and width in arguments and name not in wide:
-            tokens = math.prod(formats.token_grid(arguments))
+            tokens = math.prod(token_grid(arguments))
             wide[name] = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
             converted[name] = SINCOS
 
@@ -305,6 +305,62 @@ def _interpret(
     return weights
 
 
+# --- normalisation --------------------------------------------------------------------------------
+
+
+def with_our_normalisation(weights: Weights) -> Weights:
+    """Fold the file's normalisation into the patch embedding, and into predictions of pixels.
+
+    The result takes clips normalised by (0.45, 0.225) and computes what the original computes
+    from the same pixels. Targets that are normalised patch by patch (norm_pix_loss) stay.
+    """
+    if weights.mean is None or weights.std is None:
+        return weights
+    mean, std = torch.tensor([weights.mean, weights.std], dtype=torch.float64)
+    # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift
+    folded = _fold_input(weights.state, STD / std, (MEAN - mean) / std)
+    converted = dict.fromkeys(folded, "input normalisation folded in")
+    if weights.arguments.get("norm_pix_loss") is False:
+        if weights.predicts_unit_pixels:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        pred = fold_output(weights.state, std / STD, (mean - MEAN) / STD)
+        folded |= pred
+        converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
+    return replace(
+        weights,
+        state=weights.state | folded,
+        stored={k: v for k, v in weights.stored.items() if k not in folded},
+        converted=weights.converted | converted,
+        mean=None,
+        std=None,
+    )
+
+
+def _fold_input(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """Return the patch embedding that sees x as the file's sees scale * x + shift, by channel."""
+    weight, bias = state[KERNEL].double(), state[formats.KERNEL_BIAS]  # (D, C, t, p, p), (D,)
+    return {
+        KERNEL: (weight * scale.view(-1, 1, 1, 1)).to(state[KERNEL].dtype),
+        formats.KERNEL_BIAS: (bias + weight.sum((2, 3, 4)) @ shift).to(bias.dtype),
+    }
+
+
+def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """Return the decoder_pred that predicts scale * x + shift, by channel, where the file's does x.
+
+    Its rows run over (frame, row, column, C).
+    """
+    folded = {}
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+        if name in state:
+            rows = state[name].double().unflatten(0, (-1, len(scale)))  # (u*p*p, C[, D])
+            rows = rows * scale.view(-1, *[1] * (rows.ndim - 2))
+            if name.endswith("bias"):
+                rows = rows + shift
+            folded[name] = rows.flatten(0, 1).to(state[name].dtype)
+    return folded
+
+
 # --- loading --------------------------------------------------------------------------------------
 
 
@@ -328,7 +384,7 @@ def apply_weights(
         UserError: weights are missing or of another shape, or the head is with keep_head; or the
             file's model is deeper or has other numbers of heads, which no shape shows.
     """
-    weights = weights.with_our_normalisation()
+    weights = with_our_normalisation(weights)
     own = model.state_dict()
     fitted = fit_state(weights, own, vars(model)["arguments"])
     state = {k: v for k, v in fitted.state.items() if keep_head or not k.startswith("head.")}
@@ -450,48 +506,44 @@ def fit_state(weights: Weights, own: dict[str, Tensor], arguments: dict[str, Any
     how = {name: f"converted: {text}" for name, text in weights.converted.items()}
     used: set[str] = set()
     for name in ("pos_embed", "decoder_pos_embed"):
-        parts = take_positions(weights, name)
+        parts = take_positions(state, name, weights.arguments["cls_embed"])
         if not parts or not any(k.startswith(name) for k in own):
             continue
-        taken = {name} if "joint" in parts else {f"{name}_{part}" for part in parts}
+        is_joint, to_joint = "joint" in parts, name in own
+        taken = {name} if is_joint else {f"{name}_{part}" for part in parts}
         if not arguments["cls_embed"]:
             parts.pop("class", None)
             taken.discard(f"{name}_class")
-        old, new = weights.grid, formats.token_grid(arguments)
-        if "joint" in parts and not weights.grid_stated:
+        old, new = weights.grid, token_grid(arguments)
+        if is_joint and not weights.grid_stated:
             parts["joint"], old = _guess_grid(weights, name, parts["joint"], new)
-        resized = resize_positions(weights, name, parts, old, new)
-        fitted = put_positions(weights, name, resized, new, own)
+        try:
+            parts = resize_positions(parts, old, new)
+        except RuntimeError as error:  # the grid is a guess, or the file contradicts itself
+            wrong = f"{weights.path}: {name} is not of {_times(old)} tokens"
+            raise UserError(weights.doubt or wrong) from error
+        lacks_row = to_joint and arguments["cls_embed"] and "class" not in parts
+        if lacks_row:  # the model's own stays; the meta device has none, and apply_weights refuses
+            row = own[name][:, :1]
+            parts["class"] = torch.zeros_like(row, device="cpu") if row.is_meta else row
+        try:
+            fitted = put_positions(parts, name, new, to_joint, weights.rounding(name))
+        except ValueError as error:
+            raise UserError(f"{weights.path}: {error}") from error
         state = {k: v for k, v in state.items() if k not in taken} | fitted
         used |= taken
         for key in fitted:
-            if key == name and arguments["cls_embed"] and "class" not in parts:
+            if lacks_row:
                 how[key] = NO_CLASS_ROW
             elif old != new and not key.endswith("_class"):
                 how[key] = f"resized: {_times(old)} -> {_times(new)} tokens"
-            elif (name in own) != ("joint" in parts):
-                how[key] = (
-                    f"converted: from {'joint' if 'joint' in parts else 'separable'} positions"
-                )
+            elif to_joint != is_joint:
+                how[key] = f"converted: from {'joint' if is_joint else 'separable'} positions"
     t_patch = arguments["t_patch_size"]
     if state[KERNEL].shape[2] != t_patch:
         how[KERNEL] = f"resized: {state[KERNEL].shape[2]} -> {t_patch} frames"
-        state[KERNEL] = formats.resize_kernel(state[KERNEL], t_patch)
+        state[KERNEL] = resize_kernel(state[KERNEL], t_patch)
     return Fitted({k: v for k, v in state.items() if k in own}, how, used)
-
-
-def take_positions(weights: Weights, name: str) -> dict[str, Tensor]:
-    """Return a file's positions: "joint", or "spatial" and "temporal", with the "class" row if any.
-
-    Empty when the file lacks some of the patches' positions.
-    """
-    state = weights.state
-    if name in state:
-        rows, cls = state[name], int(weights.arguments["cls_embed"])
-        return ({"class": rows[:, :1]} if cls else {}) | {"joint": rows[:, cls:]}
-    parts = {part: state.get(f"{name}_{part}") for part in ("spatial", "temporal", "class")}
-    found = {part: positions for part, positions in parts.items() if positions is not None}
-    return found if {"spatial", "temporal"} <= found.keys() else {}
 
 
 def _guess_grid(weights: Weights, name: str, joint: Tensor, new: Grid) -> tuple[Tensor, Grid]:
@@ -506,54 +558,6 @@ def _guess_grid(weights: Weights, name: str, joint: Tensor, new: Grid) -> tuple[
         return joint, new
     weights.refuse_doubt()
     return joint, weights.grid
-
-
-def resize_positions(
-    weights: Weights, name: str, parts: dict[str, Tensor], old: Grid, new: Grid
-) -> dict[str, Tensor]:
-    """Resize positions, as take_positions returns them, to another grid.
-
-    Raises:
-        UserError: they are not of the old grid.
-    """
-    resize = {
-        "joint": lambda positions: resize_joint(positions, old, new),
-        "spatial": lambda positions: resize_spatial(positions, old[1:], new[1:]),
-        "temporal": lambda positions: resize_temporal(positions, new[0]),
-        "class": lambda positions: positions,
-    }
-    try:
-        return {part: resize[part](positions) for part, positions in parts.items()}
-    except RuntimeError as error:  # the grid is a guess, or the file contradicts itself
-        wrong = f"{weights.path}: {name} is not of {_times(old)} tokens"
-        raise UserError(weights.doubt or wrong) from error
-
-
-def put_positions(
-    weights: Weights, name: str, parts: dict[str, Tensor], grid: Grid, own: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return positions of a model's grid in its form, separable or joint, by parameter name.
-
-    A class row that the file lacks is the model's own in joint positions.
-
-    Raises:
-        UserError: separable ones are wanted and the joint ones are no sum of these.
-    """
-    parts = dict(parts)
-    if name not in own:
-        if "joint" in parts:
-            try:
-                spatial, temporal = split(parts.pop("joint"), grid, weights.rounding(name))
-            except ValueError as error:
-                raise UserError(f"{weights.path}: {error}") from error
-            parts |= {"spatial": spatial, "temporal": temporal}
-        return {f"{name}_{part}": positions for part, positions in parts.items()}
-    rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
-    if own[name].shape[1] > rows.shape[1]:  # with a row for the class token
-        # a model on the meta device has no row to give; apply_weights refuses it
-        drawn = rows[:, :1] if own[name].is_meta else own[name][:, :1]
-        rows = torch.cat([parts.get("class", drawn), rows], dim=1)
-    return {name: rows}
 
 
 def _times(grid: Grid) -> str:
