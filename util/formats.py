@@ -374,7 +374,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def read_records(
-    checkpoint: dict[str, Any], path: str, config: dict[str, Any]
+    checkpoint: dict[str, Any], source: str, path: str, config: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
     """Collect what a file records about its model: arguments of any type, mean and deviation.
 
@@ -394,6 +394,8 @@ def read_records(
     mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
     if config.get("do_normalize") is False:
         mean, std = 0.0, 1.0
+    if source in (IMAGE_MAE, VIDEOMAE, HF_VIDEOMAE):
+        mean, std = _per_channel(mean) or IMAGENET[0], _per_channel(std) or IMAGENET[1]
     return records, _per_channel(mean), _per_channel(std)
 
 

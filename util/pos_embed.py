@@ -1,4 +1,4 @@
-"""Positions of tokens, joint or separable, the fixed sine-cosine table, and resizing to other clips.
+"""Positions of tokens: joint and separable ones, the fixed sine-cosine table, other clips' sizes.
 
 Shapes: C channels, D width, (t, h, w) the grid of tokens; positions of patches have no class row.
 """

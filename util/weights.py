@@ -217,9 +217,9 @@ def interpret(
         RuntimeError,
         TypeError,
         ValueError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not a known checkpoint: {reason}") from error
+    ) as odd:
+        reason = (str(odd).splitlines() or [type(odd).__name__])[0]
+        raise UserError(f"{path} is damaged or not a known checkpoint: {reason}") from odd
 
 
 def _interpret(
@@ -239,10 +239,8 @@ def _interpret(
         notes.append("its head reads one token, not the mean over the patches, and is left out")
     state = {k: v for k, v in state.items() if k not in unused}
     if not any(name.startswith("blocks.") for name in state):
-        raise UserError(
-            f"{path} holds no vision transformer that is known here; its names are "
-            f"{', '.join(list(theirs)[:6])} ..."
-        )
+        names = f"{', '.join(list(theirs)[:6])} ..."
+        raise UserError(f"{path} holds no vision transformer that is known here, but {names}")
     if source == IMAGE_MAE:
         state, how = formats.video_layout(state)
         converted |= how
@@ -257,24 +255,21 @@ def _interpret(
 
     # find the model, from the tensors and from what the file records
     config = read_config() if source == HF_VIDEOMAE else {}
-    records, mean, std = formats.read_records(checkpoint, path, config)
+    records, mean, std = formats.read_records(checkpoint, source, path, config)
     grid = formats.find_grid(wide, records, source, path)
     arguments = formats.find_arguments(wide, records, grid, source, path)
-    recorded = {
-        k: v for k, v in records.items() if k in arguments and formats.is_like(v, arguments[k])
-    }
+    recorded = {k: v for k, v in records.items() if formats.is_like(v, arguments.get(k, 1))}
     notes += [*grid.notes, *formats.guessed_heads(arguments, recorded)]
-    arguments |= {k: v for k, v in recorded.items() if k not in formats.SHAPE_ARGUMENTS}
+    replaceable = arguments.keys() - set(formats.SHAPE_ARGUMENTS)
+    arguments |= {k: v for k, v in recorded.items() if k in replaceable}
 
     # write out the positions that VideoMAE computes
+    tokens = math.prod(token_grid(arguments))
     for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
         if is_videomae and width in arguments and name not in wide:
-            tokens = math.prod(token_grid(arguments))
             wide[name] = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
             converted[name] = SINCOS
 
-    if is_videomae or source == IMAGE_MAE:
-        mean, std = mean or formats.IMAGENET[0], std or formats.IMAGENET[1]
     channels = arguments["in_chans"]
     if mean and std and not len(mean) == len(std) == channels:
         raise ValueError(f"mean {mean} and std {std} are not of {channels} channels")
