@@ -579,7 +579,7 @@ def test_a_table_that_is_not_stored_is_made_for_the_model(tmp_path):
 def test_prefixes_of_training_wrappers_are_stripped(prefix):
     state = formats.reference(decoder=False)["model"]
     wrapped = {prefix + name: tensor for name, tensor in state.items()}
-    assert model_state({"model": wrapped}, "in.pth").keys() == state.keys()
+    assert model_state({"model": wrapped}, "in.pth") == state  # the same tensors
     compiled = {name.replace("attn.", "attn._orig_mod."): tensor for name, tensor in state.items()}
     assert model_state({"model": compiled}, "in.pth").keys() == state.keys()
 

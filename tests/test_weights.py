@@ -211,19 +211,12 @@ def test_models_do_not_depend_on_the_mapped_file(tmp_path, device, kind):
 # --- loading weights
 
 
-def prefixed(state, prefix):
-    return {prefix + k: v for k, v in state.items()}
-
-
 WRAPPINGS = {
     "model": lambda state: {"model": state, "epoch": 1},
     "model_state": lambda state: {"epoch": 1, "model_state": state, "cfg": "A: 1"},
     "module": lambda state: {"module": state},
     "state_dict": lambda state: {"state_dict": state},
     "bare": lambda state: state,
-    "DistributedDataParallel": lambda state: {"model": prefixed(state, "module.")},
-    "torch.compile": lambda state: prefixed(state, "_orig_mod."),
-    "both": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
 }
 
 
