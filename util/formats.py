@@ -105,39 +105,28 @@ SINCOS = "VideoMAE's sine-cosine table"
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint file under this project's names, and what is known of its model.
+    """A checkpoint file's weights under this project's names, and what it says of its model."""
 
-    Attributes:
-        state: tensors by parameter name, at least in single precision.
-        arguments: constructor arguments, as plain data (layer_norm_eps stands for norm_layer).
-        source: the file's format, one of the names above.
-        path: the file, for messages.
-        stored: the file's own precision of those tensors of `state` that have less than single.
-        recorded: those arguments that the file records; the others follow from shapes or custom.
-        flags: the flags of the training run, where the file has them.
-        converted: how a tensor was made, for those that are not simply renamed.
-        unused: names in the file that have no place here.
-        mean, std: per-channel normalisation of the clips it was trained on; None: ours.
-        notes: sentences for the user.
-        grid_stated: the file states how many tokens its positions have along t, h and w. Where it
-            does not, they are first compared with the grid of the model that they are loaded into.
-        doubt: why no model can be built from the file alone; empty when one can.
-    """
-
-    state: dict[str, Tensor]
-    arguments: dict[str, Any]
-    source: str
-    path: str
+    state: dict[str, Tensor]  # by parameter name, at least in single precision
+    arguments: dict[str, Any]  # of the constructor, plain data: layer_norm_eps for norm_layer
+    source: str  # the file's format, one of the names above
+    path: str  # the file, for messages
+    # the file's own precision of those tensors that have less than single
     stored: dict[str, torch.dtype] = field(default_factory=dict)
+    # arguments that the file records; the others follow from shapes or from the format's custom
     recorded: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)  # of the training run, where recorded
+    # how a tensor was made, for those that are not simply renamed
     converted: dict[str, str] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)  # names in the file that have no place here
+    # per-channel normalisation of the clips that it was trained on; None: ours
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # sentences for the user
+    # Whether the file states how many tokens its positions have along t, h and w. Where it does
+    # not, they are first compared with the grid of the model that they are loaded into.
     grid_stated: bool = True
-    doubt: str = ""
+    doubt: str = ""  # why no model can be built from the file alone; empty when one can
 
     @property
     def has_decoder(self) -> bool:

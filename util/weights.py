@@ -163,29 +163,20 @@ def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]
 
 
 def _read_configs(path: str) -> dict[str, Any]:
-    """Read what Hugging Face's files beside a file record, as one dict; empty for addresses."""
-    if is_remote(path):
-        return {}
-    folder = os.path.dirname(path)
-    config, preprocessor = (_read_config(os.path.join(folder, name)) for name in HF_CONFIGS)
-    return config | preprocessor
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    """Read a JSON file of names and values; one that does not exist is empty.
+    """Read what Hugging Face's files beside a file record, as one dict; empty where there are none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: one is damaged.
     """
-    if not os.path.isfile(path):
-        return {}
-    with open_file(path, "rb") as file:
-        try:
-            config = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it holds no names and values")
+    config: dict[str, Any] = {}
+    for name in () if is_remote(path) else HF_CONFIGS:
+        beside = os.path.join(os.path.dirname(path), name)
+        if os.path.isfile(beside):
+            with open_file(beside, "rb") as file:
+                try:
+                    config = config | json.load(file)
+                except (TypeError, ValueError) as error:  # TypeError: no names and values
+                    raise UserError(f"{beside} is damaged: {error}") from error
     return config
 
 
@@ -376,7 +367,7 @@ def apply_weights(
         allow_missing: leave weights as drawn that the file lacks, with a warning.
 
     Raises:
-        UserError: weights are missing or of another shape, or the head is with keep_head; or the
+        UserError: weights (with keep_head the head's too) are missing or of another shape; or the
             file's model is deeper or has other numbers of heads, which no shape shows.
     """
     weights = with_our_normalisation(weights)
