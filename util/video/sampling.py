@@ -1,10 +1,6 @@
 """Where a clip lies in a video: its frames in time, its boxes in space.
 
-Time: `clip_length` says how many frames of the video a clip spans, `random_start` or `clip_start`
-where it starts, `frame_indices` which frames it takes; `segment_indices` instead takes one frame
-from each of equal parts of the video. Frame numbers are int64 [num_frames].
-
-Space: a box is (top, left, height, width) in pixels, and holds for all frames of its clip.
+Frame numbers are int64 [num_frames]. A box holds for all frames of its clip.
 """
 
 import math
@@ -14,9 +10,8 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # top, left, height, width; pixels
 Range = Sequence[float]  # lowest and highest value
-
 NO_BOX = (0, 0, 0, 0)
 
 
@@ -48,7 +43,7 @@ def frame_indices(start: float, clip_len: float, num_frames: int, total: int) ->
 def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> np.ndarray:
     """Return the numbers of frames of which one lies in each of `num_frames` equal segments.
 
-    `place` in [0, 1) says where in its segment a frame lies: one number for all, or one for each.
+    `place` in [0, 1), for all or for each, says where in its segment a frame lies.
     """
     numbers = (np.arange(num_frames) + place) * (total / num_frames)
     return np.minimum(numbers.astype(np.int64), total - 1)
@@ -57,11 +52,10 @@ def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> n
 def random_resized_crop_box(
     height: int, width: int, scale: Range, ratio: Range, rng: Generator
 ) -> Box:
-    """Draw the box of a random resized crop by the rule of torchvision's RandomResizedCrop.
+    """Draw a box by the rule of torchvision's RandomResizedCrop.
 
-    `scale` bounds the area as a share of the frame, `ratio` the aspect (width / height), drawn
-    log-uniformly. If ten draws do not fit, return the largest centred box whose aspect lies within
-    `ratio`.
+    `scale` bounds the area as a share of the frame, `ratio` the aspect (width / height). If ten
+    draws do not fit, return the largest centred box whose aspect lies within `ratio`.
     """
     for _ in range(10):
         w, h = _draw_sides(height * width, scale, ratio, rng)
@@ -76,10 +70,9 @@ def random_resized_crop_box(
 
 
 def random_erasing_box(height: int, width: int, rng: Generator, probability: float = 0.25) -> Box:
-    """Draw the box that random erasing (arXiv 1708.04896) removes from a clip.
+    """Draw the box, smaller than the frame, that random erasing (arXiv 1708.04896) removes.
 
-    It is always smaller than the frame. Return NO_BOX with probability 1 - `probability`, and in
-    the rare case that 100 draws do not fit.
+    Return NO_BOX with probability 1 - `probability`, and in the rare case that no draw fits.
     """
     if rng.random() > probability:
         return NO_BOX
@@ -107,9 +100,8 @@ def uniform_crop_box(
 ) -> Box:
     """Return the square test crop number `position` of `num_positions` along the longer side.
 
-    Crops run from left to right, or from top to bottom if the frame is taller than wide. They are
-    spaced evenly from edge to edge, with offsets rounded up; a single one lies in the centre.
-    Raise ValueError if there is no such crop or it does not fit.
+    Crops run from left to right or from top to bottom, evenly spaced from edge to edge, with
+    offsets rounded up; a single one is centred.
     """
     if not 0 <= position < num_positions:
         raise ValueError(f"crop position {position} is not in 0..{num_positions - 1}")

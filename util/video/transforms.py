@@ -1,8 +1,5 @@
 """The pixels of clips: resizing in loader workers; flips, normalisation and erasing on the device.
 
-Workers keep clips as uint8 [T, H, W, C]. Float arithmetic is left to the accelerator, where
-`augment_on_device` handles a whole batch.
-
 N clips, T frames, H W pixels, C channels.
 """
 
@@ -15,8 +12,7 @@ from torch import Tensor
 MEAN = 0.45  # of every RGB channel in [0, 1], as is customary for Kinetics
 STD = 0.225
 
-# Loader workers are the parallelism, and threads in each would only compete for the same cores.
-# Besides, OpenCV's pool of threads does not survive the fork of a worker.
+# Loader workers are the parallelism; besides, OpenCV's pool of threads does not survive a fork.
 cv2.setNumThreads(0)
 
 
@@ -41,8 +37,7 @@ def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
 
 def normalize(clips: Tensor) -> Tensor:
     """Turn uint8 clips [N, T, H, W, C] into normalised float32 [N, C, T, H, W], contiguous."""
-    x = clips.permute(0, 4, 1, 2, 3)
-    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    x = clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
     return x.div_(255).sub_(MEAN).div_(STD)
 
 
