@@ -147,7 +147,8 @@ def cut_views(
     targets, boxes = out.numpy(), None
     for number, frame in video.frames(sorted(places)):
         if side is not None:
-            if math.prod(sampling.short_side_size(*frame.shape[:2], side)) > MAX_PIXELS:
+            H, W, _ = frame.shape
+            if math.prod(sampling.short_side_size(H, W, side)) > MAX_PIXELS:
                 raise VideoError(f"{video.path}: frames are too narrow to scale to {side} pixels")
             frame = _scale(frame, side)
         if boxes is None:

@@ -161,9 +161,10 @@ def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.nd
         place.append(slice(start - first, end - first))
         border += [max(-low, 0), max(high - size, 0)]
         weights.append(_cubic_weights(np.array([offset - whole], np.float32)))
-    for frame, target in zip(clip, out, strict=True):
-        bordered = cv2.copyMakeBorder(frame[tuple(source)], *border, cv2.BORDER_REPLICATE)
-        moved = cv2.filter2D(bordered, -1, np.outer(*weights), anchor=(1, 1), delta=TRUNCATE)
+    kernel, (up, down, before, after) = np.outer(*weights), border
+    for frame, target in zip(clip[(slice(None), *source)], out, strict=True):
+        bordered = cv2.copyMakeBorder(frame, up, down, before, after, cv2.BORDER_REPLICATE)
+        moved = cv2.filter2D(bordered, -1, kernel, anchor=(1, 1), delta=TRUNCATE)
         target[tuple(place)] = moved[1:-2, 1:-2]
     return out
 
