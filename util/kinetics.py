@@ -44,7 +44,7 @@ class VideoIndex:
     strings would be copied into every worker, because reading a string changes its reference count.
 
     Args:
-        path_prefix: folder of relative paths; empty for the csv's own.
+        path_prefix: folder of relative paths, if not that of the csv.
         num_classes: labels must be below it; None allows rows without a label (pre-training).
     """
 
@@ -118,9 +118,7 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
     return f"label {label} is not below --num_classes {num_classes}" if label >= num_classes else ""
 
 
-class Sample(NamedTuple):
-    """What a loader worker makes of one video."""
-
+class Sample(NamedTuple):  # what a loader worker makes of one video
     clips: Tensor  # uint8 [R, T, H, W, C]
     flip: Tensor  # bool [R], clips to mirror on the device
     erase: Tensor  # int64 [R, 4], boxes to erase on the device; an empty box erases nothing
@@ -190,11 +188,10 @@ class Kinetics(Dataset):
         "finetune": one random clip, augmented `repeat_aug` times.
         "test": `num_clips` x `num_crops` views, all crops of the first clip first.
 
-    Every random choice comes from a generator seeded by (seed, epoch, row, repeat), so that clips
-    depend neither on the number of workers nor on the step at which a run was resumed.
-
-    In training, a video that cannot be read, or not in time, is replaced by another one, the same
-    in every run. In testing, its row comes back with zeros and an error.
+    Every random choice comes from a generator seeded by (seed, epoch, row, repeat): it depends on
+    neither the number of workers nor the step at which a run was resumed. In training, a video that
+    cannot be read, or not in time, is replaced by another one, the same in every run. In testing,
+    its row comes back with zeros and an error.
     """
 
     index: VideoIndex
@@ -215,18 +212,10 @@ class Kinetics(Dataset):
     max_pixels: int = MAX_PIXELS  # videos with larger frames (width * height) are unreadable
     item_timeout: float = 60.0  # seconds that reading a video may take
 
-    @property
-    def training(self) -> bool:
-        return self.mode != "test"
-
-    @property
-    def views(self) -> int:  # of a sample
-        return self.repeat_aug if self.training else self.num_clips * self.num_crops
-
-    @property
-    def clips_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape [R, T, H, W, C] of the clips of a sample."""
-        return self.views, self.num_frames, self.input_size, self.input_size, 3
+    def __post_init__(self) -> None:
+        size, self.training = self.input_size, self.mode != "test"
+        self.views = self.repeat_aug if self.training else self.num_clips * self.num_crops
+        self.clips_shape = self.views, self.num_frames, size, size, 3  # [R, T, H, W, C] of a sample
 
     def __len__(self) -> int:
         return len(self.index)
@@ -265,7 +254,7 @@ class Kinetics(Dataset):
 
     def _load(self, path: str, rngs: Generators, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Write the clips of a video; return which to flip and what to erase on the device."""
-        size, flip, erase = self.input_size, [False] * self.views, [NO_BOX] * self.views
+        flip, erase, size = [False] * self.views, [NO_BOX] * self.views, self.input_size
         with Video(local_path(path), self.max_pixels, self.item_timeout) as video:
             if self.training:
                 self._cut_random_clips(video, rngs, clips)

@@ -35,6 +35,8 @@ from util.signals import STOP_SIGNALS, child_signal_kept, signals_blocked
 
 PREFETCH = 2  # batches that a worker makes ahead
 Request = tuple[int | None, list[tuple[int, int]]]  # slot and (epoch, row) keys of a batch
+# What a worker makes of it: slot; clips, if the slot does not hold them; other arrays; errors.
+Made = tuple[int | None, Tensor | None, list[np.ndarray], list[dict[str, str]]]
 
 
 @dataclass(eq=False)
@@ -149,13 +151,6 @@ class _BatchRequests:
             yield self.memory.take(), batch
 
 
-class _MadeBatch(NamedTuple):  # as a worker sends it
-    slot: int | None  # that was set aside for its clips
-    clips: Tensor | None  # None if the slot holds them
-    arrays: tuple[np.ndarray, ...]  # flip, erase, label and row, as in `Batch`
-    errors: list[dict[str, str]]
-
-
 @dataclass(eq=False)
 class _BatchReader(Dataset):
     """Make the batches that are requested; runs in the workers."""
@@ -163,7 +158,7 @@ class _BatchReader(Dataset):
     dataset: Kinetics
     memory: BatchMemory
 
-    def __getitem__(self, request: Request) -> _MadeBatch:
+    def __getitem__(self, request: Request) -> Made:
         slot, keys = request
         shape = len(keys), *self.dataset.clips_shape
         clips = torch.empty(shape, dtype=torch.uint8) if slot is None else self.memory.view(slot)
@@ -176,7 +171,7 @@ class _BatchReader(Dataset):
         flip = np.stack([x.flip.numpy() for x in samples])
         erase = np.stack([x.erase.numpy() for x in samples])
         label, row = np.array([x.label for x in samples]), np.array([x.row for x in samples])
-        return _MadeBatch(slot, clips, (flip, erase, label, row), [x.errors for x in samples])
+        return slot, clips, [flip, erase, label, row], [x.errors for x in samples]
 
 
 def default_num_workers() -> int:
@@ -254,8 +249,7 @@ class VideoLoader:
         # Only forked workers see the memory of this process. There are slots for the batches asked
         # for ahead, the one on its way to the device, the one in use, and a spare one.
         shared = workers == 0 or multiprocessing.get_start_method() == "fork"
-        slots = workers * PREFETCH + 3 if shared else 0
-        shape = (batch_size, *dataset.clips_shape)
+        slots, shape = workers * PREFETCH + 3 if shared else 0, (batch_size, *dataset.clips_shape)
         self.memory = BatchMemory(slots, shape, page_lock=self.device.type == "cuda")
         self.loader = DataLoader(
             _BatchReader(dataset, self.memory),
@@ -272,10 +266,7 @@ class VideoLoader:
         return -(-len(self.sampler) // self.batch_size)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the step it starts at.
-
-        All ranks call this together, because they exchange the unreadable videos met so far.
-        """
+        """Choose the next epoch and the step it starts at; ranks exchange their bad videos."""
         for others in gather_objects(self.bad):
             self.bad = others | self.bad
         self._refuse_bad_share()
@@ -288,27 +279,20 @@ class VideoLoader:
             batches = map(self._receive, self.loader)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _receive(self, made: _MadeBatch) -> Batch:
-        """Make tensors of what a worker sent."""
-        clips = made.clips
+    def _receive(self, made: Made) -> Batch:
+        """Make tensors of what a worker sent, and report every unreadable video once."""
+        slot, clips, arrays, errors = made
         if clips is None:
-            assert made.slot is not None
-            clips = self.memory.lease(made.slot)[: len(made.errors)]
-        elif made.slot is not None:  # never use it again: a hung read may still write to it
-            self.memory.taken.remove(made.slot)
-        flip, erase, label, row = map(torch.from_numpy, made.arrays)
-        batch = Batch(clips, flip, erase, label, row, made.errors)
-        self._record(batch)
-        return batch
-
-    def _record(self, batch: Batch) -> None:
-        """Report every unreadable video once, and stop training when there are too many."""
-        for errors in batch.errors:
-            for path, error in errors.items():
-                if path not in self.bad:
-                    self.bad[path] = error
-                    print(f"unreadable video ({len(self.bad)} so far): {error}", flush=True)
-        lost = [batch.errors[i] for i in (batch.row < 0).nonzero()]  # only in training
+            assert slot is not None
+            clips = self.memory.lease(slot)[: len(errors)]
+        elif slot is not None:  # never use it again: a hung read may still write to it
+            self.memory.taken.remove(slot)
+        flip, erase, label, row = map(torch.from_numpy, arrays)
+        for path, error in [item for tried in errors for item in tried.items()]:
+            if path not in self.bad:
+                self.bad[path] = error
+                print(f"unreadable video ({len(self.bad)} so far): {error}", flush=True)
+        lost = [errors[i] for i in (row < 0).nonzero()]  # only in training
         if lost:
             raise UserError(
                 f"{MAX_REPLACEMENTS} videos in a row of {self.dataset.index.csv_path} could not be "
@@ -316,6 +300,7 @@ class VideoLoader:
                 status=1,
             )
         self._refuse_bad_share()
+        return Batch(clips, flip, erase, label, row, errors)
 
     def _refuse_bad_share(self) -> None:
         dataset, bad = self.dataset, len(self.bad)

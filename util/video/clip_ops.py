@@ -1,14 +1,11 @@
 """PIL's operations on the frames of a clip, uint8 [T, H, W, C] in and out, fast in loader workers.
 
-Every function does to each frame what Pillow (ImageOps, ImageEnhance, Image.transform) does to an
-image of that frame. The results are equal bit for bit, except that a few in 10,000 warped or
-blended pixels differ by one level. Clips are not changed in place. A warp of 16 frames needs 64
-times the memory of one frame, and keeps it for the next warp.
+The results are equal bit for bit to those of Pillow (ImageOps, ImageEnhance, Image.transform),
+except that a few in 10,000 warped or blended pixels differ by one level. A warp of 16 frames needs
+64 times the memory of one frame, and keeps it for the next warp.
 
 Operations on single pixels may run after a crop. The others take the `box` of the crop that
 follows: they look at whole frames, and compute only what lies in the box.
-
-T frames, H W pixels, C = 3 channels.
 """
 
 import math
@@ -37,9 +34,7 @@ cv2.setNumThreads(0)  # see transforms.py
 
 def crop(clip: np.ndarray, box: Box | None) -> np.ndarray:
     """View the part of a clip inside the box, or all of it."""
-    if box is None:
-        return clip
-    top, left, h, w = box
+    top, left, h, w = box or (0, 0, *clip.shape[1:3])
     return clip[:, top : top + h, left : left + w]
 
 
@@ -109,8 +104,7 @@ def rotate(clip: np.ndarray, degrees: float, box: Box | None = None) -> np.ndarr
     """Rotate counterclockwise about the centre."""
     _, H, W, _ = clip.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x = W / 2 - (cos * W / 2 - sin * H / 2)
-    y = H / 2 - (sin * W / 2 + cos * H / 2)
+    x, y = W / 2 - (cos * W / 2 - sin * H / 2), H / 2 - (sin * W / 2 + cos * H / 2)
     return warp(clip, (cos, -sin, x, sin, cos, y), box)
 
 
@@ -179,8 +173,7 @@ def _source_rectangle(matrix: Matrix, box: Box, H: int, W: int) -> Box | None:
         return None
     # A pixel's neighbours lie at -1 to +2; the border makes that +1 to +4.
     first_u, first_v = (math.floor(z.min() - 0.5) + 1 for z in (u, v))
-    end_u = min(math.floor(u.max() - 0.5) + 5, W + 4)
-    end_v = min(math.floor(v.max() - 0.5) + 5, H + 4)
+    end_u, end_v = (min(math.floor(z.max() - 0.5) + 5, n + 4) for z, n in ((u, W), (v, H)))
     return first_v, first_u, end_v - first_v, end_u - first_u
 
 
@@ -209,10 +202,7 @@ def _neighbours(matrix: Matrix, box: Box, source: Box, H: int, W: int) -> tuple[
     x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
     # Places less half a pixel. Shears leave u alike in all rows [1, w], or v in all columns [h, 1].
     u, v = (a * x + (c - 0.5))[None], e * y + (f - 0.5)
-    if b:
-        u = u + b * y
-    if d:
-        v = v + d * x
+    u, v = u + b * y if b else u, v + d * x if d else v
     outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # [h, w]
     first_u, first_v = np.floor(u), np.floor(v)
     u_weights = _cubic_weights((u - first_u).astype(np.float32))
@@ -245,10 +235,8 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(pixels.reshape(len(pixels), -1), table).reshape(pixels.shape)
 
 
-def _map_channels(
-    clip: np.ndarray, make_tables: Callable[[np.ndarray], np.ndarray], box: Box | None
-) -> np.ndarray:
-    """Map each channel of a frame by its row of the tables [3, 256] made from the whole frame."""
+def _map_channels(clip: np.ndarray, make_tables: Callable, box: Box | None) -> np.ndarray:
+    """Map each channel by its row of the tables [3, 256] that are made from the whole frame."""
     out = crop(clip, box).copy()
     for frame, part in zip(clip, out, strict=True):
         tables = np.clip(make_tables(frame), 0, 255).astype(np.uint8)

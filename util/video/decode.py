@@ -27,7 +27,6 @@ MAX_PIXELS = 8192 * 8192
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # a frame may stand in for at most so many missing frames after it
 MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
-
 # Only these formats mark reliably to which frames no other frame refers, so that their decoders can
 # drop them. (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
 DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
@@ -46,18 +45,13 @@ class VideoError(Exception):
 class Video:
     """Open a local video file for decoding on the calling thread; a context manager.
 
-    Attributes:
-        num_frames: number of shown frames; counted, not taken from the header.
-        fps: mean frames per second.
-        height, width: pixels of an upright frame, after the rotation that the metadata asks for.
+    `height` and `width` are those of an upright frame, after the rotation that the metadata asks
+    for; `fps` is the mean rate. Raise VideoError if the file cannot be used.
 
     Args:
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
         time_limit: seconds from now after which reading and decoding raise. The clock is checked
             between packets: a single read that never returns is not interrupted.
-
-    Raises:
-        VideoError: the file cannot be used.
     """
 
     def __init__(self, path: str, max_pixels: int = MAX_PIXELS, time_limit: float = float("inf")):
@@ -144,8 +138,6 @@ class Video:
         shown = [k for k, packet in enumerate(self._packets) if not packet.is_discard]
         if self._decoder.name == "vp8":  # it may have frames that are referred to but never shown
             shown = [k for k in shown if memoryview(self._packets[k])[0] & 0x10]
-        if not shown:
-            raise VideoError(f"{self.path}: no frames")
         self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
         self._stamps = [packet.pts for packet in self._packets if packet.pts is not None]
         self._number: dict[int | None, int] = {}  # time stamp -> frame number
@@ -160,8 +152,8 @@ class Video:
         if self._reopens:  # then a frame's number is its place in a decode from the file's start
             self._timed = False
             self.num_frames = sum(1 for _ in self._delivered())
-            if not self.num_frames:
-                raise VideoError(f"{self.path}: no frames")
+        if not self.num_frames:
+            raise VideoError(f"{self.path}: no frames")
 
     def _can_number_by_stamps(self, shown: list[int]) -> bool:
         """Return whether time stamps order the frames; those of AVI and raw streams do not."""
@@ -178,7 +170,7 @@ class Video:
 
     def _depends_on_start(self, stream: VideoStream, shown: list[int]) -> bool:
         """Return whether frames must be decoded from the start of the file to be right."""
-        if not self._keys:
+        if not self._keys or not shown:
             return False
         first = self._keys[0]
         if min(shown) < first or (self._timed and self._stamps[shown[0]] < self._stamps[first]):
@@ -206,10 +198,7 @@ class Video:
 
     @property
     def rotation(self) -> int:
-        """Degrees counterclockwise, 0, 90, 180 or 270, that turn a stored frame upright.
-
-        A mirrored frame is flipped left to right first.
-        """
+        """Degrees counterclockwise that turn a frame upright; a mirrored one is flipped first."""
         if self._orientation is None:  # FFmpeg gives it together with a decoded frame only
             next(self.frames([0]))
         a, b, c, d = self._orientation or UPRIGHT
@@ -226,21 +215,19 @@ class Video:
         return self._size[self.rotation not in (90, 270)]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode the wanted frames, given in any order, each once and in ascending order.
+        """Yield number and picture, uint8 RGB [height, width, 3], of every wanted frame once.
 
-        The result is bit for bit that of decoding everything, but only groups of pictures with a
-        wanted frame are decoded, each up to its last wanted frame and without unwanted frames to
-        which no other refers. If the packets do not deliver what they promise, the remaining frames
-        come from decoding everything. A frame that is missing even then (a damaged packet, a broken
-        tail) is replaced by the one before it, as decoders conceal errors, or at the start by the
-        first one. Raise VideoError for a gap of more than MAX_HOLD frames.
+        The order is ascending. The result is bit for bit that of decoding everything, but only
+        groups of pictures with a wanted frame are decoded, each up to its last wanted frame and
+        without unwanted frames to which no other refers. If the packets do not deliver what they
+        promise, the remaining frames come from decoding everything. A frame that is missing even
+        then (a damaged packet, a broken tail) is replaced by the one before it, as decoders conceal
+        errors, or at the start by the first one. Raise VideoError for a gap above MAX_HOLD frames.
 
-        Yields:
-            (number, uint8 RGB [height, width, 3]): upright, dense in its last two dimensions, and
-            the caller's to keep. Colours are those of PyAV's `frame.to_ndarray(format="rgb24")`:
-            the stream's matrix and range, or BT.601 and limited range if it does not give them.
-            Frames of another size than the stream's are scaled to it. Finish or drop one
-            iteration before starting the next.
+        Pictures are upright, scaled to the size of the stream, dense in their last two dimensions,
+        and the caller's to keep. Colours are those of PyAV's `frame.to_ndarray(format="rgb24")`:
+        the stream's matrix and range, or BT.601 and limited range if it does not give them.
+        Finish or drop one iteration before starting the next.
         """
         left = np.unique(np.asarray(wanted, dtype=np.int64)).tolist()
         if left and (left[0] < 0 or left[-1] >= self.num_frames):
@@ -307,8 +294,8 @@ class Video:
                 gap = number - left[-1] if held is None else left[-1] - last
                 picture = held or frame
                 if picture is None or gap > MAX_HOLD:
-                    which = f"frame {left[-1]} of {self.num_frames}"
-                    raise VideoError(f"{self.path}: {which} cannot be decoded")
+                    missing = f"frame {left[-1]} of {self.num_frames}"
+                    raise VideoError(f"{self.path}: {missing} cannot be decoded")
                 yield left.pop(), self._to_rgb(picture)
             if frame and left and left[-1] == number:
                 yield left.pop(), self._to_rgb(frame)
@@ -351,8 +338,8 @@ class Video:
             # PyAV starts a pool of threads at every call unless told not to.
             rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
         except (av.FFmpegError, ValueError, MemoryError) as error:
-            reason = f"its {frame.format.name} frames cannot be converted ({_reason(error)})"
-            raise VideoError(f"{self.path}: {reason}") from error
+            kind = f"{frame.format.name} frames cannot be converted ({_reason(error)})"
+            raise VideoError(f"{self.path}: its {kind}") from error
         if rgb is frame:  # was RGB already: the memory is the decoder's, and may run bottom up
             image = rgb.to_ndarray()
         else:  # a view; nothing is copied

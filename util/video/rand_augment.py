@@ -28,7 +28,6 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
 POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
 # Arguments at magnitude 10, in either direction: degrees, shears, shares of the width or height.
 SPANS = {"Rotate": 30, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45}
-
 WEIGHTS = {  # timm's, for operations that are not drawn equally often
     "Rotate": 3.0,
     **dict.fromkeys(["ShearX", "ShearY"], 2.0),
@@ -65,8 +64,7 @@ def parse_config(config: str) -> Config:
     policy, *sections = config.split("-")
     if policy != "rand":
         raise UserError(f"RandAugment config {config!r} does not start with 'rand'")
-    numbers = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "mmax": 10.0}
-    chosen = ""
+    numbers, chosen = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "mmax": 10.0}, ""
     for section in sections:
         match = re.fullmatch(r"(m|p|mstd|mmax|(?:n|inc)(?=\d+$))(\d+\.?\d*)", section)
         if match:
@@ -96,7 +94,7 @@ def parse_config(config: str) -> Config:
 
 
 class RandAugment:
-    """Draw operations for clips, as a config string says; `apply` applies them."""
+    """Draw operations for clips, as a config string says."""
 
     def __init__(self, config: str):
         self.config = parse_config(config)
@@ -119,8 +117,7 @@ class RandAugment:
                 magnitude = rng.uniform(0, magnitude)
             elif c.magnitude_std > 0:
                 magnitude = rng.normal(magnitude, c.magnitude_std)
-            magnitude = min(max(magnitude, 0.0), c.magnitude_max)
-            name = self.names[i]
+            name, magnitude = self.names[i], min(max(magnitude, 0.0), c.magnitude_max)
             drawn.append((name, operation_arguments(name, magnitude, sign, c.increasing)))
         return drawn
 

@@ -1,6 +1,6 @@
 """Where a clip lies in a video: its frames in time, its boxes in space.
 
-Frame numbers are int64 [num_frames]. A box holds for all frames of its clip.
+Frame numbers are int64 [num_frames]. A box holds for all frames [H, W] of its clip.
 """
 
 import math
@@ -49,24 +49,18 @@ def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> n
     return np.minimum(numbers.astype(np.int64), total - 1)
 
 
-def random_resized_crop_box(
-    height: int, width: int, scale: Range, ratio: Range, rng: Generator
-) -> Box:
+def random_resized_crop_box(H: int, W: int, scale: Range, ratio: Range, rng: Generator) -> Box:
     """Draw a box by the rule of torchvision's RandomResizedCrop.
 
     `scale` bounds the area as a share of the frame, `ratio` the aspect (width / height). If ten
     draws do not fit, return the largest centred box whose aspect lies within `ratio`.
     """
     for _ in range(10):
-        w, h = _draw_sides(height * width, scale, ratio, rng)
-        if 0 < h <= height and 0 < w <= width:
-            return place_box(height, width, h, w, rng)
-    h, w = height, width
-    if width / height < min(ratio):
-        h = round(width / min(ratio))
-    elif width / height > max(ratio):
-        w = round(height * max(ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
+        w, h = _draw_sides(H * W, scale, ratio, rng)
+        if 0 < h <= H and 0 < w <= W:
+            return place_box(H, W, h, w, rng)
+    h, w = min(H, round(W / min(ratio))), min(W, round(H * max(ratio)))
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
 def random_erasing_box(height: int, width: int, rng: Generator, probability: float = 0.25) -> Box:
@@ -95,9 +89,7 @@ def place_box(height: int, width: int, h: int, w: int, rng: Generator) -> Box:
     return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
 
 
-def uniform_crop_box(
-    height: int, width: int, size: int, position: int, num_positions: int = 3
-) -> Box:
+def uniform_crop_box(H: int, W: int, size: int, position: int, num_positions: int = 3) -> Box:
     """Return the square test crop number `position` of `num_positions` along the longer side.
 
     Crops run from left to right or from top to bottom, evenly spaced from edge to edge, with
@@ -105,12 +97,12 @@ def uniform_crop_box(
     """
     if not 0 <= position < num_positions:
         raise ValueError(f"crop position {position} is not in 0..{num_positions - 1}")
-    if size > min(height, width):
-        raise ValueError(f"a crop of {size} does not fit into a frame of {height} x {width}")
-    top, left = -(-(height - size) // 2), -(-(width - size) // 2)  # rounded up
+    if size > min(H, W):
+        raise ValueError(f"a crop of {size} does not fit into a frame of {H} x {W}")
+    top, left = -(-(H - size) // 2), -(-(W - size) // 2)  # rounded up
     if num_positions > 1:
-        offset = -(-(max(height, width) - size) * position // (num_positions - 1))
-        top, left = (offset, left) if height > width else (top, offset)
+        offset = -(-(max(H, W) - size) * position // (num_positions - 1))
+        top, left = (offset, left) if H > W else (top, offset)
     return top, left, size, size
 
 

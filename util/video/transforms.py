@@ -19,9 +19,8 @@ cv2.setNumThreads(0)
 def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
     """Resize a uint8 frame [H, W, C], or a view of a crop, bilinearly into `out` [h, w, C].
 
-    Pixels have half-pixel centres. Up to a reduction by 2 there is no antialiasing, and the result
-    is within one level of float bilinear interpolation. For larger reductions that would skip
-    pixels and flicker from frame to frame, so the filter widens with the reduction.
+    Up to a reduction by 2 there is no antialiasing, and the result is within one level of float
+    interpolation. Larger reductions would skip pixels and flicker; there the filter widens.
     """
     (H, W), (h, w) = frame.shape[:2], out.shape[:2]
     if (h, w) == (H, W):
@@ -45,8 +44,8 @@ def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) 
     """Flip, normalise and erase uint8 clips [N, T, H, W, C] into float32 [N, C, T, H, W].
 
     `flip` is bool [N]: which clips to mirror left to right. `erase` is int64 [N, 4]: the box of
-    each flipped clip whose pixels become standard normal noise, different for every frame. Both
-    lie on the device of `clips`. The host reads none of their values, so it need not wait for them.
+    each flipped clip whose pixels become standard normal noise, different for every frame. The host
+    reads none of their values, so it need not wait for the device.
     """
     if flip is not None:
         clips = torch.where(flip[:, None, None, None, None], clips.flip(3), clips)
@@ -59,8 +58,7 @@ def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) 
 def _box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """Mark the pixels inside boxes, int64 [N, 4], in a mask, bool [N, 1, 1, H, W]."""
     top, left, h, w = boxes[:, :, None].unbind(1)  # each (N, 1)
-    rows = torch.arange(height, device=boxes.device)
-    cols = torch.arange(width, device=boxes.device)
+    rows, cols = (torch.arange(size, device=boxes.device) for size in (height, width))
     in_rows = (rows >= top) & (rows < top + h)  # (N, H)
     in_cols = (cols >= left) & (cols < left + w)  # (N, W)
     return in_rows[:, None, None, :, None] & in_cols[:, None, None, None, :]
