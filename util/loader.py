@@ -215,9 +215,7 @@ def _end_workers() -> None:
             process.kill()
 
 
-class Batch(NamedTuple):
-    """The fields of B samples, as the loader gives them."""
-
+class Batch(NamedTuple):  # the fields of B samples
     clips: Tensor  # uint8 [B, R, T, H, W, C]
     flip: Tensor  # bool [B, R]
     erase: Tensor  # int64 [B, R, 4]
@@ -266,7 +264,7 @@ class VideoLoader:
         return -(-len(self.sampler) // self.batch_size)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the next epoch and the step it starts at; ranks exchange their bad videos."""
+        """Choose the next epoch and its first step; all ranks call this, to share bad videos."""
         for others in gather_objects(self.bad):
             self.bad = others | self.bad
         self._refuse_bad_share()

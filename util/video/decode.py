@@ -1,9 +1,9 @@
 """Decode exactly the wanted frames of a video, and as few others as possible.
 
 Frames are numbered in the order in which they are shown; frames that an edit list hides do not
-count. Opening a file reads all its packets and decodes none: its header is not trusted. Files that
-start within a group of pictures, or change their decoder's parameters on the way, are decoded in
-full, once to count their frames and again at every use.
+count. Opening a file reads all its packets, because its header may be wrong, and decodes none.
+Files that start within a group of pictures, or change their decoder's parameters on the way, are
+decoded in full, once to count their frames and again at every use.
 """
 
 import os
@@ -27,8 +27,8 @@ MAX_PIXELS = 8192 * 8192
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # a frame may stand in for at most so many missing frames after it
 MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
-# Only these formats mark reliably to which frames no other frame refers, so that their decoders can
-# drop them. (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
+# Only these formats reliably mark the frames to which no other refers, which decoders may drop.
+# (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
 DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
 
 # Signs (a, b, c, d) of a display matrix: the stored pixel (x, y) is shown at (a x + c y, b x + d y)
@@ -45,8 +45,9 @@ class VideoError(Exception):
 class Video:
     """Open a local video file for decoding on the calling thread; a context manager.
 
-    `height` and `width` are those of an upright frame, after the rotation that the metadata asks
-    for; `fps` is the mean rate. Raise VideoError if the file cannot be used.
+    `num_frames` is counted, not taken from the header; `fps` is the mean rate; `height` and `width`
+    are those of an upright frame, after the rotation that the metadata asks for. Raise VideoError
+    if the file cannot be used.
 
     Args:
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
@@ -215,19 +216,19 @@ class Video:
         return self._size[self.rotation not in (90, 270)]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield number and picture, uint8 RGB [height, width, 3], of every wanted frame once.
+        """Yield the number and picture of each wanted frame once, in ascending order.
 
-        The order is ascending. The result is bit for bit that of decoding everything, but only
-        groups of pictures with a wanted frame are decoded, each up to its last wanted frame and
-        without unwanted frames to which no other refers. If the packets do not deliver what they
-        promise, the remaining frames come from decoding everything. A frame that is missing even
-        then (a damaged packet, a broken tail) is replaced by the one before it, as decoders conceal
-        errors, or at the start by the first one. Raise VideoError for a gap above MAX_HOLD frames.
+        The result is bit for bit that of decoding everything, but only groups of pictures with a
+        wanted frame are decoded, each up to its last wanted frame and without unwanted frames to
+        which no other refers. If the packets do not deliver what they promise, the remaining frames
+        come from decoding everything. A frame that is missing even then (a damaged packet, a broken
+        tail) is replaced by the one before it, as decoders conceal errors, or at the start by the
+        first one. Raise VideoError for a gap of more than MAX_HOLD frames.
 
-        Pictures are upright, scaled to the size of the stream, dense in their last two dimensions,
-        and the caller's to keep. Colours are those of PyAV's `frame.to_ndarray(format="rgb24")`:
-        the stream's matrix and range, or BT.601 and limited range if it does not give them.
-        Finish or drop one iteration before starting the next.
+        Pictures, uint8 RGB [height, width, 3], are upright, scaled to the size of the stream, dense
+        in their last two dimensions, and the caller's to keep. Colours are those of PyAV's
+        `frame.to_ndarray(format="rgb24")`: the stream's matrix and range, or BT.601 and limited
+        range if it does not give them. Finish or drop one iteration before starting the next.
         """
         left = np.unique(np.asarray(wanted, dtype=np.int64)).tolist()
         if left and (left[0] < 0 or left[-1] >= self.num_frames):
@@ -374,9 +375,9 @@ def orientation(frame: VideoFrame) -> Orientation:
     return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
 
 
-# How to find parameter sets within a stream. A byte of the extradata says how long the length of a
-# unit is; shift and mask give a unit's kind, from its first byte; some kinds are parameter sets,
-# others are pictures.
+# How to find parameter sets: the place in the extradata of the number of bytes of a unit's length;
+# the shift and mask that give a unit's kind, from its first byte; the kinds that are parameter sets
+# and the kinds that are pictures.
 PARAMETER_SETS = {
     "h264": (4, 0, 0x1F, {7, 8}, {1, 2, 3, 4, 5}),
     "hevc": (21, 1, 0x3F, {32, 33, 34}, set(range(32))),
@@ -386,7 +387,7 @@ PARAMETER_SETS = {
 def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
     """Return the parameter sets of H.264 or HEVC that come before the picture of a packet."""
     place, shift, mask, sets, pictures = PARAMETER_SETS[codec]
-    # In MP4 and Matroska the length of each unit precedes it, in other formats a start code.
+    # A unit's length precedes it in MP4 and Matroska, a start code in other formats.
     digits = (extradata[place] & 3) + 1 if extradata[:1] == b"\1" else 0
     found = b""
     for unit in _units(bytes(packet), digits):

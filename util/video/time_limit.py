@@ -14,7 +14,7 @@ LONGEST = 1.0  # seconds; a longer time between two looks at the clock counts on
 
 
 class TimeLimit:
-    """Seconds of running time, counted right if `is_over` is called at least every LONGEST."""
+    """Seconds of running time that are left, if `is_over` is called at least every LONGEST."""
 
     def __init__(self, seconds: float):
         self.left = seconds
@@ -55,7 +55,7 @@ def call_within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 def _start_thread() -> SimpleQueue:
-    """Return the queue of a new thread. It serves many calls, as a new one would allocate anew."""
+    """Return the queue of a thread for many calls; one for each would allocate memory anew."""
     calls: SimpleQueue = SimpleQueue()
     # A daemon, so that a hung call does not keep the process from ending.
     threading.Thread(target=_serve, args=[calls], daemon=True).start()

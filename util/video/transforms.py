@@ -12,7 +12,7 @@ from torch import Tensor
 MEAN = 0.45  # of every RGB channel in [0, 1], as is customary for Kinetics
 STD = 0.225
 
-# Loader workers are the parallelism; besides, OpenCV's pool of threads does not survive a fork.
+# Loader workers are the parallelism, and OpenCV's pool of threads does not survive their fork.
 cv2.setNumThreads(0)
 
 
@@ -20,7 +20,7 @@ def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
     """Resize a uint8 frame [H, W, C], or a view of a crop, bilinearly into `out` [h, w, C].
 
     Up to a reduction by 2 there is no antialiasing, and the result is within one level of float
-    interpolation. Larger reductions would skip pixels and flicker; there the filter widens.
+    interpolation. Larger reductions would skip pixels and flicker, so there the filter widens.
     """
     (H, W), (h, w) = frame.shape[:2], out.shape[:2]
     if (h, w) == (H, W):
