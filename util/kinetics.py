@@ -213,6 +213,8 @@ class Kinetics(Dataset):
     item_timeout: float = 60.0  # seconds that reading a video may take
 
     def __post_init__(self) -> None:
+        if self.mode not in ("pretrain", "finetune", "test"):
+            raise ValueError(f"mode {self.mode!r} is none of pretrain, finetune, test")
         size, self.training = self.input_size, self.mode != "test"
         self.views = self.repeat_aug if self.training else self.num_clips * self.num_crops
         self.clips_shape = self.views, self.num_frames, size, size, 3  # [R, T, H, W, C] of a sample

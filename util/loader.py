@@ -215,7 +215,9 @@ def _end_workers() -> None:
             process.kill()
 
 
-class Batch(NamedTuple):  # the fields of B samples
+class Batch(NamedTuple):
+    """The fields of B samples."""
+
     clips: Tensor  # uint8 [B, R, T, H, W, C]
     flip: Tensor  # bool [B, R]
     erase: Tensor  # int64 [B, R, 4]
@@ -226,7 +228,11 @@ class Batch(NamedTuple):  # the fields of B samples
 
 @dataclass(eq=False)
 class VideoLoader:
-    """Batches of a data set for this rank, with a record of unreadable videos."""
+    """Batches of a data set for this rank, with a record of unreadable videos.
+
+    Raises:
+        UserError: fewer videos than a batch of all ranks; when iterating, too many unreadable ones.
+    """
 
     dataset: Kinetics
     batch_size: int  # videos per batch of this rank
