@@ -57,9 +57,6 @@ def train_one_epoch(
     clips_per_step = args.batch_size * args.repeat_aug * world_size()
     header = f"Epoch [{progress.epoch}/{args.epochs}]"
 
-    def epochs_done(step: int) -> float:
-        return progress.epoch + step / steps
-
     loader.set_epoch(progress.epoch, progress.step)
     for step, batch in log.every(loader, header, clips_per_step, progress):
         # Drop path, dropout and erasing noise depend on the step alone, and so does mixup.
@@ -67,8 +64,8 @@ def train_one_epoch(
         rng = np.random.default_rng((args.seed, progress.epoch, step, rank()))
 
         # Set the learning rate at the first micro-step of every update.
+        done = progress.epoch + step / steps  # fractional epochs
         if step % args.accum_iter == 0:
-            done = epochs_done(step)
             lr = learning_rate(done, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
             set_learning_rate(optimizer, lr)
         update = (step + 1) % args.accum_iter == 0
@@ -87,7 +84,7 @@ def train_one_epoch(
             smoothing = 0.0
 
         # Forward and backward; gradients are averaged over ranks once per update.
-        mask_ratio = annealed_mask_ratio(epochs_done(step), args.mask_ratio, args.epochs)
+        mask_ratio = annealed_mask_ratio(done, args.mask_ratio, args.epochs)
         with grad_sync(model, update):
             with autocast(device, args.precision):
                 logits = model(clips, mask_ratio)  # (N, classes)

@@ -50,16 +50,13 @@ def train_one_epoch(
     clips_per_step = args.batch_size * args.repeat_aug * world_size()
     header = f"Epoch [{progress.epoch}/{args.epochs}]"
 
-    def epochs_done(step: int) -> float:
-        return progress.epoch + step / steps
-
     loader.set_epoch(progress.epoch, progress.step)
     for step, batch in log.every(loader, header, clips_per_step, progress):
         seed_step(args.seed, progress.epoch, step, rank())  # masks depend on the step alone
 
         # Set the learning rate at the first micro-step of every update.
         if step % args.accum_iter == 0:
-            done = epochs_done(step)
+            done = progress.epoch + step / steps  # fractional epochs
             lr = learning_rate(done, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
             set_learning_rate(optimizer, lr)
         update = (step + 1) % args.accum_iter == 0
