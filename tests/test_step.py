@@ -1,5 +1,6 @@
 """Tests of what makes a step faster or smaller, and of the benchmarks that measure it."""
 
+import argparse
 import itertools
 import math
 
@@ -362,15 +363,14 @@ def test_scaling_reproduces_the_papers_hours(capsys):
 
 
 def test_scaling_finds_what_limits():
-    recipe = scaling.Recipe("pretrain_vit_large", "mae_vit_large_patch16", 800, 8)
-    work = scaling.Work(80.0, 300_000_000)
-    machine = {"gpu_clips": 400.0, "pretrain_clips": 50.0, "finetune_clips": 30.0, "cores": 10,
-               "node_gpus": 8, "node_link": 200e9, "link": 100e9, "gradient_bytes": 4}  # fmt: skip
+    recipe = scaling.Recipe("pretrain_vit_large", 800, 8, 80.0, 300_000_000)
+    machine = {"gpu_clips": 400.0, "loader_clips": (50.0, 30.0), "cores": 10, "node_gpus": 8,
+               "node_link": 200.0, "link": 100.0, "gradient_bytes": 4}  # fmt: skip
 
     def limit(gpus, **changes):
-        return scaling.speed(recipe, work, work, scaling.Machine(**(machine | changes)), gpus).limit
+        return scaling.speed(recipe, 80.0, argparse.Namespace(**(machine | changes)), gpus).limit
 
     assert limit(1) == "GPU"
     assert limit(1, cores=4) == "loader"
-    assert limit(16, link=1e9) == "network"
-    assert limit(8, link=1e9) == "GPU", "one machine does not use the slow link"
+    assert limit(16, link=1.0) == "network"
+    assert limit(8, link=1.0) == "GPU", "one machine does not use the slow link"
