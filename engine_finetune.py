@@ -1,7 +1,15 @@
-"""Fine-tuning, validation and multi-view testing of a classifier."""
+"""Fine-tuning, validation and multi-view testing of a classifier.
+
+Shapes: B videos, R augmentations of a clip of each, N = B * R clips, C channels, T frames,
+H W pixels, V views of a test video.
+"""
+
+from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,16 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util.checkpoint import Checkpoints
 from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_size
-from util.loader import VideoLoader
 from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x
 from util.optim import autocast, grad_sync, optim_step
 from util.report import VideoScores, count_confusions, topk_correct
-from util.signals import Interruption
-from util.video.mixup import Mixup
 from util.video.transforms import augment_on_device
+
+if TYPE_CHECKING:
+    from util.checkpoint import Checkpoints
+    from util.loader import VideoLoader
+    from util.video.mixup import Mixup
 
 
 def train_one_epoch(
@@ -32,63 +41,74 @@ def train_one_epoch(
     log: RunLog,
     args: Namespace,
 ) -> dict[str, float]:
-    """Train over every batch of the loader once, from where checkpoints.progress says.
+    """Train on every batch of the loader once, from where checkpoints.progress says.
 
-    A step takes B videos with R augmentations of a clip each, uint8 [B, R, T, H, W, C]; every
-    accum_iter of them make an update. What is left over at the end of an epoch is not applied.
-    Signals end the loop early, after the same update on every rank.
-
-    Returns:
-        the epoch's mean metrics over all ranks.
+    accum_iter micro-steps make an update; what is left over at the end of an epoch is not applied.
+    A signal ends the loop early, after the same update on every rank. Returns the epoch's mean
+    metrics over all ranks.
 
     Raises:
-        BadStepError: on every rank, when a loss or gradient is not finite, or the loss leaps.
+        NonFiniteError: on every rank, when a loss or gradient is not finite.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    epoch, steps, lr = checkpoints.progress.epoch, len(loader), 0.0
+    progress, steps, lr = checkpoints.progress, len(loader), 0.0
     clips_per_step = args.batch_size * args.repeat_aug * world_size()
+    header = f"Epoch [{progress.epoch}/{args.epochs}]"
 
-    def x_axis(step: float) -> int:
-        return epoch_1000x(epoch + step / steps, args.repeat_aug)
+    def epochs_done(step: int) -> float:
+        return progress.epoch + step / steps
 
-    loader.set_epoch(epoch, checkpoints.progress.step)
-    header = f"Epoch [{epoch}/{args.epochs}]"
-    # beside what it prints, `every` reads the metrics, saves when it is time, and stops at a signal
-    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, checkpoints):
-        seed_step(args.seed, epoch, step, rank())  # drop path, dropout, erasing noise
-        update = (step + 1) % args.accum_iter == 0
+    def x_axis(step: int) -> int:
+        return epoch_1000x(epochs_done(step), args.repeat_aug)
+
+    loader.set_epoch(progress.epoch, progress.step)
+    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, progress):
+        # Drop path, dropout and erasing noise depend on the step alone, and so does mixup.
+        seed_step(args.seed, progress.epoch, step, rank())  # drop path, dropout, erasing noise
+        rng = np.random.default_rng((args.seed, progress.epoch, step, rank()))
+
+        # Set the learning rate at the first micro-step of every update.
         if step % args.accum_iter == 0:
-            progress = epoch + step / steps  # fractional epochs
-            lr = learning_rate(progress, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+            done = epochs_done(step)
+            lr = learning_rate(done, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
             set_learning_rate(optimizer, lr)
+        update = (step + 1) % args.accum_iter == 0
 
-        clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # (B*R, T, H, W, C)
-        flip = batch.flip.to(device, non_blocking=True).flatten()
+        # Move the clips to the device; flip, normalise and erase them there.
+        clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
+        flip = batch.flip.to(device, non_blocking=True).flatten()  # (N,)
         erase = batch.erase.to(device, non_blocking=True).flatten(0, 1) if args.reprob else None
-        labels = batch.label.to(device, non_blocking=True)
-        targets = labels.repeat_interleave(args.repeat_aug)  # (N,)
-        clips = augment_on_device(clips, flip, erase)  # (N, C, T, H, W)
-        smoothing = args.smoothing
+        clips = augment_on_device(clips, flip, erase)  # float (N, C, T, H, W)
+
+        # Mix clips and labels; soft targets (N, classes) are smoothed already.
+        labels = batch.label.to(device, non_blocking=True)  # (B,)
+        targets, smoothing = labels.repeat_interleave(args.repeat_aug), args.smoothing  # (N,)
         if mixup is not None:
-            rng = np.random.default_rng((args.seed, epoch, step, rank()))
-            clips, targets = mixup(clips, targets, rng)  # the soft targets are smoothed already
+            clips, targets = mixup(clips, targets, rng)
             smoothing = 0.0
 
-        mask_ratio = annealed_mask_ratio(epoch + step / steps, args.mask_ratio, args.epochs)
+        # Forward and backward; gradients are averaged over ranks once per update.
+        mask_ratio = annealed_mask_ratio(epochs_done(step), args.mask_ratio, args.epochs)
         with grad_sync(model, update):
             with autocast(device, args.precision):
-                logits = model(clips, mask_ratio)
+                logits = model(clips, mask_ratio)  # (N, classes)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             scaler.scale(loss / args.accum_iter).backward()
+
+        # Clip the gradient and step, unless the guard finds it bad (--skip_nonfinite).
         metrics = {"loss": loss.detach(), "lr": lr}
-        log.guard.observe(step, batch.row, loss)  # --skip_nonfinite decides with the gradient norm
+        log.guard.observe(step, batch.row, loss)
         if update:
             allows = partial(log.guard.allows, step)
             norm = optim_step(optimizer, scaler, parameters, args.clip_grad, allows)
             metrics["grad_norm"] = norm
         log.meters.update(step, batch.row, **metrics)
+
+        # Save when it is time; stop at a signal.
+        if checkpoints.after_step(step, log):
+            break
     return log.meters.means()
 
 
@@ -100,12 +120,13 @@ def evaluate(
     precision: str,
     num_classes: int,
     log: RunLog,
-    interruption: Interruption | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Classify the centre view of every video, each on one rank.
 
     Args:
-        interruption: ends the loop early, alike on every rank; the result is then of no use.
+        stop: called after every step that all ranks take; true, alike on every rank, ends the loop
+            early. The result is then of no use.
 
     Returns:
         loss, acc1, acc5 and mean_class_acc (the mean of the classes' acc1), percent, over all
@@ -119,22 +140,28 @@ def evaluate(
     clips_per_step = loader.batch_size * world_size()
     common_steps = len(loader.dataset) // world_size() // loader.batch_size  # of all ranks
     for step, batch in log.every(loader, "Validate", len(loader), clips_per_step):
-        if interruption and step < common_steps and interruption.after_step():
+        if stop is not None and step < common_steps and stop():
             break
+
+        # Leave out videos that could not be read.
         good = [i for i, errors in enumerate(batch.errors) if not errors]
         if not good:
             continue
         clips, labels = batch.clips, batch.label
-        if len(good) < len(clips):  # else no copy
+        if len(good) < len(clips):  # otherwise do not copy
             clips, labels = clips[good], labels[good]
-        clips = clips.to(device, non_blocking=True).flatten(0, 1)
-        labels = labels.to(device, non_blocking=True)
+
+        # Classify the others and count, without waiting for the device.
+        clips = clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
+        labels = labels.to(device, non_blocking=True)  # (N,)
         with autocast(device, precision):
             logits = model(augment_on_device(clips, flip=None, erase=None))
-        logits = logits.float()
+        logits = logits.float()  # (N, classes)
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += topk_correct(logits, labels, 5)
         confusion += count_confusions(labels, logits.argmax(dim=1), num_classes)
+
+    # Add up the ranks.
     loss, top5 = all_reduce_sum(sums).tolist()
     counts = all_reduce_sum(confusion).cpu().numpy()
     videos, seen = int(counts.sum()), counts.sum(axis=1) > 0
@@ -159,9 +186,10 @@ def test(
     ensemble: str,
     log: RunLog,
 ) -> VideoScores:
-    """Score every video by softmax over each of its views, summed or maximised over views.
+    """Score every video: the softmax of each of its views, combined by their sum or maximum.
 
     Args:
+        loader: gives one video, with all its views, per batch.
         clips_per_forward: views that go through the model at once.
         ensemble: "sum" or "max".
     """
@@ -173,13 +201,16 @@ def test(
             if errors:
                 rows.append((int(row), None, "; ".join(errors.values())))
                 continue
+            # Classify all views of the video, clips_per_forward at a time.
             views = []
-            for part in clips.split(clips_per_forward):  # (V, T, H, W, C)
+            for part in clips.split(clips_per_forward):  # uint8 (V, T, H, W, C)
                 part = part.to(device, non_blocking=True)
                 with autocast(device, precision):
                     logits = model(augment_on_device(part, flip=None, erase=None))
                 views.append(logits.float().softmax(dim=1))
             rows.append((int(row), combine_views(torch.cat(views), ensemble).cpu().numpy(), ""))
+
+    # Put the rows of all ranks into the order of the csv.
     gathered = [row for part in gather_objects(rows) for row in part]
     classes = max((len(scores) for _, scores, _ in gathered if scores is not None), default=0)
     result = np.zeros((len(dataset), classes), dtype=np.float32)

@@ -1,19 +1,27 @@
-"""One epoch of masked-autoencoder pre-training."""
+"""One epoch of masked-autoencoder pre-training.
+
+Shapes: B videos, R clips of each, N = B * R clips, C channels, T frames, H W pixels.
+"""
+
+from __future__ import annotations
 
 from argparse import Namespace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from util.checkpoint import Checkpoints
 from util.dist import rank, seed_step, world_size
-from util.loader import VideoLoader
 from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog, epoch_1000x
 from util.optim import autocast, grad_sync, optim_step
 from util.video.transforms import augment_on_device
+
+if TYPE_CHECKING:
+    from util.checkpoint import Checkpoints
+    from util.loader import VideoLoader
 
 
 def train_one_epoch(
@@ -26,51 +34,60 @@ def train_one_epoch(
     log: RunLog,
     args: Namespace,
 ) -> dict[str, float]:
-    """Train over every batch of the loader once, from where checkpoints.progress says.
+    """Train on every batch of the loader once, from where checkpoints.progress says.
 
-    A step takes B videos with R clips each, uint8 [B, R, T, H, W, C]; every accum_iter of them
-    make an update. What is left over at the end of an epoch is not applied. Signals end the loop
-    early, after the same update on every rank.
-
-    Returns:
-        the epoch's mean metrics over all ranks.
+    accum_iter micro-steps make an update; what is left over at the end of an epoch is not applied.
+    A signal ends the loop early, after the same update on every rank. Returns the epoch's mean
+    metrics over all ranks.
 
     Raises:
-        BadStepError: on every rank, when a loss or gradient is not finite, or the loss leaps.
+        NonFiniteError: on every rank, when a loss or gradient is not finite.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    epoch, steps, lr = checkpoints.progress.epoch, len(loader), 0.0
+    progress, steps, lr = checkpoints.progress, len(loader), 0.0
     clips_per_step = args.batch_size * args.repeat_aug * world_size()
+    header = f"Epoch [{progress.epoch}/{args.epochs}]"
 
-    def x_axis(step: float) -> int:
-        return epoch_1000x(epoch + step / steps, args.repeat_aug)
+    def epochs_done(step: int) -> float:
+        return progress.epoch + step / steps
 
-    loader.set_epoch(epoch, checkpoints.progress.step)
-    header = f"Epoch [{epoch}/{args.epochs}]"
-    # beside what it prints, `every` reads the metrics, saves when it is time, and stops at a signal
-    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, checkpoints):
-        seed_step(args.seed, epoch, step, rank())  # masks depend on the step alone
-        update = (step + 1) % args.accum_iter == 0
+    def x_axis(step: int) -> int:
+        return epoch_1000x(epochs_done(step), args.repeat_aug)
+
+    loader.set_epoch(progress.epoch, progress.step)
+    for step, batch in log.every(loader, header, steps, clips_per_step, x_axis, progress):
+        seed_step(args.seed, progress.epoch, step, rank())  # masks depend on the step alone
+
+        # Set the learning rate at the first micro-step of every update.
         if step % args.accum_iter == 0:
-            progress = epoch + step / steps  # fractional epochs
-            lr = learning_rate(progress, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+            done = epochs_done(step)
+            lr = learning_rate(done, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
             set_learning_rate(optimizer, lr)
+        update = (step + 1) % args.accum_iter == 0
 
-        clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # (B*R, T, H, W, C)
-        flip = batch.flip.to(device, non_blocking=True).flatten()
-        clips = augment_on_device(clips, flip, erase=None)  # (N, C, T, H, W)
+        # Move the clips to the device; flip and normalise them there.
+        clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
+        flip = batch.flip.to(device, non_blocking=True).flatten()  # (N,)
+        clips = augment_on_device(clips, flip, erase=None)  # float (N, C, T, H, W)
 
+        # Forward and backward; gradients are averaged over ranks once per update.
         with grad_sync(model, update):
             with autocast(device, args.precision):
                 loss, _, _ = model(clips, args.mask_ratio, args.decoder_mask_ratio)
             scaler.scale(loss / args.accum_iter).backward()
+
+        # Clip the gradient and step, unless the guard finds it bad (--skip_nonfinite).
         metrics = {"loss": loss.detach(), "lr": lr}
-        log.guard.observe(step, batch.row, loss)  # --skip_nonfinite decides with the gradient norm
+        log.guard.observe(step, batch.row, loss)
         if update:
             allows = partial(log.guard.allows, step)
             norm = optim_step(optimizer, scaler, parameters, args.clip_grad, allows)
             metrics["grad_norm"] = norm
         log.meters.update(step, batch.row, **metrics)
+
+        # Save when it is time; stop at a signal.
+        if checkpoints.after_step(step, log):
+            break
     return log.meters.means()

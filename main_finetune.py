@@ -18,7 +18,7 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import args as flags
 from util import run
-from util.checkpoint import Checkpoints, find_checkpoint
+from util.checkpoint import Checkpoints, load_latest
 from util.dist import print0, seed_step
 from util.errors import UserError
 from util.flops import print_flops
@@ -26,7 +26,7 @@ from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
 from util.meters import RunLog, last_x, open_log
-from util.optim import BadStepError, make_optimizer, make_scaler, param_groups_lrd
+from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups_lrd, prepare_model
 from util.report import read_class_names
 from util.synthetic import data_dir, synthetic_recipe
 from util.video.mixup import Mixup
@@ -41,92 +41,42 @@ def get_args_parser() -> flags.Parser:
     flags.add_data_args(parser, jitter_scales=(0.08, 1.0))
     flags.add_model_args(parser, list(models_vit.MODELS), "vit_large_patch16")
     flags.add_classifier_args(parser)
-    group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument(
-        "--dropout", type=flags.share, default=0.3, help="probability before the head"
-    )
-    group.add_argument(
-        "--drop_path_rate", type=flags.share, default=0.2, help="stochastic depth of the last block"
-    )
-    group.add_argument(
-        "--rand_aug", action=argparse.BooleanOptionalAction, default=True, help="use RandAugment"
-    )
-    group.add_argument(
-        "--aa", default="rand-m7-mstd0.5-inc1", help="RandAugment policy, timm's grammar"
-    )
-    group.add_argument(
-        "--reprob",
-        type=flags.share,
-        default=0.25,
-        help="probability of random erasing, a part of --rand_aug",
-    )
-    group.add_argument("--smoothing", type=flags.share, default=0.1, help="label smoothing")
-    group.add_argument(
-        "--mixup", type=flags.natural_float, default=0.8, help="mixup alpha, 0 for none"
-    )
-    group.add_argument(
-        "--cutmix", type=flags.natural_float, default=1.0, help="cutmix alpha, 0 for none"
-    )
-    group.add_argument(
-        "--cutmix_minmax",
-        type=flags.share,
-        action=flags.Range,
-        nargs=2,
-        default=None,
-        help="cutmix side range, share",
-    )
-    group.add_argument(
-        "--mixup_prob", type=flags.share, default=1.0, help="probability of mixing a batch at all"
-    )
-    group.add_argument(
-        "--mixup_switch_prob",
-        type=flags.share,
-        default=0.5,
-        help="probability of cutmix over mixup",
-    )
-    group.add_argument(
-        "--mask_ratio",
-        type=float,
-        default=0.0,
-        help="share of patches left out at first, annealed to 0 by a cosine: faster",
-    )
+    add = flags.adder(parser, "augmentation and regularisation")
+    add("--dropout", 0.3, "dropout probability before the head", flags.share)
+    add("--drop_path_rate", 0.2, "drop-path probability of the last block", flags.share)
+    add("--rand_aug", True, "apply RandAugment and random erasing")
+    add("--aa", "rand-m7-mstd0.5-inc1", "RandAugment policy in timm's notation")
+    add("--reprob", 0.25, "probability of random erasing; 0 with --no-rand_aug", flags.share)
+    add("--smoothing", 0.1, "label smoothing", flags.share)
+    add("--mixup", 0.8, "mixup alpha; 0: no mixup", flags.natural_float)
+    add("--cutmix", 1.0, "cutmix alpha; 0: no cutmix", flags.natural_float)
+    side = "smallest and largest side of the cutmix box, as a share of the clip's"
+    add("--cutmix_minmax", None, side, flags.share, action=flags.Range, nargs=2)
+    add("--mixup_prob", 1.0, "probability of mixing a batch at all", flags.share)
+    add("--mixup_switch_prob", 0.5, "probability of cutmix instead of mixup", flags.share)
+    add("--mask_ratio", 0.0, "share of patches left out, falling to 0 by a cosine: faster", float)
     flags.add_optim_args(parser)
-    parser.add_argument(
+    add = flags.adder(parser)
+    add(
         "--layer_decay",
-        type=flags.positive_float,
-        default=0.75,
-        help="factor of the rate from layer to layer",
+        0.75,
+        "learning rate of a layer relative to the next",
+        flags.positive_float,
     )
     flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
-    parser.add_argument(
+    add(
         "--finetune",
-        default="",
-        help="encoder to start from: path, address or released name (k400/vit_large) of a "
-        "checkpoint, also of other projects; empty: scratch",
+        "",
+        "encoder to start from: path, address or released name (k400/vit_large) of a checkpoint, "
+        "of other projects too; empty: train from scratch",
     )
-    parser.add_argument(
-        "--keep_head",
-        action="store_true",
-        help="keep the head of --finetune if it has as many classes",
-    )
-    parser.add_argument(
-        "--allow_missing",
-        action="store_true",
-        help="start though --finetune lacks some of the encoder's weights",
-    )
-    parser.add_argument(
-        "--eval", action="store_true", help="validate the weights of --resume, then exit"
-    )
+    add("--keep_head", False, "keep the head of --finetune if it has the same number of classes")
+    add("--allow_missing", False, "start even if --finetune lacks some of the encoder's weights")
+    add("--eval", False, "validate the weights of --resume, then exit")
     flags.add_run_args(parser, output_dir="./output/finetune")
-    parser.set_defaults(
-        repeat_aug=2,
-        epochs=50,
-        warmup_epochs=5,
-        blr=2.4e-3,
-        min_lr=1e-5,
-        clip_grad=5.0,
-    )
+    parser.set_defaults(repeat_aug=2, epochs=50, warmup_epochs=5)
+    parser.set_defaults(blr=2.4e-3, min_lr=1e-5, clip_grad=5.0)
     return parser
 
 
@@ -190,6 +140,27 @@ def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
     return model
 
 
+def open_train(args: argparse.Namespace, folder: str, device: torch.device) -> VideoLoader:
+    """Open the training videos: repeat_aug augmentations of a random clip of each."""
+    index = VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes)
+    dataset = Kinetics(
+        index,
+        "finetune",
+        **flags.clip_options(args),
+        seed=args.seed,
+        repeat_aug=args.repeat_aug,
+        scales=args.jitter_scales_relative,
+        ratios=args.jitter_aspect_relative,
+        hflip=args.hflip,
+        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
+        reprob=args.reprob,
+    )
+    highest = int(index.labels.max())
+    if highest + 1 < args.num_classes:
+        print0(f"WARNING: --num_classes {args.num_classes}, but the labels end at {highest}")
+    return VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
+
+
 def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> VideoLoader:
     """Open the validation videos: one centre view of each, as many clips a batch as in training."""
     index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
@@ -198,8 +169,11 @@ def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> Vid
     return VideoLoader(dataset, batch_size, args.num_workers, args.max_bad_share, device)
 
 
-def validate(args: argparse.Namespace, loader: VideoLoader, device: torch.device) -> None:
-    """Print how the weights of --resume do on the validation videos."""
+def validate(args: argparse.Namespace, folder: str, device: torch.device) -> None:
+    """Print how well the weights of --resume do on the validation videos (--eval)."""
+    if not args.resume:
+        raise UserError("--eval needs weights: give --resume CHECKPOINT")
+    loader = open_val(args, folder, device)
     model = build_model(args)
     if args.dry_run:
         print_flops(model, args)
@@ -212,7 +186,7 @@ def validate(args: argparse.Namespace, loader: VideoLoader, device: torch.device
 
 
 def print_validation(val: dict[str, float], more: str = "") -> None:
-    """Print a line with what evaluate returns."""
+    """Print the numbers that evaluate returns, in a line."""
     unreadable = f"  unreadable {val['bad']}" if val["bad"] else ""
     print0(
         f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
@@ -220,95 +194,92 @@ def print_validation(val: dict[str, float], more: str = "") -> None:
     )
 
 
+def load_pretrained(model: models_vit.VisionTransformer, args: argparse.Namespace) -> None:
+    """Load the encoder of --finetune; draw a small head unless --keep_head finds one that fits."""
+    weights = read_weights(args.finetune)
+    keep_head = args.keep_head and has_head_for(weights, model)
+    apply_weights(model, weights, keep_head, args.allow_missing)
+    if not keep_head:
+        torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+
+
 def main(args: argparse.Namespace) -> None:
     """Build data, model and optimiser in this order, then train and validate."""
-    if args.eval and not args.resume:
-        raise UserError("--eval needs weights: give --resume CHECKPOINT")
     device = run.start(args)
 
+    # Data.
     folder = data_dir(args, "finetune")
     if args.eval:
-        validate(args, open_val(args, folder, device), device)
-        return
-    train_set = Kinetics(
-        VideoIndex(os.path.join(folder, "train.csv"), args.path_prefix, args.num_classes),
-        "finetune",
-        **flags.clip_options(args),
-        seed=args.seed,
-        repeat_aug=args.repeat_aug,
-        scales=args.jitter_scales_relative,
-        ratios=args.jitter_aspect_relative,
-        hflip=args.hflip,
-        rand_augment=RandAugment(args.aa) if args.rand_aug else None,
-        reprob=args.reprob,
-    )
-    train_loader = VideoLoader(
-        train_set, args.batch_size, args.num_workers, args.max_bad_share, device
-    )
+        return validate(args, folder, device)
+    train_loader = open_train(args, folder, device)
+    train_set = train_loader.dataset
     val_loader = open_val(args, folder, device)
-    highest = int(train_set.index.labels.max())
-    if highest + 1 < args.num_classes:
-        print0(f"WARNING: --num_classes {args.num_classes}, but the labels end at {highest}")
     print0(f"{len(train_set)} videos to train, {len(val_loader.dataset)} to validate on")
     mixup = make_mixup(args)
 
+    # Model, from scratch or from --finetune, unless a checkpoint is about to replace the weights.
     model = build_model(args)
-    checkpoint = find_checkpoint(args)
-    if args.finetune and not checkpoint:
-        weights = read_weights(args.finetune)
-        keep_head = args.keep_head and has_head_for(weights, model)
-        apply_weights(model, weights, keep_head, args.allow_missing)
-        if not keep_head:
-            torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    latest = load_latest(args)
+    if args.finetune and not latest:
+        load_pretrained(model, args)
     model.to(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.model}: {millions:.1f} M parameters")
 
-    # Unlike in pre-training, the published recipes count the repeated clips in this rule.
+    # Learning rate: unlike in pre-training, the published recipes count the repeated clips.
     args.lr = effective_lr(args, "clips", len(train_loader))
     if args.dry_run:
-        print_flops(model, args)
-        return
+        return print_flops(model, args)
+
+    # Optimiser: earlier layers get a smaller rate.
     groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)
 
+    # Resume from the newest checkpoint, if there is one.
     checkpoints = Checkpoints(args, model, optimizer, scaler, train_set.index.fingerprint())
-    if checkpoint:
-        checkpoints.resume(checkpoint)
+    if latest:
+        checkpoints.resume(*latest)
+        del latest  # and its memory
     progress = checkpoints.progress
 
-    log = open_log(args, device, progress, len(train_loader))
+    # Logs, and the model as it is trained: compiled, wrapped for several ranks.
+    log = open_log(args, device, progress, len(train_loader), flags.compared(args))
     class_names = read_class_names(folder, args.num_classes)
-    ddp_model = run.prepare(model, device, args)
+    ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing)
+
+    # Train.
     started = time.time()
     while progress.epoch < args.epochs:
         try:
             stats = train_one_epoch(
                 ddp_model, mixup, train_loader, optimizer, scaler, device, checkpoints, log, args
             )
-        except BadStepError as error:
-            raise run.bad_step_report(error, checkpoints, train_set.index) from error
-        checkpoints.stop_if_told()
+        except NonFiniteError as error:
+            raise checkpoints.bad_step_report(error, train_set.index) from error
+        checkpoints.exit_if_stopped()  # after a signal: save, and end here
+
+        # Validate.
         checkpoints.before_validation()
-        stop = checkpoints.interruption
+        stop = checkpoints.interruption.after_step
         val, confusion = evaluate(
             model, val_loader, device, args.precision, args.num_classes, log, stop
         )
-        checkpoints.stop_if_told()
-        before = max((line["val_acc1"] for line in progress.log), default=-1.0)
-        best = progress.best_epoch if val["acc1"] <= before else progress.epoch
-        print_validation(
-            val, f"  best top-1 {max(before, val['acc1']):.2f} % (checkpoint-{best:05d}.pth)"
-        )
+        checkpoints.exit_if_stopped()
+
+        # Show the results in TensorBoard.
         x = last_x(progress.epoch, args.repeat_aug)
         for name, value in val.items():
             log.scalar(f"val/{name}", value, x)
         show_classes(confusion, class_names, log, x)
         log.flush()
+
+        # Write log.txt and a checkpoint.
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         record |= {f"val_{k}": v for k, v in val.items()}
-        checkpoints.finish_epoch(record, len(train_loader), best=val["acc1"] > before)
+        checkpoints.finish_epoch(record, len(train_loader), metric="val_acc1")
+        best = f"{progress.best('val_acc1'):.2f} % (checkpoint-{progress.best_epoch:05d}.pth)"
+        print_validation(val, f"  best top-1 {best}")
     checkpoints.close()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")

@@ -16,14 +16,20 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import args as flags
 from util import run
-from util.checkpoint import Checkpoints, find_checkpoint
+from util.checkpoint import Checkpoints, load_latest
 from util.dist import print0, seed_step
 from util.flops import print_flops
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
 from util.meters import last_x, open_log
-from util.optim import BadStepError, make_optimizer, make_scaler, param_groups_weight_decay
+from util.optim import (
+    NonFiniteError,
+    make_optimizer,
+    make_scaler,
+    param_groups_weight_decay,
+    prepare_model,
+)
 from util.synthetic import data_dir, synthetic_recipe
 from util.visualize import FixedClips
 
@@ -33,46 +39,34 @@ def get_args_parser() -> flags.Parser:
     parser = flags.Parser("Masked-autoencoder pre-training on videos")
     flags.add_data_args(parser, jitter_scales=(0.5, 1.0))
     flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
-    group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask_ratio", type=float, default=0.9, help="share of patches removed")
-    group.add_argument(
+    add = flags.adder(parser, "masked autoencoder")
+    add("--mask_ratio", 0.9, "share of patches that are removed", float)
+    add(
         "--decoder_mask_ratio",
-        type=float,
-        default=0.0,
-        help="share of the removed patches that are not decoded either: faster, not the paper's",
+        0.0,
+        "share of the removed patches that are not decoded either: faster, but not in the paper",
+        float,
     )
-    group.add_argument("--decoder_embed_dim", type=int, default=512, help="decoder width")
-    group.add_argument("--decoder_depth", type=int, default=4, help="decoder blocks")
-    group.add_argument("--decoder_num_heads", type=int, default=16, help="decoder heads")
-    group.add_argument(
-        "--norm_pix_loss",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="normalise each target patch by its own mean and deviation",
-    )
-    group.add_argument("--pred_t_dim", type=int, default=8, help="frames to predict per clip")
-    group.add_argument(
-        "--trunc_init", action="store_true", help="truncated normal in place of Xavier weights"
-    )
+    add("--decoder_embed_dim", 512, "decoder width", int)
+    add("--decoder_depth", 4, "decoder blocks", int)
+    add("--decoder_num_heads", 16, "attention heads of a decoder block", int)
+    add("--norm_pix_loss", True, "normalise each target patch by its own mean and deviation")
+    add("--pred_t_dim", 8, "frames to predict per clip", int)
+    add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
-    parser.add_argument("--bias_wd", action="store_true", help="decay norm weights too")
+    add = flags.adder(parser)
+    add("--bias_wd", False, "apply weight decay to norm weights too")
     flags.add_guard_args(parser)
     flags.add_checkpoint_args(parser)
     flags.add_run_args(parser, output_dir="./output/pretrain")
-    parser.add_argument(
+    add(
         "--vis_period",
-        type=flags.natural_int,
-        default=10,
-        help="epochs between reconstructions of fixed clips in TensorBoard; 0: none",
+        10,
+        "epochs between reconstructions of fixed clips in TensorBoard; 0: none",
+        flags.natural_int,
     )
-    parser.set_defaults(
-        repeat_aug=4,
-        epochs=200,
-        warmup_epochs=30,
-        blr=1.6e-3,
-        beta=(0.9, 0.95),
-        clip_grad=0.02,
-    )
+    parser.set_defaults(repeat_aug=4, epochs=200, warmup_epochs=30)
+    parser.set_defaults(blr=1.6e-3, beta=(0.9, 0.95), clip_grad=0.02)
     return parser
 
 
@@ -91,24 +85,8 @@ def parse_args(
     return flags.parse(parser, argv, default_flags)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Build data, model and optimiser in this order, then train."""
-    device = run.start(args)
-
-    index = VideoIndex(os.path.join(data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
-    dataset = Kinetics(
-        index,
-        "pretrain",
-        **flags.clip_options(args),
-        seed=args.seed,
-        repeat_aug=args.repeat_aug,
-        scales=args.jitter_scales_relative,
-        ratios=args.jitter_aspect_relative,
-        hflip=args.hflip,
-    )
-    loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
-    print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
-
+def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
+    """Build the autoencoder that the flags describe, with fresh weights drawn from --seed."""
     seed_step(args.seed)
     with run.usage_errors():
         model = models_mae.MODELS[args.model](
@@ -125,45 +103,80 @@ def main(args: argparse.Namespace) -> None:
             cls_embed=args.cls_embed,
             pred_t_dim=args.pred_t_dim,
             sincos_pos_embed=args.sincos_pos_embed,
-        ).to(device)
+        )
         models_mae.check_mask_ratio(
             model.patch_embed.num_patches, args.mask_ratio, args.decoder_mask_ratio
         )
+    return model
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build data, model and optimiser in this order, then train."""
+    device = run.start(args)
+
+    # Data: the videos of train.csv, repeat_aug random clips of each.
+    index = VideoIndex(os.path.join(data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
+    dataset = Kinetics(
+        index,
+        "pretrain",
+        **flags.clip_options(args),
+        seed=args.seed,
+        repeat_aug=args.repeat_aug,
+        scales=args.jitter_scales_relative,
+        ratios=args.jitter_aspect_relative,
+        hflip=args.hflip,
+    )
+    loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
+    print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
+
+    # Model.
+    model = build_model(args).to(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.model}: {millions:.1f} M parameters")
 
-    # The published recipes count videos, not the repeat_aug clips of each, in this rule.
+    # Learning rate: the published recipes count videos as the batch, not their repeated clips.
     args.lr = effective_lr(args, "videos", len(loader))
     if args.dry_run:
         ratios = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio")}
         print_flops(model, args, **ratios)
         return
+
+    # Optimiser.
     groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)
 
+    # Resume from the newest checkpoint, if there is one.
     checkpoints = Checkpoints(args, model, optimizer, scaler, index.fingerprint())
-    checkpoint = find_checkpoint(args)
-    if checkpoint:
-        checkpoints.resume(checkpoint)
+    latest = load_latest(args)
+    if latest:
+        checkpoints.resume(*latest)
+        del latest  # and its memory
     progress = checkpoints.progress
 
-    log = open_log(args, device, progress, len(loader))
+    # Logs, and the model as it is trained: compiled, wrapped for several ranks.
+    log = open_log(args, device, progress, len(loader), flags.compared(args))
     fixed_clips = FixedClips(Kinetics(index, "test", **flags.clip_options(args)), args, device)
-    ddp_model = run.prepare(model, device, args, dynamic=False)
+    ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing, dynamic=False)
+
+    # Train.
     started = time.time()
     while progress.epoch < args.epochs:
         try:
             stats = train_one_epoch(
                 ddp_model, loader, optimizer, scaler, device, checkpoints, log, args
             )
-        except BadStepError as error:
-            raise run.bad_step_report(error, checkpoints, index) from error
-        checkpoints.stop_if_told()
-        if "loss" in stats:  # else --skip_nonfinite left out every step
+        except NonFiniteError as error:
+            raise checkpoints.bad_step_report(error, index) from error
+        checkpoints.exit_if_stopped()  # after a signal: save, and end here
+
+        # Log the epoch and show what the model reconstructs.
+        if "loss" in stats:  # --skip_nonfinite may have left out every step
             log.scalar("epoch/loss", stats["loss"], last_x(progress.epoch, args.repeat_aug))
         fixed_clips.show(model, progress.epoch, log)
         log.flush()
+
+        # Write log.txt and a checkpoint.
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
         checkpoints.finish_epoch(record, len(loader))
     checkpoints.close()

@@ -41,25 +41,16 @@ def get_args_parser() -> flags.Parser:
     flags.add_data_args(parser)
     flags.add_model_args(parser, ["", *models_vit.MODELS], "")
     flags.add_classifier_args(parser)
-    group = parser.add_argument_group("test")
-    group.add_argument(
-        "--finetune",
-        "--resume",
-        default="",
-        help="fine-tuned classifier: path or address of a checkpoint, also of other projects",
+    add = flags.adder(parser, "test")
+    add(
+        "--finetune --resume",
+        "",
+        "fine-tuned classifier: path or address of a checkpoint, of other projects too",
     )
-    group.add_argument(
-        "--num_clips", type=flags.positive_int, default=10, help="temporal views of a video"
-    )
-    group.add_argument(
-        "--num_crops", type=flags.positive_int, default=3, help="spatial views of a clip"
-    )
-    group.add_argument(
-        "--ensemble", choices=("sum", "max"), default="sum", help="how views are combined"
-    )
-    group.add_argument(
-        "--batch_size", type=flags.positive_int, default=32, help="views per forward pass"
-    )
+    add("--num_clips", 10, "temporal views of a video", flags.positive_int)
+    add("--num_crops", 3, "spatial views of a clip", flags.positive_int)
+    add("--ensemble", "sum", "how the scores of views are combined", choices=("sum", "max"))
+    add("--batch_size", 32, "views per forward pass", flags.positive_int)
     flags.add_run_args(parser, output_dir="./output/test", training=False)
     return parser
 

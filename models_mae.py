@@ -24,7 +24,7 @@ from util.video_vit import (
 
 
 class MaskedAutoencoderViT(Encoder):
-    """Encode the visible space-time patches, decode all of them, predict the pixels of the removed.
+    """Encode the visible space-time patches, decode all, predict the pixels of the removed ones.
 
     Args:
         img_size: height and width of a clip, pixels.
@@ -34,23 +34,23 @@ class MaskedAutoencoderViT(Encoder):
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         mlp_ratio: hidden width of the MLPs over the token width.
         norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
-        norm_pix_loss: normalise each target patch by its own mean and deviation.
+        norm_pix_loss: normalise each target patch by its own mean and standard deviation.
         num_frames: frames of a clip.
-        no_qkv_bias: leave out the biases of q, k and v.
-        sep_pos_embed: separable positions (space + time) in place of joint ones.
-        trunc_init: truncated normal 0.02 for every weight matrix in place of Xavier uniform.
+        no_qkv_bias: q, k and v have no biases.
+        sep_pos_embed: separable positions (space + time) instead of joint ones.
+        trunc_init: draw weight matrices from a truncated normal (0.02), not Xavier uniform.
         cls_embed: prepend a class token, in the encoder and in the decoder.
         pred_t_dim: frames to predict per clip, evenly spaced over it; num_frames for all of them.
         sincos_pos_embed: joint positions are a fixed sine-cosine table, not trained.
         decoder_sep_pos_embed: separable positions in the decoder; None: as in the encoder.
-        cls_through_decoder: the encoder's class token goes on through the decoder, in place of
-            one of the decoder's own.
+        cls_through_decoder: pass the encoder's class token on through the decoder, which then has
+            none of its own.
         strided_targets: predict every (num_frames / pred_t_dim)-th frame, from the first on.
-        pos_embed_std: deviation of fresh position embeddings. At the paper's 0.02 a small model
-            takes thousands of updates to tell places apart; a larger one shortens that.
+        pos_embed_std: standard deviation of fresh position embeddings. With the paper's 0.02 a
+            small model needs thousands of updates to tell places apart; a larger value needs fewer.
 
-    sincos_pos_embed to strided_targets are how some published checkpoints were trained
-    (util/formats.py).
+    Some published checkpoints were trained with the options from sincos_pos_embed to
+    strided_targets (util/formats.py).
 
     Raises:
         ValueError: sizes that do not divide; the message names the arguments.
@@ -90,9 +90,21 @@ class MaskedAutoencoderViT(Encoder):
         self.trunc_init = trunc_init
         self.pos_embed_std = pos_embed_std
         self.cls_embed = cls_embed
-        self.pred_t_dim = pred_t_dim
         self.cls_through_decoder = cls_through_decoder
-        self.strided_targets = strided_targets
+        self.pred_t_dim = pred_t_dim
+
+        # Patches, and the targets: which frames are predicted, and how many of them per patch.
+        patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
+        )
+        frames = choose_frames(num_frames, t_patch_size, pred_t_dim, strided_targets)
+        self.predicted_frames = frames
+        self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
+        require_multiple(
+            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
+        )
+        if cls_through_decoder and not cls_embed:
+            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
 
         def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -100,65 +112,34 @@ class MaskedAutoencoderViT(Encoder):
                 for _ in range(count)
             )
 
-        # Parameters and modules are registered in the order of the published state dicts.
-        patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
-        )
-        input_size = patch_embed.input_size
-        if pred_t_dim < 1 or t_patch_size * pred_t_dim % num_frames:
-            raise ValueError(
-                f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
-                f"{num_frames} must be a whole number of at least 1: the frames predicted per "
-                "patch (one with pred_t_dim = num_frames / t_patch_size)"
-            )
-        if strided_targets and num_frames % pred_t_dim:
-            raise ValueError(
-                f"strided_targets needs num_frames = {num_frames} to be a multiple of "
-                f"pred_t_dim = {pred_t_dim}"
-            )
-        self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
-        # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15; plain
-        # numbers, for an index made on the host in every step would have it wait for the device
-        index = torch.linspace(0, num_frames - 1, pred_t_dim, dtype=torch.float32, device="cpu")
-        self.predicted_frames: list[int] = index.long().tolist()
-        require_multiple(
-            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
-        )
-        if cls_through_decoder and not cls_embed:
-            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
-        if decoder_sep_pos_embed is None:
-            decoder_sep_pos_embed = sep_pos_embed
+        # Class tokens and positions. From here on parameters and modules are registered in the
+        # order of the published state dicts.
+        grid = patch_embed.input_size
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             if not cls_through_decoder:
                 self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        make_pos_embed(self, "", input_size, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed)
+        make_pos_embed(self, "", grid, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        make_pos_embed(
-            self,
-            "decoder_",
-            input_size,
-            decoder_embed_dim,
-            decoder_sep_pos_embed,
-            cls_embed,
-            sincos_pos_embed,
-        )
+        sep = sep_pos_embed if decoder_sep_pos_embed is None else decoder_sep_pos_embed
+        make_pos_embed(self, "decoder_", grid, decoder_embed_dim, sep, cls_embed, sincos_pos_embed)
 
+        # Encoder.
         self.patch_embed = patch_embed
         self.blocks = blocks(depth, embed_dim, num_heads)
         self.norm = norm_layer(embed_dim)
 
+        # Decoder, narrower and shallower.
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads)
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(
-            decoder_embed_dim, self.t_pred_patch_size * patch_size**2 * in_chans
-        )
+        target_dim = self.t_pred_patch_size * patch_size**2 * in_chans
+        self.decoder_pred = nn.Linear(decoder_embed_dim, target_dim)
         self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw fresh weights; decoder_cls_token stays zero, the patch bias the Conv3d default."""
+        """Draw fresh weights; decoder_cls_token stays zero, the patch bias has Conv3d's default."""
         draw = nn.init.xavier_uniform_
         if self.trunc_init:
             draw = partial(nn.init.trunc_normal_, std=0.02)
@@ -178,7 +159,7 @@ class MaskedAutoencoderViT(Encoder):
     def patchify(self, imgs: Tensor) -> Tensor:
         """Cut frames into target vectors: [N, C, pred_t_dim, H, W] -> [N, L, u*p*p*C].
 
-        u is the number of predicted frames per patch; a vector runs over (frame, row, column, C).
+        u is the number of predicted frames per patch. A vector runs over (frame, row, column, C).
         """
         N, C, T, H, W = imgs.shape
         p, u = self.patch_embed.patch_size, self.t_pred_patch_size
@@ -195,14 +176,13 @@ class MaskedAutoencoderViT(Encoder):
 
     def target_frames(self, imgs: Tensor) -> Tensor:
         """Pick the frames that are predicted: [N, C, T, H, W] -> [N, C, pred_t_dim, H, W]."""
-        if self.strided_targets:
-            return imgs[:, :, :: imgs.shape[2] // self.pred_t_dim]
         return torch.stack([imgs[:, :, t] for t in self.predicted_frames], dim=2)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keep a random subset of the tokens of every clip: the paper's agnostic sampling.
 
-        The definition; `forward_encoder` draws the same masks and embeds what is kept alone.
+        This is the definition. `forward_encoder` draws the same masks, but embeds only the tokens
+        that are kept.
 
         Args:
             x: tokens [N, L, D].
@@ -217,7 +197,7 @@ class MaskedAutoencoderViT(Encoder):
         return kept, mask, ids_restore, ids_keep
 
     def encode(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode all patches, or those numbered ids_keep [N, K]; the class token stays in front.
+        """Encode all patches, or only those numbered ids_keep [N, K]; the class token is in front.
 
         Returns:
             [N, (1 +) L or K, D] after the last norm.
@@ -240,41 +220,60 @@ class MaskedAutoencoderViT(Encoder):
             latent = latent[:, int(self.cls_embed) :]
         return latent, mask, ids_restore
 
-    def forward_decoder(
-        self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float = 0.0
-    ) -> Tensor:
-        """Predict every patch from the latent of forward_encoder -> pred [N, L, u*p*p*C].
-
-        decoder_mask_ratio is the share of the removed patches that the decoder leaves out; the
-        noise that removed them also decides which. Their predictions are zero, and so are those of
-        the visible patches then.
-        """
-        x = self.decoder_embed(x)
-        cls_token = getattr(self, "decoder_cls_token", None)
-        if self.cls_through_decoder:
-            cls_token, x = x[:, :1], x[:, 1:]
+    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict every patch: latent [N, K, D] of forward_encoder -> pred [N, L, u*p*p*C]."""
+        cls_token, x = self._embed_latent(x)
         (N, K, D), L = x.shape, ids_restore.shape[1]
-        M = num_decoded(L - K, decoder_mask_ratio)
-        skips = M < L - K
-        # to invert ids_restore gives noise order: the visible first, then the removed
-        ids = ids_restore.argsort(dim=1)[:, : K + M] if skips else ids_restore
+
+        # Append mask tokens to the visible ones and bring all into (t, h, w) order.
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, L - K, -1)], dim=1)  # (N, L, D)
+        x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))
+
+        # Add positions, decode, predict; the class token predicts nothing.
         cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)
-        if skips:
-            x = x + F.embedding(ids, pos.squeeze(0))  # noise order is as good for attention
-        else:
-            x = x.gather(1, ids.unsqueeze(-1).expand(-1, -1, D)) + pos  # in (t, h, w) order
-        if cls_token is not None and cls_pos is not None:
-            x = torch.cat([(cls_token + cls_pos).expand(N, -1, -1), x], dim=1)
-        x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
-        if not skips:
-            return self.decoder_pred(x)[:, int(self.cls_embed) :]
-        pred = self.decoder_pred(x[:, x.shape[1] - M :])
+        x = self._decode(x + pos, cls_token, cls_pos)
+        return self.decoder_pred(x)[:, int(self.cls_embed) :]
+
+    def forward_part_of_decoder(
+        self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float
+    ) -> Tensor:
+        """Predict only some of the removed patches, for speed: the other predictions are zero.
+
+        Args:
+            decoder_mask_ratio: share of the removed patches that the decoder leaves out; the noise
+                that removed them also decides which.
+        """
+        cls_token, x = self._embed_latent(x)
+        (N, K, _), L = x.shape, ids_restore.shape[1]
+        M = num_decoded(L - K, decoder_mask_ratio)
+
+        # Inverting ids_restore gives noise order: visible patches first, then the removed ones.
+        # Attention does not depend on the order, so there is no need to restore it.
+        ids = ids_restore.argsort(dim=1)[:, : K + M]
+        cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)  # (N, K + M, D)
+        x = self._decode(x + F.embedding(ids, pos.squeeze(0)), cls_token, cls_pos)
+
+        # Put the M predictions in their places.
+        pred = self.decoder_pred(x[:, x.shape[1] - M :])  # (N, M, u*p*p*C)
         ids = ids[:, K:].unsqueeze(-1).expand_as(pred)
         return pred.new_zeros(N, L, pred.shape[-1]).scatter(1, ids, pred)
 
+    def _embed_latent(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Project the latent to the decoder's width; return class token (if any) and patches."""
+        x = self.decoder_embed(x)
+        if self.cls_through_decoder:
+            return x[:, :1], x[:, 1:]
+        return getattr(self, "decoder_cls_token", None), x
+
+    def _decode(self, x: Tensor, cls_token: Tensor | None, cls_pos: Tensor | None) -> Tensor:
+        """Run tokens [N, L, D] through the decoder, behind the class token if there is one."""
+        if cls_token is not None and cls_pos is not None:
+            x = torch.cat([(cls_token + cls_pos).expand(len(x), -1, -1), x], dim=1)
+        return self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
+
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Mean squared errors of patches, in float32 or better: pred [N, L, u*p*p*C] -> [N, L]."""
+        """Return each patch's mean squared error, in float32: pred [N, L, u*p*p*C] -> [N, L]."""
         exact = torch.promote_types(pred.dtype, torch.float32)
         target = self.patchify(self.target_frames(imgs)).to(exact)
         if self.norm_pix_loss:
@@ -293,7 +292,7 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             decoder_mask_ratio: share of the removed patches that are not decoded either, for
-                speed; the loss is then the mean over the decoded ones.
+                speed; the loss is then the mean over the decoded patches.
 
         Returns:
             loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed, and decoded).
@@ -304,15 +303,43 @@ class MaskedAutoencoderViT(Encoder):
         L = self.patch_embed.num_patches
         check_mask_ratio(L, mask_ratio, decoder_mask_ratio)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
-        if decoder_mask_ratio:
-            K = num_visible(L, mask_ratio)
-            mask = mask * (ids_restore < K + num_decoded(L - K, decoder_mask_ratio))
-        pred = self.forward_decoder(latent, ids_restore, decoder_mask_ratio)
+        K = num_visible(L, mask_ratio)
+        decoded = num_decoded(L - K, decoder_mask_ratio)
+        if decoded < L - K:
+            mask = mask * (ids_restore < K + decoded)
+            pred = self.forward_part_of_decoder(latent, ids_restore, decoder_mask_ratio)
+        else:
+            pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 
+def choose_frames(num_frames: int, t_patch_size: int, pred_t_dim: int, strided: bool) -> list[int]:
+    """Choose the frames of a clip that are predicted.
+
+    Raises:
+        ValueError: sizes that do not divide; the message names the arguments.
+    """
+    if pred_t_dim < 1 or t_patch_size * pred_t_dim % num_frames:
+        raise ValueError(
+            f"t_patch_size * pred_t_dim / num_frames = {t_patch_size} * {pred_t_dim} / "
+            f"{num_frames} must be a whole number of at least 1: the frames predicted per "
+            "patch (one with pred_t_dim = num_frames / t_patch_size)"
+        )
+    if strided and num_frames % pred_t_dim:
+        raise ValueError(
+            f"strided_targets needs num_frames = {num_frames} to be a multiple of "
+            f"pred_t_dim = {pred_t_dim}"
+        )
+    if strided:
+        return list(range(0, num_frames, num_frames // pred_t_dim))
+    # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15. The model
+    # keeps plain numbers: an index tensor made on the host in every step would wait for the device.
+    index = torch.linspace(0, num_frames - 1, pred_t_dim, dtype=torch.float32, device="cpu")
+    return index.long().tolist()
+
+
 def num_decoded(num_removed: int, decoder_mask_ratio: float) -> int:
-    """Count the removed patches that are decoded; all for 0, truncated as in num_visible."""
+    """Count the removed patches that are decoded: all with 0; truncated as in num_visible."""
     return num_visible(num_removed, decoder_mask_ratio)
 
 
@@ -336,29 +363,17 @@ _vit = partial(MaskedAutoencoderViT, mlp_ratio=4.0, norm_layer=partial(nn.LayerN
 _large = partial(_vit, embed_dim=1024, depth=24, num_heads=16)
 _huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
 
+# trains on a laptop CPU, on the embedded synthetic videos
+_tiny = partial(_vit, embed_dim=128, depth=4, num_heads=4, pos_embed_std=0.4)
+mae_vit_tiny_patch8 = partial(
+    _tiny, patch_size=8, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4
+)
 mae_vit_small_patch16 = partial(_vit, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 mae_vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 mae_vit_large_patch16 = partial(_large, patch_size=16)
 mae_vit_huge_patch14 = partial(_huge, patch_size=14)
 mae_vit_huge_patch16 = partial(_huge, patch_size=16)  # the released ViT-H
-# small enough for a laptop CPU and the embedded synthetic videos
-mae_vit_tiny_patch8 = partial(
-    _vit,
-    patch_size=8,
-    embed_dim=128,
-    depth=4,
-    num_heads=4,
-    decoder_embed_dim=64,
-    decoder_depth=2,
-    decoder_num_heads=4,
-    pos_embed_std=0.4,
-)
 
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
-    "mae_vit_tiny_patch8": mae_vit_tiny_patch8,
-    "mae_vit_small_patch16": mae_vit_small_patch16,
-    "mae_vit_base_patch16": mae_vit_base_patch16,
-    "mae_vit_large_patch16": mae_vit_large_patch16,
-    "mae_vit_huge_patch14": mae_vit_huge_patch14,
-    "mae_vit_huge_patch16": mae_vit_huge_patch16,
+    name: build for name, build in globals().items() if name.startswith("mae_vit_")
 }

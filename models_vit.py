@@ -29,12 +29,12 @@ class VisionTransformer(Encoder):
         in_chans: colour channels.
         num_classes: width of the head.
         embed_dim, depth, num_heads, mlp_ratio: the transformer.
-        no_qkv_bias: leave out the biases of q, k and v.
+        no_qkv_bias: q, k and v have no biases.
         norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
         dropout: probability before the head.
-        sep_pos_embed: separable positions (space + time) in place of joint ones.
-        cls_embed: prepend a class token; it takes part in attention and not in the mean.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 in the first.
+        sep_pos_embed: separable positions (space + time) instead of joint ones.
+        cls_embed: prepend a class token; it takes part in attention, but not in the mean.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
         sincos_pos_embed: joint positions are a fixed sine-cosine table, not trained.
 
     Raises:
@@ -64,7 +64,8 @@ class VisionTransformer(Encoder):
         super().__init__()
         self.arguments = constructor_arguments(locals())
         self.cls_embed = cls_embed
-        # Parameters and modules are registered in the order of the published state dicts.
+        # Class token and positions. From here on parameters and modules are registered in the order
+        # of the published state dicts.
         patch_embed = PatchEmbed(
             img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
         )
@@ -73,12 +74,16 @@ class VisionTransformer(Encoder):
         make_pos_embed(
             self, "", patch_embed.input_size, embed_dim, sep_pos_embed, cls_embed, sincos_pos_embed
         )
+
+        # Encoder.
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, rate, norm_layer)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         )
         self.norm = norm_layer(embed_dim)
+
+        # Head.
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -95,7 +100,8 @@ class VisionTransformer(Encoder):
     def forward_features(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] after the last block.
 
-        A mask_ratio leaves out that share of them at random: [N, K, D].
+        No norm has been applied to them. A mask_ratio leaves out that share of the patches, chosen
+        at random: [N, K, D].
 
         Raises:
             ValueError: a mask_ratio that keeps nothing.
@@ -117,19 +123,14 @@ class VisionTransformer(Encoder):
 _vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 _huge = partial(_vit, embed_dim=1280, depth=32, num_heads=16)
 
+# trains on a laptop CPU, on the embedded synthetic videos
+vit_tiny_patch8 = partial(_vit, patch_size=8, embed_dim=128, depth=4, num_heads=4)
 vit_small_patch16 = partial(_vit, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 vit_base_patch16 = partial(_vit, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 vit_large_patch16 = partial(_vit, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 vit_huge_patch14 = partial(_huge, patch_size=14)
 vit_huge_patch16 = partial(_huge, patch_size=16)  # the released ViT-H
-# small enough for a laptop CPU and the embedded synthetic videos
-vit_tiny_patch8 = partial(_vit, patch_size=8, embed_dim=128, depth=4, num_heads=4)
 
 MODELS: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_tiny_patch8": vit_tiny_patch8,
-    "vit_small_patch16": vit_small_patch16,
-    "vit_base_patch16": vit_base_patch16,
-    "vit_large_patch16": vit_large_patch16,
-    "vit_huge_patch14": vit_huge_patch14,
-    "vit_huge_patch16": vit_huge_patch16,
+    name: build for name, build in globals().items() if name.startswith("vit_")
 }

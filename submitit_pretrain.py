@@ -3,22 +3,13 @@
 python submitit_pretrain.py --nodes 8 --ngpus 8 --partition gpu --path_to_data_dir /data/k400
 """
 
-import argparse
-from collections.abc import Sequence
+from functools import partial
 
 import main_pretrain
 from util import run, slurm
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the script's flags and the job's."""
-    return main_pretrain.parse_args(argv, add_args=slurm.add_slurm_args)
-
-
-def main(args: argparse.Namespace) -> None:
-    """Submit, and wait where there is no Slurm to wait for it."""
-    slurm.submit("main_pretrain", args)
-
+parse_args = partial(main_pretrain.parse_args, add_args=slurm.add_slurm_args)
+main = partial(slurm.submit, "main_pretrain")
 
 if __name__ == "__main__":
     run.run(main, parse_args)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from models_mae import MaskedAutoencoderViT
 from util import args as flags
-from util.args import share
 from util.checkpoint import newest_checkpoint
 from util.errors import UserError
 from util.file_io import local_path, make_dirs, write_atomically
@@ -40,6 +39,9 @@ SAMPLING_RATE = 4  # of models whose file does not say
 MIN_SIDE = 128  # pixels: smaller pictures are enlarged
 ROWS = ("original", "masked", "reconstruction")  # of a Reconstruction
 NOTE = "mean and contrast of every patch are the original's"
+mask_ratio = flags.number(
+    float, "a share above 0 and below 1, such as 0.95", lambda value: 0 < value < 1
+)
 
 
 class Autoencoder(NamedTuple):
@@ -210,14 +212,6 @@ def save(video: Tensor, stem: Path, fps: float) -> list[Path]:
     return paths
 
 
-def mask_ratio(text: str) -> float:
-    """Parse a share above 0 and below 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and below 1, such as 0.95")
-    return value
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse flags."""
     parser = argparse.ArgumentParser(
@@ -229,52 +223,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "videos", nargs="*", metavar="VIDEO", help="files; none: the embedded synthetic videos"
     )
-    parser.add_argument(
+    add = flags.adder(parser)
+    add(
         "--checkpoint",
-        help="path, address or name of a pre-trained model; None: the newest one of `make demo`, "
-        f"else {RELEASED}",
+        None,
+        "path, address or name of a pre-trained model; None: the newest one of `make demo`, else "
+        f"{RELEASED}",
     )
-    parser.add_argument(
-        "--mask_ratio",
-        type=mask_ratio,
-        nargs="+",
-        default=[0.95, 0.98],
-        help="shares of patches removed, a column for each",
-    )
-    parser.add_argument(
+    ratios = "shares of patches to remove, a column for each"
+    add("--mask_ratio", [0.95, 0.98], ratios, mask_ratio, nargs="+")
+    add(
         "--mask_type",
+        "random",
+        "what to remove: patches at random, places at all times (tube), time steps, or cuboids "
+        "(block)",
         choices=MASK_TYPES,
-        default="random",
-        help="what is removed: patches at random, places at all times (tube), time steps, or "
-        "cuboids (block)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the first video's masks; one more for each"
-    )
-    parser.add_argument(
-        "--paste_visible",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="show the visible patches as they are in the reconstruction",
-    )
-    parser.add_argument(
+    add("--seed", 0, "seed of the first video's masks; one more for each video after it", int)
+    add("--paste_visible", True, "show the visible patches unchanged in the reconstruction")
+    add(
         "--clip_start",
-        type=share,
-        default=0.5,
-        help="where in a video the clip lies: 0 its beginning, 1 its end",
+        0.5,
+        "where in a video the clip lies, from 0 (start) to 1 (end)",
+        flags.share,
     )
-    parser.add_argument(
-        "--fps",
-        type=flags.positive_float,
-        help="frames per second of what is written; None: the video's own speed",
-    )
-    parser.add_argument(
-        "--grid",
-        type=flags.positive_int,
-        metavar="COLUMNS",
-        help="lay all videos out in one picture, so many side by side; None: one picture each",
-    )
-    parser.add_argument("--output_dir", default="./output/visualize", help="folder of the pictures")
+    fps = "frames per second of what is written; None: the video's own speed"
+    add("--fps", None, fps, flags.positive_float)
+    grid = "put all videos into one picture with this many columns; None: one picture each"
+    add("--grid", None, grid, flags.positive_int, metavar="COLUMNS")
+    add("--output_dir", "./output/visualize", "folder of the pictures")
     return parser.parse_args(argv)
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -19,9 +20,10 @@ from util.checkpoint import (
     Checkpoints,
     HostCopy,
     Progress,
-    find_checkpoint,
     list_checkpoints,
+    load_latest,
     newest_checkpoint,
+    read_intact,
     superfluous,
 )
 from util.errors import UserError
@@ -77,7 +79,7 @@ class Training:
         return Path(folder) / f"checkpoint-{name}.pth"
 
     def resume(self, path):
-        self.checkpoints.resume(str(path))
+        self.checkpoints.resume(str(path), read_intact(str(path)))
         return self.checkpoints.progress
 
     def state(self):
@@ -91,6 +93,12 @@ class Training:
 def assert_bitwise_equal(a, b):
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def latest(args):
+    """Return the path that a run with these flags resumes from."""
+    found = load_latest(args)
+    return found and found[0]
 
 
 @pytest.fixture(scope="module")
@@ -290,24 +298,45 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_taken(
 ):
     older, newest = trained.save(tmp_path, epoch=4), trained.save(tmp_path, epoch=5, step=3)
     args = flags(output_dir=str(tmp_path))
-    assert find_checkpoint(args) == str(newest)
+    assert latest(args) == str(newest)
     damage(newest)
-    assert find_checkpoint(args) == str(older)
+    assert latest(args) == str(older)
     assert f"WARNING: {newest} is damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="is damaged"):
         Training(init=1).resume(newest)
     damage(older)
-    assert find_checkpoint(args) is None
+    assert latest(args) is None
+
+
+def bytes_read():
+    """Return the bytes that this process has asked the system to read so far."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("main, times", [(True, 1.0), (False, 0.0)])
+def test_resuming_reads_the_newest_file_once(tmp_path, trained, monkeypatch, main, times):
+    """The main rank checks every byte of it; the others map it into their memory."""
+    trained.save(tmp_path, epoch=3)
+    newest = str(trained.save(tmp_path, epoch=4))
+    resumed = Training(init=1, output_dir=str(tmp_path))
+    monkeypatch.setattr("util.checkpoint.is_main", lambda: main)
+    monkeypatch.setattr("util.checkpoint.broadcast_object", lambda _: (newest, ""))
+    before = bytes_read()
+    resumed.checkpoints.resume(*load_latest(resumed.args))
+    read = (bytes_read() - before) / os.path.getsize(newest)
+    assert times <= read < times + 0.35
+    assert_bitwise_equal(resumed.state(), trained.state())
 
 
 def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, trained):
     start = str(trained.save(tmp_path, epoch=4))
     trained.save(tmp_path, epoch=8)  # of an earlier command, without --resume
     args = flags(output_dir=str(tmp_path), resume=start)
-    assert find_checkpoint(args) == start
+    assert latest(args) == start
     again = Training(init=0, resume=start)
     own = again.save(tmp_path, epoch=5)
-    assert find_checkpoint(args) == str(own)
+    assert latest(args) == str(own)
 
 
 def test_flags_that_changed_are_told(tmp_path, trained, capsys):
@@ -316,10 +345,10 @@ def test_flags_that_changed_are_told(tmp_path, trained, capsys):
     capsys.readouterr()
     again.resume(path)
     out = capsys.readouterr().out
-    assert f"WARNING: flags are not those of {path}: --accum_iter 1 -> 2\n" in out
+    assert f"WARNING: some flags differ from those of {path}: --accum_iter 1 -> 2\n" in out
     finished = Training(init=1, epochs=4)
     finished.resume(path)
-    assert "all 4 epochs are done; for more raise --epochs" in capsys.readouterr().out
+    assert "all 4 epochs are done; to train longer raise --epochs" in capsys.readouterr().out
 
 
 # --- pruning
@@ -352,7 +381,8 @@ def test_the_best_epoch_is_saved_between_periods(tmp_path):
     )
     training.train(0)
     for epoch in range(10):
-        training.checkpoints.finish_epoch({"epoch": epoch}, steps=3, best=epoch in (1, 6))
+        record = {"epoch": epoch, "val_acc1": {1: 30.0, 6: 40.0}.get(epoch, 20.0 - epoch)}
+        training.checkpoints.finish_epoch(record, steps=3, metric="val_acc1")
     training.checkpoints.wait()
     left = [os.path.basename(path) for path in list_checkpoints(str(tmp_path))]
     assert left == ["checkpoint-00006.pth", "checkpoint-00009.pth"]
@@ -362,7 +392,8 @@ def test_keep_last_and_every_and_best_in_a_run(tmp_path):
     training = Training(init=0, output_dir=str(tmp_path), keep_last=2, keep_every=4, epochs=10)
     training.train(0)
     for epoch in range(10):
-        training.checkpoints.finish_epoch({"epoch": epoch}, steps=3, best=epoch == 4)
+        record = {"epoch": epoch, "val_acc1": 40.0 if epoch == 4 else 20.0}
+        training.checkpoints.finish_epoch(record, steps=3, metric="val_acc1")
         if epoch == 6:  # as after a kill: the best must be known again
             resumed = Training(init=0, **vars(training.args))
             training.checkpoints.wait()

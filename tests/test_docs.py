@@ -28,7 +28,7 @@ import submitit_pretrain
 import submitit_test
 from tests import formats
 from tests.video_files import moving_frames, write_video
-from util import file_io, run
+from util import file_io
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -49,13 +49,22 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
 
 
 def commands() -> list[tuple[str, str]]:
-    """Find the lines of all ```bash blocks, as (document, command)."""
+    """Find the lines of all ```bash blocks, as (document, command).
+
+    Where a document says so, commands with the recipe of ViT-L also stand for the other sizes.
+    """
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(r"```bash\n(.*?)```", document.read_text(), re.S):
-            lines = block.replace("\\\n", " ").splitlines()
-            name = str(document.relative_to(ROOT))
-            found += [(name, line) for line in lines if line.strip() and line.strip()[0] != "#"]
+        text = document.read_text()
+        name = str(document.relative_to(ROOT))
+        for_all_sizes = "replace `large` by `base` or `huge`" in text
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if not line.strip() or line.strip()[0] == "#":
+                    continue
+                found.append((name, line))
+                if for_all_sizes and re.search(r"@recipes/\w+_large\.args", line):
+                    found += [(name, line.replace("large", size)) for size in ("base", "huge")]
     return found
 
 
@@ -144,7 +153,7 @@ def test_script_runs_dry(document, command, videos, tmp_path, monkeypatch, capsy
     rows = "".join(f"{videos}/v{i % 6}.mp4 {i % 3}\n" for i in range(64))  # a batch at least
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.csv").write_text(rows)
-    monkeypatch.setattr(run, "data_dir", lambda args, task: str(tmp_path))
+    monkeypatch.setattr(module, "data_dir", lambda args, task: str(tmp_path))
     args = SCRIPTS[script].parse_args(
         [*argv, "--dry_run", "--device", "cpu", "--num_workers", "0", "--output_dir", str(tmp_path)]
     )

@@ -212,7 +212,7 @@ def test_the_decoder_sees_the_decoded_patches_alone_and_in_their_places():
     model = autoencoder().double()
     imgs = clips().double()
     latent, _, ids_restore = model.forward_encoder(imgs, 0.75)
-    pred = model.forward_decoder(latent, ids_restore, 0.5)
+    pred = model.forward_part_of_decoder(latent, ids_restore, 0.5)
     N, K = latent.shape[:2]
     M = int((ids_restore.shape[1] - K) * 0.5)
     for n in range(N):

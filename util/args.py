@@ -1,4 +1,4 @@
-"""Flags shared by the scripts, in groups; each script adds its own and states its recipe."""
+"""Flags shared by the scripts, in groups; each script adds its own and sets its recipe."""
 
 import argparse
 import math
@@ -8,7 +8,9 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# flags that have no part in what a run learns
+Kind = Callable[[str], Any]  # converts the text of a flag to its value
+
+# flags that do not change what a run learns
 NOT_COMPARED = """
     notice dry_run eval device output_dir log_dir resume print_freq dist_timeout vis_period
     num_workers item_timeout max_bad_share max_pixels
@@ -18,44 +20,34 @@ NOT_COMPARED = """
 """.split()
 
 
-def positive_int(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+def compared(args: Namespace) -> dict[str, Any]:
+    """Return the flags that change what a run learns, with their values."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
 
 
-def natural_int(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
-    return value
+# --- kinds of flags -----------------------------------------------------------------------------
 
 
-def positive_float(text: str) -> float:
-    """Parse a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
+def number(kind: Kind, description: str, allows: Callable[[float], bool]) -> Kind:
+    """Make a parser of numbers; the error about a bad one is "TEXT is not DESCRIPTION"."""
+
+    def parse_number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not allows(value):  # NaN fails every comparison
+            raise argparse.ArgumentTypeError(f"{text} is not {description}")
+        return value
+
+    return parse_number
 
 
-def natural_float(text: str) -> float:
-    """Parse a number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def share(text: str) -> float:
-    """Parse a probability, or a part of a whole."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return value
+positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
+natural_int = number(int, "a whole number of at least 0", lambda value: value >= 0)
+positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+natural_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 class Range(argparse.Action):
@@ -70,7 +62,7 @@ class Range(argparse.Action):
 
 
 class Parser(ArgumentParser):
-    """ArgumentParser with defaults in --help and @FILE holding more flags (recipes/*.args)."""
+    """ArgumentParser that shows defaults in --help and reads more flags from @FILE."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -81,327 +73,193 @@ class Parser(ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of an @FILE as a shell does; # starts a comment."""
+        """Split a line of an @FILE like a shell; # starts a comment."""
         return shlex.split(arg_line, comments=True)
 
 
+def adder(parser: ArgumentParser, group: str = "") -> Callable[..., None]:
+    """Return add(names, default, text, kind=None, **options), which adds a flag to a group.
+
+    A default of True adds --name and --no-name, one of False --name alone. `names` are separated
+    by spaces, `kind` is the type of a value, and `options` go to ArgumentParser.add_argument.
+
+    Args:
+        group: title of a new group in --help; empty: none.
+    """
+    target = parser.add_argument_group(group) if group else parser
+
+    def add(names: str, default: Any, text: str, kind: Kind | None = None, **options: Any) -> None:
+        if isinstance(default, bool):
+            options.setdefault("action", BooleanOptionalAction if default else "store_true")
+        if kind is not None:
+            options["type"] = kind
+        target.add_argument(*names.split(), default=default, help=text, **options)
+
+    return add
+
+
+# --- groups of flags ----------------------------------------------------------------------------
+
+
 def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | None = None) -> None:
-    """Add the flags of videos and, given the range of the random crop's area, of their jitter."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--path_to_data_dir",
-        default="",
-        help="folder with train.csv, val.csv, test.csv; empty: the embedded synthetic videos",
-    )
-    group.add_argument(
-        "--path_prefix", default="", help="folder of relative paths in the csvs; empty: the csv's"
-    )
-    group.add_argument(
-        "--num_workers",
-        type=natural_int,
-        default=None,
-        help="loader processes per rank; not given: from the CPUs this process may use",
-    )
-    group.add_argument(
-        "--item_timeout",
-        type=positive_float,
-        default=60.0,
-        help="seconds after which a video that is still being read counts as unreadable",
-    )
-    group.add_argument(
-        "--max_pixels",
-        type=positive_int,
-        default=8192 * 8192,
-        help="width x height above which a video counts as unreadable",
-    )
-    group.add_argument(
+    """Add the flags of the videos; given a default area of random crops, those of training too."""
+    add = adder(parser, "data")
+    add("--path_to_data_dir", "", "folder of train.csv, val.csv, test.csv; empty: synthetic videos")
+    add("--path_prefix", "", "folder that relative paths start from; empty: the csv file's folder")
+    add("--num_workers", None, "loader processes per rank; not given: the rank's CPUs", natural_int)
+    add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
+    add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
+    add(
         "--sampling",
+        "dense",
+        "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts",
         choices=("dense", "segments"),
-        default="dense",
-        help="frames: every --sampling_rate-th, or one from each of --num_frames equal segments",
     )
-    if jitter_scales:
-        group.add_argument(
-            "--max_bad_share",
-            type=share,
-            default=0.1,
-            help="stop when more than this share of a csv's videos cannot be read",
-        )
-        group.add_argument(
-            "--repeat_aug", type=positive_int, default=1, help="clips taken from each loaded video"
-        )
-        group.add_argument(
-            "--jitter_scales_relative",
-            type=positive_float,
-            action=Range,
-            nargs=2,
-            default=jitter_scales,
-            metavar=("MIN", "MAX"),
-            help="area of the random crop, share of the frame",
-        )
-        group.add_argument(
-            "--jitter_aspect_relative",
-            type=positive_float,
-            action=Range,
-            nargs=2,
-            default=(3 / 4, 4 / 3),
-            metavar=("MIN", "MAX"),
-            help="width / height of the random crop",
-        )
-        group.add_argument(
-            "--hflip",
-            action=BooleanOptionalAction,
-            default=True,
-            help="mirror half of the clips; wrong where left and right are classes",
-        )
+    if not jitter_scales:
+        return
+    add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
+    add("--repeat_aug", 1, "clips taken from each loaded video", positive_int)
+    limits = {"kind": positive_float, "nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
+    add("--jitter_scales_relative", jitter_scales, "random crop's share of the frame", **limits)
+    add("--jitter_aspect_relative", (3 / 4, 4 / 3), "width / height of the random crop", **limits)
+    add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
 
 def add_model_args(parser: ArgumentParser, models: Sequence[str], default: str) -> None:
-    """Add the flags of the model; clip sizes reach model and data alike."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default=default, choices=models, metavar="NAME", help=str(models))
-    group.add_argument(
-        "--input_size", type=positive_int, default=224, help="clip height and width, pixels"
-    )
-    group.add_argument("--num_frames", type=positive_int, default=16, help="frames of a clip")
-    group.add_argument(
-        "--sampling_rate",
-        type=positive_int,
-        default=4,
-        help="take every n-th frame, counted at 30 fps",
-    )
-    group.add_argument("--t_patch_size", type=positive_int, default=2, help="frames of a patch")
-    group.add_argument(
-        "--sep_pos_embed",
-        action=BooleanOptionalAction,
-        default=True,
-        help="separable positions (space + time) in place of joint ones",
-    )
-    group.add_argument(
+    """Add the flags of the model; the data use its clip sizes too."""
+    add = adder(parser, "model")
+    names = "one of " + ", ".join(filter(None, models))
+    checkpoint = "; empty: the model in the checkpoint" if "" in models else ""
+    add("--model", default, names + checkpoint, choices=models, metavar="NAME")
+    add("--input_size", 224, "height and width of a clip, pixels", positive_int)
+    add("--num_frames", 16, "frames of a clip", positive_int)
+    add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", positive_int)
+    add("--t_patch_size", 2, "frames of a patch", positive_int)
+    add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
+    add(
         "--sincos_pos_embed",
+        False,
+        "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed",
         action=BooleanOptionalAction,
-        default=False,
-        help="fixed sine-cosine positions, as VideoMAE has; needs --no-sep_pos_embed",
     )
-    group.add_argument(
-        "--cls_embed", action=BooleanOptionalAction, default=True, help="prepend a class token"
-    )
-    group.add_argument(
-        "--no_qkv_bias", action="store_true", help="leave out the biases of q, k and v"
-    )
+    add("--cls_embed", True, "prepend a class token")
+    add("--no_qkv_bias", False, "leave out the biases of q, k and v")
 
 
 def add_classifier_args(parser: ArgumentParser) -> None:
-    """Add the flag that every classifier has on top of add_model_args."""
-    parser.add_argument(
-        "--num_classes", "--nb_classes", type=positive_int, default=400, help="classes of the head"
-    )
+    """Add the flag that every classifier has in addition to add_model_args."""
+    adder(parser)("--num_classes --nb_classes", 400, "classes of the head", positive_int)
 
 
 def add_optim_args(parser: ArgumentParser) -> None:
     """Add the flags of batch, schedule and optimiser."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--batch_size", type=positive_int, default=2, help="videos per rank and micro-step"
-    )
-    group.add_argument(
-        "--accum_iter", type=positive_int, default=1, help="micro-steps per update, to save memory"
-    )
-    group.add_argument("--epochs", type=positive_int, default=100, help="passes over train.csv")
-    group.add_argument(
-        "--warmup_epochs", type=natural_float, default=5, help="epochs of linear warm-up from 0"
-    )
-    group.add_argument(
-        "--lr",
-        type=natural_float,
-        default=None,
-        help="peak learning rate; not given: from --blr and the batch",
-    )
-    group.add_argument(
-        "--blr", type=natural_float, default=1e-3, help="base learning rate, for a batch of 256"
-    )
-    group.add_argument(
-        "--min_lr", type=natural_float, default=1e-6, help="learning rate at the end"
-    )
-    group.add_argument("--weight_decay", type=natural_float, default=0.05)
-    group.add_argument("--beta", type=share, nargs=2, default=(0.9, 0.999), help="AdamW's betas")
-    group.add_argument(
-        "--clip_grad",
-        type=natural_float,
-        default=None,
-        help="largest global gradient norm; 0: no limit",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="compile the transformer blocks by torch.compile"
-    )
-    group.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="compute every block again in the backward pass, to save memory",
-    )
+    add = adder(parser, "optimisation")
+    add("--batch_size", 2, "videos per rank and micro-step", positive_int)
+    add("--accum_iter", 1, "micro-steps whose gradients are added up for one update", positive_int)
+    add("--epochs", 100, "passes over train.csv", positive_int)
+    add("--warmup_epochs", 5, "epochs of linear warm-up from 0", natural_float)
+    add("--lr", None, "peak learning rate; not given: --blr x batch / 256", natural_float)
+    add("--blr", 1e-3, "base learning rate, for a batch of 256", natural_float)
+    add("--min_lr", 1e-6, "learning rate at the end", natural_float)
+    add("--weight_decay", 0.05, "AdamW's weight decay", natural_float)
+    add("--beta", (0.9, 0.999), "AdamW's betas", share, nargs=2)
+    add("--clip_grad", None, "largest global gradient norm; 0: no limit", natural_float)
+    add("--compile", False, "compile the transformer blocks with torch.compile")
+    add("--grad_checkpointing", False, "recompute the blocks in the backward pass, to save memory")
 
 
 def add_guard_args(parser: ArgumentParser) -> None:
-    """Add the flags of what to do with a loss that is not finite, or leaps."""
-    group = parser.add_argument_group("bad steps")
-    group.add_argument(
+    """Add the flag that says what to do about a loss or gradient that is not finite."""
+    adder(parser, "bad steps")(
         "--skip_nonfinite",
-        type=natural_int,
-        default=0,
+        0,
+        "skip up to N updates in a row whose loss or gradient is not finite (the loss is then "
+        "read at every step); 0: stop at the first",
+        natural_int,
         metavar="N",
-        help="skip up to N updates in a row whose loss or gradient is not finite, reading the "
-        "loss every step; 0: stop at the first",
-    )
-    group.add_argument(
-        "--kill_loss_factor",
-        type=natural_float,
-        default=0.0,
-        metavar="F",
-        help="stop when a step's loss is more than F times the epoch's mean before it; 0: never",
     )
 
 
 def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True) -> None:
     """Add the flags of device, folders and logging."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default=output_dir, help="folder of log.txt and results")
+    add = adder(parser, "run")
+    add("--output_dir", output_dir, "folder for log.txt and everything else that the run writes")
     if training:
-        group.add_argument(
-            "--log_dir",
-            default="",
-            help="TensorBoard folder; empty: OUTPUT_DIR/tensorboard",
-        )
-        group.add_argument("--seed", type=natural_int, default=0)
-    group.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto")
-    group.add_argument(
+        add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
+        add("--seed", 0, "seed of all random choices", natural_int)
+    add("--device", "auto", "cuda, mps, cpu, or auto (the first of these that the machine has)")
+    add(
         "--precision",
+        None,
+        "precision of the forward pass; not given: bf16 if the accelerator supports it, else fp32",
         choices=("bf16", "fp16", "fp32"),
-        default=None,
-        help="of the forward pass; not given: bf16 where the accelerator has it, else fp32",
     )
-    group.add_argument(
-        "--fp32",
-        dest="precision",
-        action="store_const",
-        const="fp32",
-        default=argparse.SUPPRESS,
-        help="short for --precision fp32",
-    )
-    group.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="build data and model, print the arithmetic and the FLOPs, and exit",
-    )
-    group.add_argument(
-        "--print_freq", type=positive_int, default=20, help="steps between printed lines"
-    )
-    group.add_argument(
-        "--dist_timeout",
-        type=positive_float,
-        default=30,
-        help="minutes a rank waits for the others",
-    )
+    fp32 = {"dest": "precision", "action": "store_const", "const": "fp32"}
+    add("--fp32", argparse.SUPPRESS, "short for --precision fp32", **fp32)
+    add("--dry_run", False, "build data and model, print batch arithmetic and FLOPs, then exit")
+    add("--print_freq", 20, "steps between printed lines", positive_int)
+    add("--dist_timeout", 30, "minutes that a rank waits for the others", positive_float)
 
 
 def add_checkpoint_args(parser: ArgumentParser) -> None:
     """Add the flags of saving and resuming."""
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--checkpoint_period", type=positive_int, default=1, help="epochs between checkpoints"
-    )
-    group.add_argument(
-        "--checkpoint_minutes",
-        type=natural_float,
-        default=30,
-        help="also save within an epoch, after so many minutes; 0: never",
-    )
-    group.add_argument(
-        "--keep_last",
-        type=natural_int,
-        default=0,
-        help="finished epochs whose checkpoints stay; 0: all",
-    )
-    group.add_argument(
-        "--keep_every",
-        type=natural_int,
-        default=0,
-        help="keep every n-th epoch's checkpoint anyway",
-    )
-    group.add_argument(
-        "--resume",
-        default="",
-        help="checkpoint to continue; empty: the newest of --output_dir, if any",
-    )
+    add = adder(parser, "checkpoints")
+    add("--checkpoint_period", 1, "epochs between checkpoints", positive_int)
+    add("--checkpoint_minutes", 30, "minutes between saves within an epoch; 0: none", natural_float)
+    add("--keep_last", 0, "number of newest epoch checkpoints to keep; 0: all", natural_int)
+    add("--keep_every", 0, "keep every n-th epoch's checkpoint anyway; 0: none", natural_int)
+    add("--resume", "", "checkpoint to continue; empty: the newest in --output_dir, if any")
 
 
-# Flags of the reference that mean nothing here, or not in every script, with the number of values
-# they take.
+# --- parsing ------------------------------------------------------------------------------------
+
+# Flags of the reference implementation that do nothing here, or not in every script, with the
+# number of values that they take.
 OBSOLETE_FLAGS = {
-    "distributed": 0,
-    "no_env": 0,
-    "dist_on_itp": 0,
-    "dist_eval": 0,
-    "pin_mem": 0,
-    "no_pin_mem": 0,
-    "global_pool": 0,
-    "cpu_mix": 0,
-    "resplit": 0,
-    "dist_url": 1,
-    "local_rank": 1,
-    "world_size": 1,
-    "start_epoch": 1,
-    "num_checkpoint_del": 1,
-    "decoder_backend": 1,
-    "decoder_device": 1,
-    "encoder_attn": 1,
-    "color_jitter": 1,
-    "seed": 1,
+    **dict.fromkeys("distributed no_env dist_on_itp dist_eval pin_mem no_pin_mem".split(), 0),
+    **dict.fromkeys("global_pool cpu_mix resplit".split(), 0),
+    **dict.fromkeys("dist_url local_rank world_size start_epoch num_checkpoint_del".split(), 1),
+    **dict.fromkeys("decoder_backend decoder_device encoder_attn color_jitter seed".split(), 1),
     "log_dir": 1,
 }
-# Flags of the reference that would change the result, with the one value that is built here.
+# Flags of the reference implementation that would change the result, with the only value allowed.
 FIXED_FLAGS = {"remode": "pixel", "recount": "1", "mixup_mode": "batch"}
 
 
 def parse(
     parser: ArgumentParser,
     argv: Sequence[str] | None,
-    default_flags: Callable[[Namespace], Sequence[str]] | None = None,
+    default_flags: Callable[[Namespace], Sequence[str]],
     obsolete: dict[str, int] = OBSOLETE_FLAGS,
 ) -> Namespace:
-    """Parse flags, accepting obsolete ones with one line of notice.
+    """Parse flags; obsolete ones are ignored and listed in args.notice.
 
     Args:
         default_flags: maps the parsed flags to more flags, which those of argv then override
-            (a recipe for the embedded data, or the flags a checkpoint was trained with).
-        obsolete: those flags that the script does not have, with the number of their values.
+            (a recipe for the embedded videos, or the flags a checkpoint was trained with).
+        obsolete: flags to ignore unless the script has them, with the number of their values.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # what is given by hand overrides what is in an @FILE, before it or behind it
+    # flags given by hand override those of an @FILE, whether they stand before or after it
     argv = sorted(argv, key=lambda word: not word.startswith("@"))
-    for name, values in obsolete.items():
-        if f"--{name}" in parser._option_string_actions:
-            continue
-        options = {"dest": f"obsolete_{name}", "help": argparse.SUPPRESS, "default": None}
-        options |= {"nargs": 1} if values else {"action": "store_true"}
-        parser.add_argument(f"--{name}", **options)
+    add = adder(parser)
+    for name, num_values in obsolete.items():
+        if f"--{name}" not in parser._option_string_actions:
+            options = {"nargs": 1} if num_values else {"action": "store_true"}
+            add(f"--{name}", None, argparse.SUPPRESS, dest=f"obsolete_{name}", **options)
     for name, value in FIXED_FLAGS.items():
-        parser.add_argument(
-            f"--{name}", choices=[value], default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
+        add(f"--{name}", argparse.SUPPRESS, argparse.SUPPRESS, choices=[value])
     args = parser.parse_args(argv)
-    if default_flags is not None:
-        args = parser.parse_args([*default_flags(args), *argv])
-    ignored = []
-    for name in obsolete:
-        if vars(args).pop(f"obsolete_{name}", None) is not None:
-            ignored.append(f"--{name}")
+    args = parser.parse_args([*default_flags(args), *argv])
+    values = vars(args)
+    ignored = [f"--{name}" for name in obsolete if values.pop(f"obsolete_{name}", None) is not None]
     for name in FIXED_FLAGS:
-        vars(args).pop(name, None)
+        values.pop(name, None)
     args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""
     return args
 
 
 def clip_options(args: Namespace) -> dict[str, Any]:
-    """Return what the flags say of the clips of every data set, for Kinetics."""
+    """Return the arguments of Kinetics that the flags set alike for every data set."""
     names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
     return {name: getattr(args, name) for name in names.split()}

@@ -1,10 +1,10 @@
-"""Exact resume: checkpoints from which a run goes on as if it had never stopped.
+"""Save a run and resume it exactly, as if it had never stopped.
 
 A training checkpoint is a plain dict: model, optimizer, scaler (state dicts), epoch (the last one
 finished), step (optimiser steps done), args (a dict of flags), arguments (of the model's
 constructor), progress and identity (see Progress and Checkpoints).
 
-Masks, clips and all other random choices are functions of (seed, epoch, step or sample), so that
+Masks, clips and all other random choices are functions of (seed, epoch, step or sample). So
 weights, optimiser, scaler and the place in the epoch are the whole state of a run.
 """
 
@@ -17,15 +17,15 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from util.args import NOT_COMPARED
-from util.dist import SAVING, broadcast_object, is_main, print0, world_size
+from util.args import compared
+from util.dist import SAVING, broadcast_object, gather_objects, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, path_manager, write_atomically
 from util.formats import checkpoint_args, model_state
@@ -33,41 +33,22 @@ from util.meters import write_log
 from util.signals import Interruption
 from util.weights import read_checkpoint
 
+if TYPE_CHECKING:
+    from util.kinetics import VideoIndex
+    from util.meters import RunLog
+    from util.optim import NonFiniteError
+
+# --- the files of a run -------------------------------------------------------------------------
+
 # checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13 are
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+END = float("inf")  # sorts the end of an epoch behind its steps
 
 
-@dataclass
-class Progress:
-    """The place of a run: `step` micro-steps of `epoch` are done, `updates` before that epoch."""
-
-    epoch: int = 0
-    step: int = 0
-    updates: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's metrics
-    counts: dict[str, int] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt so far
-    best_epoch: int | None = None
-
-    def finish_epoch(self, record: dict[str, Any], updates: int) -> None:
-        """Note the line that log.txt gets for the epoch, and move on to the next."""
-        self.log.append(record)
-        self.updates += updates
-        self.epoch, self.step, self.sums, self.counts = self.epoch + 1, 0, {}, {}
-
-
-def checkpoint_order(name: str) -> tuple[int, float] | None:
-    """Return what sorts checkpoints by age, or None for other files."""
-    match = CHECKPOINT_NAME.fullmatch(name)
-    if match is None:
-        return None
-    return int(match[1]), float(match[2]) if match[2] else float("inf")
-
-
-def is_epoch_end(path: str) -> bool:
-    """Tell the checkpoints of finished epochs by name."""
-    order = checkpoint_order(os.path.basename(path))
-    return order is not None and order[1] == float("inf")
+def checkpoint_order(path: str) -> tuple[int, float] | None:
+    """Return (epoch, step), which sorts checkpoints by age, or None for other files."""
+    match = CHECKPOINT_NAME.fullmatch(os.path.basename(path))
+    return (int(match[1]), float(match[2] or END)) if match else None
 
 
 def list_checkpoints(output_dir: str) -> list[str]:
@@ -88,88 +69,117 @@ def newest_checkpoint(output_dir: str) -> str | None:
 def superfluous(
     paths: list[str], newest: str, keep_last: int, keep_every: int, best_epoch: int | None
 ) -> list[str]:
-    """Choose the checkpoints to delete now that the newest is on the disk.
+    """Choose the checkpoints to delete once `newest` is on the disk.
 
-    In mid-epoch the newest and the one before it stay. Of finished epochs the last keep_last do
-    (0: all), with every keep_every-th and the best.
+    In mid-epoch, the newest and the one before it stay, in case the newest proves damaged. Of the
+    finished epochs, the last keep_last stay (0: all), every keep_every-th and the best.
 
     Args:
-        newest: one of them, or not listed there yet (an object store).
-        paths: of one folder, oldest first; those beyond the newest are another run's and stay.
+        paths: checkpoints of one folder, oldest first; those beyond `newest` are another run's
+            and stay. An object store may not list `newest` yet.
     """
-    age = checkpoint_order(os.path.basename(newest)) or (0, 0)
-    paths = [path for path in paths if (checkpoint_order(os.path.basename(path)) or age) < age]
-    mid_epoch = [path for path in paths if not is_epoch_end(path)]
-    before = paths[-1:]  # should the newest prove damaged
-    finished = [path for path in paths if is_epoch_end(path)]
-    if keep_last:
-        kept = keep_last - 1 if is_epoch_end(newest) else keep_last
-        finished = finished[: max(len(finished) - kept, 0)]
-    else:
-        finished = []
+
+    def order(path: str) -> tuple[int, float]:
+        return checkpoint_order(path) or (0, 0.0)
 
     def is_kept(path: str) -> bool:
-        epoch, _ = checkpoint_order(os.path.basename(path)) or (0, 0)
+        epoch, _ = order(path)
         return epoch == best_epoch or bool(keep_every and (epoch + 1) % keep_every == 0)
 
-    return [path for path in mid_epoch if path not in before] + [
-        path for path in finished if not is_kept(path)
-    ]
+    older = [path for path in paths if order(path) < order(newest)]
+    mid_epoch = [path for path in older[:-1] if order(path)[1] != END]
+    if not keep_last:
+        return mid_epoch
+    finished = [path for path in older if order(path)[1] == END]
+    others = keep_last - 1 if order(newest)[1] == END else keep_last
+    expired = finished[: max(len(finished) - others, 0)]
+    return mid_epoch + [path for path in expired if not is_kept(path)]
 
 
 def read_intact(path: str) -> dict[str, Any]:
     """Read a training checkpoint after checking the checksum of every tensor in it.
 
+    A local file is read once, for the checksums; its tensors are then mapped into memory.
+
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     if not is_remote(path):
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path} is damaged: wrong checksum of {damaged}")
-    return read_checkpoint(path)
+    return read_checkpoint(path, mmap=True)
 
 
-def find_checkpoint(args: argparse.Namespace) -> str | None:
-    """Return the checkpoint to resume from, the same on every rank: the newest, or --resume.
+def load_latest(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
+    """Read the checkpoint to resume from: (path, content) on every rank, None if there is none.
 
-    A damaged one in the output folder is reported and the one before it taken. With --resume,
-    those count that the same command saved before it was stopped, not those of other commands.
+    It is the newest of the output folder; a damaged one is reported and the one before it taken.
+    With --resume it is that file, or the newest that the same command has saved since: the folder
+    may hold checkpoints of other commands.
+
+    Raises:
+        UserError: on every rank, if --resume is damaged.
     """
-    path = args.resume or None
+    path, content, problem = args.resume, None, ""
     if is_main():
+        # The main rank checks every candidate as a whole, from the newest on.
         for candidate in reversed(list_checkpoints(args.output_dir)):
             try:
-                if args.resume:  # a look before gigabytes are read
+                if args.resume:  # look at the flags first, before gigabytes are read
                     flags = checkpoint_args(read_checkpoint(candidate, mmap=True))
                     if flags.get("resume") != args.resume:
                         continue
-                read_intact(candidate)
+                path, content = candidate, read_intact(candidate)
+                break
             except UserError as error:
                 print0(f"WARNING: {error}; trying the one before it")
-                continue
-            path = candidate
-            break
-    return broadcast_object(path)
+        if path and content is None:
+            try:
+                content = read_intact(path)
+            except UserError as error:
+                problem = str(error)
+    path, problem = broadcast_object((path, problem))
+    if problem:
+        raise UserError(problem)
+    if not path:
+        return None
+    # The other ranks rely on that check, and read only what they use.
+    return path, read_checkpoint(path, mmap=True) if content is None else content
 
 
-def _plain(value: Any) -> Any:
-    """Return a flag's value as it is when it comes out of a file."""
-    return list(value) if isinstance(value, tuple) else value
+# --- a run --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """The place of a run: `step` micro-steps of `epoch` are done, `updates` before that epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's metrics
+    counts: dict[str, int] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt so far
+    best_epoch: int | None = None
+
+    def best(self, metric: str) -> float:
+        """Return the highest value of a metric in the lines of log.txt so far, -1 without any."""
+        return max((line[metric] for line in self.log), default=-1.0)
 
 
 class Checkpoints:
     """Save the objects of a run, and bring them back.
 
-    Files are written by a thread from a copy in host memory, atomically; a write that fails (full
-    disk, lost folder) is reported loudly, leaves the older files, and lets training go on. Only
-    the main process writes. The optimiser's step waits for the copy where it is still under way.
+    Only the main process writes. A thread writes the file, atomically, from a copy in host memory;
+    only an optimiser step waits, for as long as the copy is still being made. A write that fails
+    (full disk, lost folder) is reported loudly and leaves the older files; training goes on.
 
     Args:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
             keep_every and model.
-        fingerprint: of the training videos; a checkpoint of other ones is refused.
+        fingerprint: of the training videos; a checkpoint of other videos is refused.
     """
 
     def __init__(
@@ -184,11 +194,9 @@ class Checkpoints:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
-        # an epoch can be continued with the same joint batch only: its steps would be others
-        joint_batch = args.batch_size * world_size()
-        self.identity = {
+        self.identity = {  # what must be equal for an epoch to be continued with the same steps
             "data": fingerprint,
-            "joint_batch": joint_batch,
+            "joint_batch": args.batch_size * world_size(),
             "accum": args.accum_iter,
             "seed": args.seed,
         }
@@ -202,52 +210,76 @@ class Checkpoints:
 
     # --- in the training loop -----------------------------------------------------------------
 
-    def is_stopping(self, step: int) -> bool:
-        """Tell, alike on every rank, whether step was the last one; ask after every step."""
-        return (step + 1) % self.args.accum_iter == 0 and self.interruption.after_step()
+    def after_step(self, step: int, log: "RunLog") -> bool:
+        """Save if it is time to, and return whether to leave the loop, alike on every rank.
 
-    def after_line(
-        self, step: int, num_steps: int, sums: dict[str, float], counts: dict[str, int]
-    ) -> None:
-        """Note the place in the epoch, and save when checkpoint_minutes have gone by.
-
-        Called where metrics have just been read. Between updates there is nothing to save: the
-        gradients gathered so far are no part of a checkpoint (and are dropped after an epoch).
+        Where `log` prints a line the metrics have been read anyway: that is when this looks at
+        the clock (checkpoint_minutes). Between updates it neither saves nor stops: the gradients
+        gathered so far are not part of a checkpoint.
         """
-        if (step + 1) % self.args.accum_iter and step + 1 < num_steps:
-            return
-        self.progress.step = step + 1
-        self.progress.sums, self.progress.counts = dict(sums), dict(counts)
-        minutes = self.args.checkpoint_minutes
-        if minutes and time.monotonic() - self.last_saved >= 60 * minutes:
-            self.save()
+        update = (step + 1) % self.args.accum_iter == 0
+        stop = update and self.interruption.after_step()
+        if stop or log.is_due(step):
+            log.read(step)
+            log.flush()  # what the checkpoint counts as done must be on the disk
+            if update or step + 1 == log.loop.num_steps:
+                progress, meters = self.progress, log.meters
+                progress.step = step + 1
+                progress.sums, progress.counts = dict(meters.sums), dict(meters.counts)
+                minutes = self.args.checkpoint_minutes
+                if minutes and time.monotonic() - self.last_saved >= 60 * minutes:
+                    self.save()
+        return stop
 
-    def finish_epoch(self, record: dict[str, Any], steps: int, best: bool = False) -> None:
-        """Note an epoch's line for log.txt; save every checkpoint_period epochs, and the best."""
-        progress, args = self.progress, self.args
-        if best:
-            progress.best_epoch = progress.epoch
-        progress.finish_epoch(record, steps // args.accum_iter)
-        if best or progress.epoch % args.checkpoint_period == 0 or progress.epoch == args.epochs:
-            self.save()
-        write_log(args.output_dir, progress.log)
-
-    def before_validation(self) -> None:
-        """Save the epoch's steps, lest a kill during a long validation lose them."""
-        if self.args.checkpoint_minutes:
-            self.save()
-
-    def stop_if_told(self) -> None:
-        """Save and end the process, when a signal has asked for it; call it after every loop."""
+    def exit_if_stopped(self) -> None:
+        """Save and end the process if a signal has asked for it; call this after every loop."""
         if self.interruption.agreed:
             self.save()
             self.wait()
             self.interruption.leave()
 
+    def before_validation(self) -> None:
+        """Save the finished steps of an epoch, which a kill in a long validation would lose."""
+        if self.args.checkpoint_minutes:
+            self.save()
+
+    def finish_epoch(self, record: dict[str, Any], steps: int, metric: str = "") -> None:
+        """Add an epoch's line to log.txt; save if the epoch is due, the last or the best.
+
+        Args:
+            steps: micro-steps of the epoch.
+            metric: the key of `record` that decides which epoch is best; empty: none is.
+        """
+        progress, args = self.progress, self.args
+        is_best = bool(metric) and record[metric] > progress.best(metric)
+        if is_best:
+            progress.best_epoch = progress.epoch
+        progress.log.append(record)
+        progress.updates += steps // args.accum_iter
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.sums, progress.counts = {}, {}
+        if is_best or progress.epoch % args.checkpoint_period == 0 or progress.epoch == args.epochs:
+            self.save()
+        write_log(args.output_dir, progress.log)
+
+    def bad_step_report(self, error: "NonFiniteError", index: "VideoIndex") -> UserError:
+        """Name step, videos and last good checkpoint of a bad step; call this on every rank."""
+        own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
+        self.wait()
+        files = [path for paths in gather_objects(own) for path in paths]
+        last = newest_checkpoint(self.args.output_dir)
+        return UserError(
+            f"epoch {self.progress.epoch}: {error.problem}; videos of the batch: "
+            f"{', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good "
+            f"checkpoint: {last or 'none'}; nothing was saved since. Try a smaller --blr, "
+            "--clip_grad, or --precision fp32",
+            status=1,
+        )
+
     # --- saving -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint of this moment, beside training, which goes on at once."""
+        """Write a checkpoint of this moment in a thread; training goes on at once."""
         self.last_saved = time.monotonic()
         if not is_main():
             return
@@ -282,7 +314,7 @@ class Checkpoints:
             self.thread = None
 
     def close(self) -> None:
-        """Wait for the last save and give the signals back, at the end of a run.
+        """At the end of a run: wait for the last save and restore the signal handlers.
 
         Raises:
             UserError: the last save failed, so that the run's result is lost.
@@ -306,39 +338,38 @@ class Checkpoints:
             return
         self.failure = ""
         print0(f"saved {path}")
-        self._prune(path, best_epoch)
 
-    def _prune(self, newest: str, best_epoch: int | None) -> None:
+        # Only now that it is on the disk may older ones go.
+        args = self.args
         try:
-            for path in superfluous(
-                list_checkpoints(self.args.output_dir),
-                newest,
-                self.args.keep_last,
-                self.args.keep_every,
-                best_epoch,
-            ):
-                path_manager.rm(path)
+            paths = list_checkpoints(args.output_dir)
+            for old in superfluous(paths, path, args.keep_last, args.keep_every, best_epoch):
+                path_manager.rm(old)
         except OSError as error:
             print0(f"WARNING: could not delete an old checkpoint: {error}")
 
     # --- resuming ---------------------------------------------------------------------------
 
-    def resume(self, path: str) -> None:
-        """Bring back the objects and the progress of a run, and log.txt as it was then.
+    def resume(self, path: str, checkpoint: dict[str, Any]) -> None:
+        """Bring back the objects and the progress of a run, and its log.txt as it was then.
+
+        Args:
+            path: of the file, for messages.
+            checkpoint: its content (load_latest, read_intact).
 
         Raises:
-            UserError: the file is damaged, no training checkpoint, or of another model or data set.
+            UserError: it is no training checkpoint, or is of another model or data set.
         """
         self.wait()
-        checkpoint = read_intact(path)
         self._refuse_others(checkpoint, path)
         changed = self._changed_flags(checkpoint)
         try:
             self.model.load_state_dict(model_state(checkpoint, path))
-            for group in checkpoint["optimizer"]["param_groups"]:
-                # as suits this device, not the last one
-                group["fused"] = self.optimizer.defaults["fused"]
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer = checkpoint["optimizer"]
+            for group in optimizer["param_groups"]:
+                group["fused"] = self.optimizer.defaults["fused"]  # as suits this device
+            # on a CPU the optimiser would work in the mapped file: give it memory of its own
+            self.optimizer.load_state_dict(tree_map_only(Tensor, torch.clone, optimizer))
         except (RuntimeError, ValueError, KeyError) as error:
             detail = " ".join(str(error).split())
             flags = f" ({changed})" if changed else ""
@@ -347,75 +378,79 @@ class Checkpoints:
             ) from error
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        # files of the reference implementation know finished epochs only
+        # files of the reference implementation know only finished epochs
         before = {"epoch": checkpoint["epoch"] + 1, "updates": checkpoint.get("step", 0)}
         self.progress = Progress(**checkpoint.get("progress", before))
         if "progress" in checkpoint:
             write_log(self.args.output_dir, self.progress.log)
         if changed:
-            print0(f"WARNING: flags are not those of {path}: {changed}")
+            print0(f"WARNING: some flags differ from those of {path}: {changed}")
         step = f", step {self.progress.step}" if self.progress.step else ""
         if self.progress.epoch < self.args.epochs:
             print0(f"resumed from {path}: going on at epoch {self.progress.epoch}{step}")
         else:
             print0(
-                f"resumed from {path}: all {self.args.epochs} epochs are done; for more raise "
-                "--epochs, for another run use another --output_dir"
+                f"resumed from {path}: all {self.args.epochs} epochs are done; to train longer "
+                "raise --epochs, for another run use another --output_dir"
             )
 
     def _changed_flags(self, checkpoint: dict[str, Any]) -> str:
-        """List the flags that the run had until now, and has no more."""
-        then, now = checkpoint_args(checkpoint), vars(self.args)
-        names = then.keys() & now.keys() - {*NOT_COMPARED, "path_to_data_dir", "path_prefix"}
+        """List the flags that differ from the checkpoint's."""
+        then, now = checkpoint_args(checkpoint), compared(self.args)
+        names = (then.keys() & now.keys()) - {"path_to_data_dir", "path_prefix"}
+
+        def plain(value: Any) -> Any:  # as it comes out of a file
+            return list(value) if isinstance(value, tuple) else value
+
         return ", ".join(
             f"--{name} {then[name]} -> {now[name]}"
             for name in sorted(names)
-            if _plain(then[name]) != _plain(now[name])
+            if plain(then[name]) != plain(now[name])
         )
 
     def _refuse_others(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Raise UserError for a file that this run cannot go on from."""
         for key in ("model", "optimizer", "epoch"):
             if key not in checkpoint:
                 raise UserError(
                     f"{path} is not a training checkpoint (no {key!r}); "
                     "start from its weights with --finetune instead of --resume"
                 )
-        trained = checkpoint_args(checkpoint).get("model")
+        flags = checkpoint_args(checkpoint)
+        trained, started_from = flags.get("model"), flags.get("finetune")
         if trained not in (None, self.args.model):
             way_out = "use another --output_dir"
             if self.args.resume:
                 way_out = "to start from weights use --finetune (main_finetune.py)"
             raise UserError(f"{path} is of --model {trained}, not {self.args.model}; {way_out}")
-        started_from = checkpoint_args(checkpoint).get("finetune")
+        # a checkpoint named by --resume is meant; one found in the folder may be another run's
         wanted = getattr(self.args, "finetune", None)
-        # whoever names the checkpoint means it; found in the folder, it may be another run's
         if not self.args.resume and None not in (started_from, wanted) and started_from != wanted:
             raise UserError(
                 f"{path} was started from --finetune {started_from or '(nothing)'}, not from "
                 f"{wanted or '(nothing)'}; use another --output_dir"
             )
-        then = checkpoint.get("identity", self.identity)
-        if then["data"] != self.identity["data"]:
+        then, now = checkpoint.get("identity", self.identity), self.identity
+        if then["data"] != now["data"]:
             raise UserError(
                 f"{path} was trained on other videos than train.csv lists now; "
                 "use another --output_dir, or fine-tune from its weights with --finetune"
             )
-        if checkpoint.get("progress", {}).get("step") and then != self.identity:
+        if checkpoint.get("progress", {}).get("step") and then != now:
             raise UserError(
                 f"{path} is in the middle of an epoch of {then['joint_batch']} videos per step of "
                 f"all ranks, --accum_iter {then['accum']} and --seed {then['seed']}; now they are "
-                f"{self.identity['joint_batch']}, {self.identity['accum']} and "
-                f"{self.identity['seed']}. Use the same, or --resume the last checkpoint at the "
-                "end of an epoch"
+                f"{now['joint_batch']}, {now['accum']} and {now['seed']}. Use the same, or "
+                "--resume the last checkpoint at the end of an epoch"
             )
 
 
 class HostCopy:
-    """A copy of a run's state in host memory, which is kept from save to save.
+    """A copy of a run's state in host memory, kept from save to save.
 
-    On a CPU the writing thread makes it, beside the next forward and backward pass: what changes
-    the tensors, an optimiser's step, must `wait`. On a GPU copies into page-locked memory are
-    enqueued at once, so that the stream itself puts later changes after them.
+    On a CPU the writing thread copies while the next forward and backward passes run; an optimiser
+    step, which changes the tensors, must `wait` for it. On a GPU the copies into page-locked memory
+    are enqueued at once, and the stream itself makes later changes come after them.
     """
 
     def __init__(self) -> None:
@@ -424,14 +459,14 @@ class HostCopy:
         self.complete.set()
 
     def begin(self, state: dict[str, Any], on_gpu: bool) -> Callable[[], dict[str, Any]]:
-        """Return a function for the writing thread: it gives the copy, and the last one is gone."""
+        """Return a function for the writing thread that returns the copy; the last copy is gone."""
         if on_gpu:
             copy = self._copy(state)
             copied, device = torch.cuda.Event(), torch.cuda.current_device()
             copied.record()
 
             def finish_on_gpu() -> dict[str, Any]:
-                torch.cuda.set_device(device)  # every thread starts with the first one
+                torch.cuda.set_device(device)  # every new thread starts with device 0
                 copied.synchronize()
                 return copy
 
@@ -451,6 +486,7 @@ class HostCopy:
         self.complete.wait()
 
     def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Copy all tensors into buffers, which are reused where shape and type allow it."""
         used = 0
 
         def copy(x: Tensor) -> Tensor:
@@ -461,7 +497,7 @@ class HostCopy:
             if buffer.shape != x.shape or buffer.dtype != x.dtype:
                 try:
                     buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-                except RuntimeError:  # no more memory may be locked: the copy is a slow one
+                except RuntimeError:  # no more memory may be page-locked: this copy will be slow
                     buffer = torch.empty(x.shape, dtype=x.dtype)
                 self.buffers[used] = buffer
             used += 1

@@ -1,4 +1,4 @@
-"""Process groups: started by torchrun, by srun or by nobody, with the same code."""
+"""Ranks: the same code runs under torchrun, under srun and as a single process."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ SAVING = "saving"  # name of the thread that writes a checkpoint
 
 
 def rank() -> int:
-    """Return the number of this process among all, 0 when there is one."""
+    """Return the number of this process, 0 if it is the only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -25,24 +25,24 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this process prints, logs and saves."""
+    """Return whether this process is the one that prints, logs and saves."""
     return rank() == 0
 
 
 def print0(*values: Any, **options: Any) -> None:
-    """Print in the main process alone."""
+    """Print in the main process only."""
     if is_main():
         print(*values, flush=True, **options)
 
 
 def adopt_slurm_step() -> None:
-    """Translate the variables of a job step (srun) of several tasks into those of torchrun."""
+    """Under srun with several tasks, set the environment variables that torchrun would set."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     from submitit.slurm.slurm import SlurmJobEnvironment  # knows how node lists are written
 
     tasks, nodes = (int(os.environ[f"SLURM_STEP_NUM_{what}"]) for what in ("TASKS", "NODES"))
-    # steps of one job that run side by side must not meet at one port
+    # several steps of a job may run at the same time: each needs a port of its own
     port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"])) % 20000
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
@@ -55,12 +55,11 @@ def adopt_slurm_step() -> None:
 
 
 def init_distributed(device_type: str, timeout_minutes: float) -> None:
-    """Join the process group described by the environment, or none for a single process.
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe, if there is one.
 
-    It is described by RANK, WORLD_SIZE, MASTER_ADDR ...; NCCL carries CUDA tensors, Gloo all
-    others. A collective that waits longer than the timeout ends the process with an error instead
-    of hanging for ever; NCCL's later, as its way of ending says less than that of
-    util.signals.Interruption.
+    NCCL carries CUDA tensors, Gloo all others. A collective that waits longer than the timeout ends
+    the process with an error, so that nothing hangs for ever. NCCL gets five minutes more: the
+    exchange in util.signals.Interruption then fails first, and its error says more.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         nccl = device_type == "cuda"
@@ -71,10 +70,10 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
 
 
 def warn_of_stale_store() -> None:
-    """Say what restarts by torchrun need; without it they may fail to connect.
+    """Warn when torchrun may restart ranks and its setting for that is missing.
 
-    torchrun hands its store to every new set of ranks with the addresses that the last ones left
-    there (https://github.com/pytorch/pytorch/issues/135712).
+    torchrun hands its store on to the restarted ranks, with the addresses that the previous ones
+    left there (https://github.com/pytorch/pytorch/issues/135712).
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -85,16 +84,16 @@ def warn_of_stale_store() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one, together with all other ranks."""
+    """Leave the process group, together with all other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_alone(status: int) -> NoReturn:
-    """End this process at once, after a save that is under way: the other ranks do not end yet.
+    """End this process though the other ranks do not end yet; a running save is finished first.
 
-    NCCL leaves a group only when no rank is in a collective any more, and the others wait in one
-    for this process. That it is gone is what tells them and the launcher.
+    NCCL would not leave its group while another rank waits in a collective, and the others wait
+    for this process. They and the launcher notice that something is wrong when it is gone.
     """
     for thread in threading.enumerate():
         if thread.name == SAVING:
@@ -105,11 +104,11 @@ def exit_alone(status: int) -> NoReturn:
 
 
 def get_device(name: str) -> torch.device:
-    """Return the device of this process: cuda (one per local rank), mps, cpu, or the best for auto.
+    """Return the device of this process: cuda (one GPU per local rank), mps or cpu; auto: the best.
 
     Raises:
-        ValueError: the machine has no such device, or fewer GPUs than processes, or one GPU is
-            named for several processes.
+        ValueError: the machine has no such device or fewer GPUs than processes, or several
+            processes are to share one GPU.
     """
     if name == "auto":
         name = "cpu"
@@ -132,7 +131,7 @@ def get_device(name: str) -> torch.device:
             )
         if index is None:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            # srun may show each task its own GPU alone; torchrun does not
+            # srun may let each task see only its own GPU; torchrun does not
             alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
             index = 0 if alone else local_rank
         if index >= count:
@@ -145,7 +144,7 @@ def get_device(name: str) -> torch.device:
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """Average a tensor over all processes (in place, where there are several)."""
+    """Average a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
         x /= world_size()
@@ -153,14 +152,14 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Add a tensor over all processes (in place, where there are several)."""
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Collect a picklable value of every process, in rank order, in every process."""
+    """Return the picklable values of all processes, in rank order, to every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -169,7 +168,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Hand the main process's picklable value to every process."""
+    """Return the main process's picklable value to every process."""
     if world_size() == 1:
         return value
     values = [value]
@@ -178,9 +177,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has arrived here."""
     if world_size() > 1:
-        # else NCCL takes the GPU numbered as the rank, which may be another process's
+        # without device_ids NCCL takes GPU number `rank`, which may be another process's
         nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
@@ -188,8 +187,8 @@ def barrier() -> None:
 def seed_step(*key: int) -> None:
     """Seed PyTorch's generators from integers such as (seed, epoch, step, rank).
 
-    Called before every training step, it makes masks, drop path, dropout and noise functions of
-    the step alone, so that a resumed run continues with the very ones it would have drawn.
+    It is called before every training step: masks, drop path, dropout and noise then depend on the
+    step alone, and a resumed run draws the same ones as a run that was never stopped.
     """
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))

@@ -1,24 +1,64 @@
-"""Learning rate as a function of progress, in fractional epochs."""
+"""Learning rate and mask ratio as functions of progress, which is counted in fractional epochs."""
 
 import math
 from argparse import Namespace
 
 from torch.optim import Optimizer
 
-from util import dist
-from util.dist import print0
+from util.dist import print0, world_size
 from util.errors import UserError
 
 
 def scaled_lr(blr: float, effective_batch_size: int) -> float:
-    """Apply the linear scaling rule: the base rate is for a total batch of 256."""
+    """Apply the linear scaling rule: the base learning rate is for a total batch of 256."""
     return blr * effective_batch_size / 256
+
+
+def effective_lr(args: Namespace, counted: str, steps: int) -> float:
+    """Return the peak learning rate, and print the arithmetic that leads to it.
+
+    Args:
+        counted: what the recipe counts as its batch, "videos" or their (repeated) "clips".
+        steps: micro-steps of an epoch.
+
+    Raises:
+        UserError: an epoch is too short for a single update.
+    """
+    if steps < args.accum_iter:
+        raise UserError(
+            f"an epoch has {steps} steps, too few for an update every --accum_iter "
+            f"{args.accum_iter} steps; lower it, or use more videos"
+        )
+    # Count what an update sees.
+    ranks = world_size()
+    videos = args.batch_size * args.accum_iter * ranks
+    batch = {"videos": videos, "clips": videos * args.repeat_aug}
+    print0(
+        f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
+        f"ranks = {videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
+    )
+
+    # Scale the base rate, unless --lr gives the peak itself.
+    if args.lr is None:
+        lr = scaled_lr(args.blr, batch[counted])
+        size = f"{batch[counted]} {counted}"
+        print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
+    else:
+        lr = args.lr
+        print0(f"learning rate: {lr:.3g} by --lr")
+    if args.warmup_epochs >= args.epochs:
+        reached = lr * args.epochs / args.warmup_epochs
+        print0(
+            f"WARNING: --warmup_epochs {args.warmup_epochs:g} do not end within --epochs "
+            f"{args.epochs}: the learning rate rises to {reached:.3g} and never falls"
+        )
+    return lr
 
 
 def learning_rate(
     progress: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float
 ) -> float:
-    """Rise linearly from 0 over warmup_epochs, then fall by half a cosine to min_lr at epochs.
+    """Rise linearly from 0 over warmup_epochs, then fall along half a cosine to min_lr at epochs.
 
     Args:
         progress: epochs done, fractional.
@@ -29,53 +69,16 @@ def learning_rate(
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
-    """Return the share of tokens left out of fine-tuning: half a cosine from mask_ratio to 0.
-
-    Args:
-        progress: epochs done, with fraction.
-    """
-    return mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))
-
-
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set every group's rate to lr times its lr_scale (layer decay), 1 where it has none."""
+    """Set every group's rate to lr times its lr_scale (layer decay), or to lr where it has none."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def effective_lr(args: Namespace, counted: str, steps: int) -> float:
-    """Print the arithmetic of batch size and learning rate, and return the peak rate.
+def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
+    """Return the share of tokens that fine-tuning leaves out: half a cosine from mask_ratio to 0.
 
     Args:
-        counted: "videos" or their "clips", which the rule of the recipe calls the batch.
-        steps: of an epoch.
-
-    Raises:
-        UserError: an epoch is too short for a single update.
+        progress: epochs done, fractional.
     """
-    if steps < args.accum_iter:
-        raise UserError(
-            f"an epoch has {steps} steps, too few for an update every --accum_iter "
-            f"{args.accum_iter} steps; lower it, or use more videos"
-        )
-    ranks = dist.world_size()
-    videos = args.batch_size * args.accum_iter * ranks
-    batch = {"videos": videos, "clips": videos * args.repeat_aug}
-    lr = scaled_lr(args.blr, batch[counted]) if args.lr is None else args.lr
-    print0(
-        f"videos per update: {args.batch_size} per rank x {args.accum_iter} accumulated x {ranks} "
-        f"ranks = {videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
-    )
-    if args.lr is None:
-        size = f"{batch[counted]} {counted}"
-        print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
-    else:
-        print0(f"learning rate: {lr:.3g} by --lr")
-    if args.warmup_epochs >= args.epochs:
-        reached = lr * args.epochs / args.warmup_epochs
-        print0(
-            f"WARNING: --warmup_epochs {args.warmup_epochs:g} do not end within --epochs "
-            f"{args.epochs}: the learning rate rises to {reached:.3g} and never falls"
-        )
-    return lr
+    return mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))

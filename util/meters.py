@@ -1,13 +1,16 @@
-"""Meters, progress lines and TensorBoard."""
+"""What a run writes: meters of a loop, progress lines, log.txt and TensorBoard's file."""
 
-import contextlib
+from __future__ import annotations
+
 import io
+import math
 import os
 import resource
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,47 +21,32 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from util import dist
-from util.args import NOT_COMPARED
-from util.dist import all_reduce_mean, is_main, print0
+from util.dist import all_reduce_mean, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import make_dirs, open_file, write_atomically
-from util.optim import BadStepError, NonFiniteError, UpdateGuard, _is_finite
+from util.optim import NonFiniteError, UpdateGuard
 
 if TYPE_CHECKING:
-    from util.checkpoint import Checkpoints, Progress
+    from util.checkpoint import Progress
 
-
-def epoch_1000x(epoch: float, repeat_aug: int) -> int:
-    """Map fractional epochs to TensorBoard's x axis, where runs of all batch sizes line up."""
-    return int(epoch * 1000 * repeat_aug)
-
-
-def last_x(epoch: int, repeat_aug: int) -> int:
-    """Return the last place of an epoch (0, 1, ...) on the x axis, for what is known at its end.
-
-    The next place is that of the next epoch's first step: TensorBoard drops what was written from
-    there on when a run goes on from the end of this epoch, and must keep what belongs to it.
-    """
-    return epoch_1000x(epoch + 1, repeat_aug) - 1
+# --- meters -------------------------------------------------------------------------------------
 
 
 class Meters:
     """Collect the metrics of every step without waiting for the device.
 
-    Values may be device scalars: they are stacked, averaged over ranks and read once per
-    `flush`, which is where a non-finite value is noticed.
+    Values may be scalars on the device: they are stacked, averaged over ranks and read once per
+    `flush`. That is where a value that is not finite is noticed.
+
+    Args:
+        progress: of an epoch that is continued; its sums and counts are carried on.
+        skip_nonfinite: leave values that are not finite out; UpdateGuard has dealt with them.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        progress: "Progress | None" = None,
-        kill_loss_factor: float = 0.0,
-        skip_nonfinite: bool = False,
+        self, device: torch.device, progress: Progress | None = None, skip_nonfinite: bool = False
     ):
         self.device = device
-        self.kill_loss_factor = kill_loss_factor
         self.skip_nonfinite = skip_nonfinite
         self.pending: list[tuple[int, Tensor, dict[str, Tensor | float]]] = []
         self.sums = dict(progress.sums) if progress else {}
@@ -76,9 +64,7 @@ class Meters:
         """Read the steps noted since the last flush, averaged over ranks.
 
         Raises:
-            NonFiniteError: on every rank, for the first step with a value that is not finite,
-                unless UpdateGuard has dealt with such steps already.
-            BadStepError: a loss above kill_loss_factor times the mean of the loop before it.
+            NonFiniteError: on every rank, for the first step with a value that is not finite.
         """
         if not self.pending:
             return []
@@ -92,47 +78,70 @@ class Meters:
             row = {}
             for name in metrics:
                 value, own = next(values)
-                if not _is_finite(value):
-                    if self.skip_nonfinite:
-                        continue  # its update was skipped; it is in no mean either
-                    raise NonFiniteError(step, samples if not _is_finite(own) else None)
-                if name == "loss":
-                    self._check_spike(step, samples, value)
-                row[name] = value
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
+                if math.isfinite(value):
+                    row[name] = value
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+                    self.counts[name] = self.counts.get(name, 0) + 1
+                elif not self.skip_nonfinite:
+                    raise NonFiniteError(step, samples if not math.isfinite(own) else None)
             steps.append((step, row))
-        for _, row in steps:  # the gradient norm is there in updates alone
-            self.latest = self.latest | row
+            self.latest |= row  # only steps with an update have a gradient norm: keep the last one
         self.pending.clear()
         return steps
-
-    def _check_spike(self, step: int, samples: Tensor, loss: float) -> None:
-        count = self.counts.get("loss", 0)
-        if self.kill_loss_factor and count:
-            mean = self.sums["loss"] / count
-            if loss > self.kill_loss_factor * mean:
-                problem = (
-                    f"the loss of step {step}, {loss:.4g}, is more than --kill_loss_factor "
-                    f"{self.kill_loss_factor:g} times the epoch's mean before it, {mean:.4g}"
-                )
-                raise BadStepError(step, samples, problem)
 
     def means(self) -> dict[str, float]:
         """Return each metric's mean over the steps flushed so far."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
 
+def memory_mib(device: torch.device) -> float:
+    """Return the peak memory of the GPU, or of this process on a CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --- progress lines and TensorBoard -------------------------------------------------------------
+
+
+def epoch_1000x(epoch: float, repeat_aug: int) -> int:
+    """Map fractional epochs to TensorBoard's x axis; runs of all batch sizes line up there."""
+    return int(epoch * 1000 * repeat_aug)
+
+
+def last_x(epoch: int, repeat_aug: int) -> int:
+    """Return the last place of an epoch (0, 1, ...) on the x axis, for results of its end.
+
+    The next place belongs to the first step of the next epoch: a run that resumes from the end of
+    this epoch has TensorBoard drop everything from there on.
+    """
+    return epoch_1000x(epoch + 1, repeat_aug) - 1
+
+
+@dataclass
+class _Loop:
+    """The loop that RunLog.every is in, and its clock since the last printed line (seconds)."""
+
+    header: str
+    num_steps: int
+    clips_per_step: int
+    x_axis: Callable[[int], int] | None
+    bar: tqdm
+    last_step: int
+    last_time: float
+    data_time: float = 0.0  # spent waiting for the loader
+
+
 class RunLog:
-    """The log of a run: progress on the screen, and a file for TensorBoard.
+    """Progress lines, and TensorBoard from the main process.
 
     Args:
         log_dir: TensorBoard's folder; empty for none.
         print_freq: steps between printed lines.
-        purge_step: drop what an earlier, killed process wrote from this place of the x axis on.
+        purge_step: x from which on TensorBoard drops what an earlier process wrote.
         skip_nonfinite: see UpdateGuard.
-        kill_loss_factor: see Meters.flush; 0 for none.
-        time_first_step: print how long the first step took, as it compiles the model.
+        time_first_step: print how long the first step takes, for it compiles the model.
     """
 
     def __init__(
@@ -142,13 +151,11 @@ class RunLog:
         device: torch.device,
         purge_step: int | None = None,
         skip_nonfinite: int = 0,
-        kill_loss_factor: float = 0.0,
         time_first_step: bool = False,
     ):
         self.print_freq = print_freq
-        self.time_first_step = time_first_step
         self.device = device
-        self.kill_loss_factor = kill_loss_factor
+        self.time_first_step = time_first_step
         self.guard = UpdateGuard(skip_nonfinite)
         self.meters = Meters(device)
         self.session_end: Any = None  # see hparams
@@ -165,123 +172,116 @@ class RunLog:
         header: str,
         num_steps: int,
         clips_per_step: int,
-        x_axis: Callable[[float], int] | None = None,
-        checkpoints: "Checkpoints | None" = None,
+        x_axis: Callable[[int], int] | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (step, batch), printing a line every print_freq steps, or a live bar on a terminal.
+        """Yield (step, batch); print a line every print_freq steps, or a live bar on a terminal.
 
         Args:
             num_steps: length of the loop.
-            clips_per_step: clips that all ranks together take in per step, for clips/s.
+            clips_per_step: clips that all ranks together process per step, for clips/s.
             x_axis: maps a step to TensorBoard's x axis; None logs no scalars.
-            checkpoints: says where in the epoch to start, may save after a printed line, and ends
-                the loop early when the run is to stop.
+            progress: the place in the epoch where the loop starts.
 
         Raises:
             NonFiniteError: see Meters.flush.
         """
-        first = checkpoints.progress.step if checkpoints else 0
-        self.meters = Meters(
-            self.device,
-            checkpoints.progress if checkpoints else None,
-            self.kill_loss_factor,
-            self.guard.limit > 0,
-        )
-
-        def scalar(name: str, value: float, step: int) -> None:
-            if x_axis is not None:
-                self.scalar(name, value, x_axis(step))
-
-        live = is_main() and sys.stderr.isatty()
-        bar = tqdm(
-            total=num_steps, initial=first, desc=header, disable=not live, dynamic_ncols=True
-        )
-        start = last = time.perf_counter()
-        data_time, data_start, last_step, stopping = 0.0, start, first - 1, False
-        for step, batch in enumerate(loader, first):
-            step_start = time.perf_counter()
-            data_time += step_start - data_start
-            yield step, batch
-            if self.time_first_step:
-                seconds = time.perf_counter() - step_start
-                print0(f"{header}  first step, with compilation: {seconds:.1f} s")
-                self.time_first_step = False
-            bar.update()
-            if checkpoints is not None:
-                stopping = checkpoints.is_stopping(step)
-            if stopping or (step + 1) % self.print_freq == 0 or step + 1 == num_steps:
-                for number, row in self.meters.flush():
-                    for name, value in row.items():
-                        scalar(f"train/{name}", value, number)
-                now = time.perf_counter()
-                seconds = (now - last) / (step - last_step)
-                line = {
-                    **{name: f"{value:.4g}" for name, value in self.meters.latest.items()},
-                    "clips/s": f"{clips_per_step / seconds:.1f}",
-                    "data": f"{data_time / (now - last):.0%}",
-                    "mem": f"{memory_mib(self.device):.0f}M",
-                }
-                scalar("speed/clips_per_s", clips_per_step / seconds, step)
-                scalar("speed/data_share", data_time / (now - last), step)
-                scalar("speed/memory_mib", memory_mib(self.device), step)
-                eta = timedelta(seconds=int(seconds * (num_steps - step - 1)))
-                if live:
-                    bar.set_postfix(line)
-                else:
-                    text = "  ".join(f"{name} {value}" for name, value in line.items())
-                    print0(f"{header}  [{step + 1}/{num_steps}]  eta {eta}  {text}")
-                last, last_step, data_time = now, step, 0.0
-                if checkpoints is not None:
-                    self.flush()  # what a checkpoint counts as done must be on the disk
-                    checkpoints.after_line(step, num_steps, self.meters.sums, self.meters.counts)
-            if stopping:
-                break
-            data_start = time.perf_counter()
-        bar.close()
+        first = progress.step if progress else 0
+        self.meters = Meters(self.device, progress, self.guard.limit > 0)
+        hidden = not (is_main() and sys.stderr.isatty())
+        bar = tqdm(total=num_steps, initial=first, desc=header, disable=hidden, dynamic_ncols=True)
+        start = waiting = time.perf_counter()
+        loop = _Loop(header, num_steps, clips_per_step, x_axis, bar, first - 1, start)
+        self.loop = loop
+        try:
+            for step, batch in enumerate(loader, first):
+                step_start = time.perf_counter()
+                loop.data_time += step_start - waiting
+                yield step, batch
+                if self.time_first_step:
+                    seconds = time.perf_counter() - step_start
+                    print0(f"{header}  first step, with compilation: {seconds:.1f} s")
+                    self.time_first_step = False
+                bar.update()
+                if self.is_due(step):
+                    self.read(step)
+                waiting = time.perf_counter()
+        finally:
+            bar.close()
         elapsed = timedelta(seconds=int(time.perf_counter() - start))
         means = "".join(f"  {k} {v:.4g}" for k, v in self.meters.means().items() if k == "loss")
-        print0(f"{header}  {'stopped' if stopping else 'done'} in {elapsed}{means}")
+        print0(f"{header}  done in {elapsed}{means}")
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a line is due after a step: every print_freq steps and after the last."""
+        return (step + 1) % self.print_freq == 0 or step + 1 == self.loop.num_steps
+
+    def read(self, step: int) -> None:
+        """Read the metrics up to this step; print them, and log them to TensorBoard.
+
+        This waits for the device. A step that has been read is not read again.
+        """
+        loop = self.loop
+        if step == loop.last_step:
+            return
+        rows = self.meters.flush()
+        now = time.perf_counter()
+        seconds = (now - loop.last_time) / (step - loop.last_step)
+        speed = {
+            "clips_per_s": loop.clips_per_step / seconds,
+            "data_share": loop.data_time / (now - loop.last_time),
+            "memory_mib": memory_mib(self.device),
+        }
+        if loop.x_axis is not None:
+            for number, row in rows:
+                for name, value in row.items():
+                    self.scalar(f"train/{name}", value, loop.x_axis(number))
+            for name, value in speed.items():
+                self.scalar(f"speed/{name}", value, loop.x_axis(step))
+        line = {
+            **{name: f"{value:.4g}" for name, value in self.meters.latest.items()},
+            "clips/s": f"{speed['clips_per_s']:.1f}",
+            "data": f"{speed['data_share']:.0%}",
+            "mem": f"{speed['memory_mib']:.0f}M",
+        }
+        eta = timedelta(seconds=int(seconds * (loop.num_steps - step - 1)))
+        if loop.bar.disable:
+            text = "  ".join(f"{name} {value}" for name, value in line.items())
+            print0(f"{loop.header}  [{step + 1}/{loop.num_steps}]  eta {eta}  {text}")
+        else:
+            loop.bar.set_postfix(line)
+        loop.last_step, loop.last_time, loop.data_time = step, now, 0.0
 
     def scalar(self, name: str, value: float, x: int) -> None:
-        """Write one TensorBoard scalar."""
-        with self._writing() as writer:
-            if writer is not None:
-                writer.add_scalar(name, value, x)
+        """Write a scalar to TensorBoard."""
+        self._write("add_scalar", name, value, x)
 
     def histogram(self, name: str, values: np.ndarray, x: int) -> None:
-        """Write a TensorBoard histogram of numbers of any shape."""
-        with self._writing() as writer:
-            if writer is not None:
-                writer.add_histogram(name, values, x)
+        """Write a histogram of numbers of any shape to TensorBoard."""
+        self._write("add_histogram", name, values, x)
 
     def image(self, name: str, pixels: np.ndarray, x: int) -> None:
-        """Write a TensorBoard image, uint8 [H, W, 3]."""
-        with self._writing() as writer:
-            if writer is not None:
-                writer.add_image(name, pixels, x, dataformats="HWC")
-
-    def gif(self, name: str, data: bytes, x: int) -> None:
-        """Write a GIF file's contents, which TensorBoard plays among its images.
-
-        writer.add_video would need MoviePy to make the same.
-        """
-        if self.writer is None:
-            return
-        from torch.utils.tensorboard import summary
-
-        width, height = Image.open(io.BytesIO(data)).size
-        Summary: Any = summary.Summary  # a generated class, which type checkers do not see
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-        with self._writing() as writer:
-            writer.file_writer.add_summary(
-                Summary(value=[Summary.Value(tag=name, image=picture)]), x
-            )
+        """Write an image to TensorBoard, uint8 [H, W, 3]."""
+        self._write("add_image", name, pixels, x, dataformats="HWC")
 
     def text(self, name: str, markdown: str, x: int) -> None:
-        """Write a TensorBoard text."""
-        with self._writing() as writer:
-            if writer is not None:
-                writer.add_text(name, markdown, x)
+        """Write a text to TensorBoard."""
+        self._write("add_text", name, markdown, x)
+
+    def gif(self, name: str, data: bytes, x: int) -> None:
+        """Write the contents of a GIF file; TensorBoard plays it among its images.
+
+        writer.add_video would make the same, but needs MoviePy.
+        """
+        if self.writer is not None:
+            from torch.utils.tensorboard import summary
+
+            width, height = Image.open(io.BytesIO(data)).size
+            Summary: Any = summary.Summary  # a generated class, which type checkers do not see
+            picture = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=data
+            )
+            self._write("add_summary", Summary(value=[Summary.Value(tag=name, image=picture)]), x)
 
     def hparams(self, flags: dict[str, Any]) -> None:
         """Let TensorBoard compare this run with others by its flags.
@@ -289,81 +289,60 @@ class RunLog:
         It finds the flags that differ, and the last values of all scalars, by itself.
         writer.add_hparams would make a run of its own for them.
         """
-        if self.writer is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
+        if self.writer is not None:
+            from torch.utils.tensorboard.summary import hparams
 
-        values = {
-            name: value if isinstance(value, (bool, int, float)) else str(value)
-            for name, value in flags.items()
-        }
-        _, start, self.session_end = hparams(values, {})
-        with self._writing() as writer:
-            writer.file_writer.add_summary(start)
+            values = {
+                name: value if isinstance(value, (bool, int, float)) else str(value)
+                for name, value in flags.items()
+            }
+            _, start, self.session_end = hparams(values, {})
+            self._write("add_summary", start)
 
     def flush(self) -> None:
-        """Write what TensorBoard shall show to the disk."""
-        with self._writing() as writer:
-            if writer is not None:
-                writer.flush()
+        """Bring everything that was written for TensorBoard to the disk."""
+        self._write("flush")
 
     def close(self) -> None:
-        """Note the end of the run for TensorBoard and close its file."""
-        with self._writing() as writer:
-            if writer is not None:
-                if self.session_end is not None:
-                    writer.file_writer.add_summary(self.session_end)
-                writer.close()
+        """Tell TensorBoard that the run has ended, and close its file."""
+        if self.session_end is not None:
+            self._write("add_summary", self.session_end)
+        self._write("close")
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Any]:
-        """Go on without TensorBoard when its file cannot be written: training matters more."""
+    def _write(self, method: str, *values: Any, **options: Any) -> None:
+        """Call a method of TensorBoard's writer; if that fails, train on without TensorBoard."""
+        if self.writer is None:
+            return
         try:
-            yield self.writer
+            target = self.writer.file_writer if method == "add_summary" else self.writer
+            getattr(target, method)(*values, **options)
         except OSError as error:
             print0(f"WARNING: TensorBoard's file cannot be written, going on without: {error}")
             self.writer = None
 
 
-def memory_mib(device: torch.device) -> float:
-    """Return the peak memory of the device, or of this process on a CPU, MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def open_log(
     args: Namespace,
     device: torch.device,
-    progress: "Progress",
+    progress: Progress,
     steps_per_epoch: int,
+    hparams: dict[str, Any],
 ) -> RunLog:
-    """Open the log of a training run; TensorBoard drops what a killed process wrote after it."""
+    """Open the log of a training run; what a killed process wrote beyond `progress` is dropped."""
     done = epoch_1000x(progress.epoch + progress.step / steps_per_epoch, args.repeat_aug)
-    # after the last step its results are still to come
+    # a run that stopped after the last step of an epoch has still to write that epoch's results
     purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
-    log = RunLog(
-        log_dir(args),
-        args.print_freq,
-        device,
-        purge_step,
-        args.skip_nonfinite,
-        args.kill_loss_factor,
-        time_first_step=args.compile,
-    )
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
-    log.hparams(flags | {"ranks": dist.world_size()})
+    log_dir = args.log_dir or os.path.join(args.output_dir, "tensorboard")
+    log = RunLog(log_dir, args.print_freq, device, purge_step, args.skip_nonfinite, args.compile)
+    log.hparams(hparams | {"ranks": world_size()})
     return log
 
 
-def log_dir(args: Namespace) -> str:
-    """Return TensorBoard's folder."""
-    return args.log_dir or os.path.join(args.output_dir, "tensorboard")
+# --- log.txt ------------------------------------------------------------------------------------
 
 
 def log_line(record: dict[str, Any]) -> str:
-    """Make a line of log.txt; a validation loss that is no number, which JSON lacks, is null."""
+    """Return a line of log.txt. JSON has no NaN: a validation loss that is one becomes null."""
     return simplejson.dumps(record, ignore_nan=True) + "\n"
 
 
@@ -375,9 +354,9 @@ def append_log(output_dir: str, record: dict[str, Any]) -> None:
 
 
 def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
-    """Write log.txt, one JSON line per epoch, from the main process; a failure is but a warning.
+    """Write log.txt anew, one JSON line per epoch, from the main process; failing only warns.
 
-    It is written whole, which drops what a killed process had added after its last checkpoint.
+    This drops the lines that a killed process had added after its last checkpoint.
     """
     if not (is_main() and output_dir):
         return

@@ -1,26 +1,34 @@
-"""Optimiser groups, precision, and one optimiser step: scale, synchronise, clip, step."""
+"""One optimiser step and what it needs: parameter groups, precision, ranks, a guard against NaN."""
+
+from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from util.dist import all_reduce_mean, print0
+from util.dist import all_reduce_mean, print0, world_size
 from util.errors import UserError
 
+if TYPE_CHECKING:
+    from util.video_vit import Encoder
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# --- parameter groups ---------------------------------------------------------------------------
 
 
 def param_groups_weight_decay(
     model: nn.Module, weight_decay: float, bias_wd: bool = False
 ) -> list[dict[str, Any]]:
-    """Split parameters in two groups: without weight decay (1-D tensors and biases), and with.
+    """Split parameters into two groups: without weight decay (biases and 1-D tensors), and with.
 
-    bias_wd keeps the reference's meaning: norm weights are decayed too, biases still are not.
+    With bias_wd, norm weights are decayed too and biases still are not, as in the reference.
     """
     no_decay, decay = [], []
     for name, parameter in model.named_parameters():
@@ -35,45 +43,118 @@ def param_groups_weight_decay(
     ]
 
 
+def layer_id(name: str, depth: int) -> int:
+    """Number a parameter's layer: 0 patches and positions, i + 1 block i, then norm and head."""
+    if name.startswith(("patch_embed", "pos_embed", "cls_token")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def param_groups_lrd(
+    model: nn.Module, depth: int, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Group a classifier's parameters by layer and weight decay; earlier layers learn more slowly.
+
+    Every group has `lr_scale` = layer_decay ** (depth + 1 - layer id). 1-D tensors, the class
+    token and the positions are not decayed.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_id(name, depth)
+        decayed = parameter.ndim > 1 and not name.startswith(("pos_embed", "cls_token"))
+        if (layer, decayed) not in groups:
+            lr_scale = layer_decay ** (depth + 1 - layer)
+            decay = weight_decay if decayed else 0.0
+            groups[layer, decayed] = {"lr_scale": lr_scale, "weight_decay": decay, "params": []}
+        groups[layer, decayed]["params"].append(parameter)
+    return list(groups.values())
+
+
 def make_optimizer(
     groups: list[dict[str, Any]], betas: tuple[float, float], device: torch.device
 ) -> AdamW:
-    """Build AdamW; its rate is set before every step (util/lr_sched.py)."""
+    """Build AdamW; the engines set its learning rate before every update (util/lr_sched.py)."""
     return AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
+# --- precision ----------------------------------------------------------------------------------
+
+
 def has_fast_bf16(device: torch.device) -> bool:
-    """Tell whether the device computes in bfloat16, rather than imitating it slowly."""
+    """Return whether the device computes in bfloat16 itself; others emulate it, slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose_precision(name: str | None, device: torch.device) -> str:
-    """Return the precision asked for, or bf16 on an accelerator that has it and fp32 elsewhere."""
+    """Return the given precision, or by default bf16 on a GPU that has it and fp32 elsewhere."""
     if name:
         return name
     return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Run the forward pass in bf16, fp16 or (doing nothing) fp32."""
+    """Run the forward pass in bf16 or fp16; with fp32 this does nothing."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Build the loss scaler that fp16 needs; it does nothing for bf16 and fp32."""
+    """Build the loss scaler that fp16 needs; with bf16 and fp32 it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def grad_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-    """Leave out the averaging of gradients over ranks except where enabled.
+# --- ranks --------------------------------------------------------------------------------------
 
-    Wrap forward and backward of every micro-step; only the last one of an update synchronises.
+
+def prepare_model(
+    model: Encoder,
+    device: torch.device,
+    compile_blocks: bool,
+    grad_checkpointing: bool,
+    dynamic: bool | None = None,
+) -> nn.Module:
+    """Compile the blocks and set gradient checkpointing as asked; wrap for several ranks (DDP).
+
+    Args:
+        dynamic: see Encoder.compile_blocks.
+
+    Raises:
+        UserError: torch.compile does not work on this machine (no C++ compiler, no Triton ...).
+    """
+    model.grad_checkpointing = grad_checkpointing
+    if compile_blocks:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=device))  # fails now, not hours later
+        except Exception as error:  # every compiler has its own
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
+        model.compile_blocks(dynamic)
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def grad_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Average the gradients of a backward pass over ranks only where enabled.
+
+    Wrap the forward and backward pass of every micro-step; only the last one of an update needs
+    the averages.
     """
     if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+# --- the step -----------------------------------------------------------------------------------
 
 
 def optim_step(
@@ -83,14 +164,14 @@ def optim_step(
     clip_grad: float | None,
     allows: Callable[[Tensor], bool] = lambda norm: True,
 ) -> Tensor:
-    """Unscale, clip by global norm, step and clear the gradients.
+    """Unscale the gradients, clip them by their global norm, step, and clear them.
 
     Args:
-        allows: tells, given the gradient norm, whether to step at all (see UpdateGuard).
+        allows: decides, given the gradient norm, whether to step at all (UpdateGuard.allows).
 
     Returns:
         the gradient norm before clipping, a scalar on the device (reading it waits for the GPU); 0
-        where the gradient overflowed under the loss scale and the step is skipped.
+        where the gradient overflowed under the loss scale, so that the step is skipped.
     """
     scaler.unscale_(optimizer)
     if clip_grad:
@@ -98,8 +179,8 @@ def optim_step(
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler.is_enabled():
-        # An overflow is no failure of the run: the scaler skips the step and lowers its scale.
-        # Below 1 the scale is no reason to overflow, and the gradient itself is broken.
+        # An overflow is normal in fp16: the scaler skips the step and lowers its scale. A scale
+        # below 1 cannot be what made the gradient overflow: then the gradient itself is broken.
         scale = scaler.scale(torch.ones_like(norm))
         norm = torch.where(norm.isfinite() | (scale < 1), norm, 0.0)
     if allows(norm):
@@ -109,50 +190,44 @@ def optim_step(
     return norm
 
 
-class BadStepError(UserError):
-    """A step that ends the run; every rank raises it for the same step."""
-
-    def __init__(self, step: int, samples: Tensor | None, problem: str):
-        super().__init__(problem, status=1)
-        self.step = step
-        self.samples = samples  # this rank's batch, if its own loss is at fault
-        self.problem = problem
-
-
-class NonFiniteError(BadStepError):
-    """A loss or gradient that is not a number."""
+class NonFiniteError(UserError):
+    """A loss or gradient that is NaN or infinite; every rank raises it for the same step."""
 
     def __init__(self, step: int, samples: Tensor | None):
-        super().__init__(step, samples, f"the loss or gradient of step {step} is not finite")
+        self.problem = f"the loss or gradient of step {step} is not finite"
+        super().__init__(self.problem, status=1)
+        self.step = step
+        self.samples = samples  # this rank's batch (rows of the csv), if its own loss is at fault
 
 
 class UpdateGuard:
-    """Skip updates whose loss or gradient is not finite, up to `limit` in a row, on every rank.
+    """Skip updates whose loss or gradient is not finite, at most `limit` in a row.
 
-    With a limit of 0 nothing is skipped, nothing read from the device, and Meters.flush raises.
+    All ranks decide alike. With a limit of 0 the guard lets every update pass and never waits for
+    the device; the run then stops in Meters.flush, when the bad value is read.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.in_a_row = 0
-        self.bad: tuple[int, Tensor | None] | None = None  # the first bad micro-step of the update
+        self.bad: tuple[int, Tensor | None] | None = None  # first bad micro-step of this update
 
     def observe(self, step: int, samples: Tensor, loss: Tensor) -> None:
-        """Look at the loss of a micro-step, on all ranks together."""
+        """Check the loss of a micro-step, together with all other ranks."""
         if self.limit and self.bad is None:
             own = loss.detach().float()
-            if not _is_finite(all_reduce_mean(own.clone()).item()):
-                self.bad = step, samples if not _is_finite(own.item()) else None
+            if not math.isfinite(all_reduce_mean(own.clone()).item()):
+                self.bad = step, samples if not math.isfinite(own.item()) else None
 
     def allows(self, step: int, grad_norm: Tensor) -> bool:
-        """Tell whether to apply an update, given the gradient norm that all ranks share.
+        """Return whether to apply an update, given the gradient norm, which all ranks share.
 
         Raises:
-            NonFiniteError: it is one more in a row than the limit.
+            NonFiniteError: more than `limit` updates in a row were bad.
         """
         if not self.limit:
             return True
-        if self.bad is None and not _is_finite(grad_norm.item()):
+        if self.bad is None and not math.isfinite(grad_norm.item()):
             self.bad = step, None
         if self.bad is None:
             self.in_a_row = 0
@@ -166,42 +241,3 @@ class UpdateGuard:
             f"{self.in_a_row} of --skip_nonfinite {self.limit} in a row"
         )
         return False
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
-
-
-def layer_id(name: str, depth: int) -> int:
-    """Number a parameter's layer: 0 patches and positions, i + 1 block i, then norm and head."""
-    if name.startswith(("patch_embed", "pos_embed", "cls_token")):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
-
-
-def param_groups_lrd(
-    model: nn.Module, depth: int, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """Group a classifier's parameters by layer and weight decay.
-
-    Every group has `lr_scale` = layer_decay ** (depth + 1 - layer id). 1-D tensors, the class
-    token and the positions are not decayed.
-    """
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = layer_id(name, depth)
-        decayed = parameter.ndim > 1 and not name.startswith(("pos_embed", "cls_token"))
-        group = groups.setdefault(
-            (layer, decayed),
-            {
-                "lr_scale": layer_decay ** (depth + 1 - layer),
-                "weight_decay": weight_decay if decayed else 0.0,
-                "params": [],
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())

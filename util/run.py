@@ -1,4 +1,4 @@
-"""What every script does around its own work: errors, device, data folders, ranks."""
+"""How a script starts and ends: flags, device, ranks; errors become one sentence and a status."""
 
 import contextlib
 import io
@@ -10,25 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from util import dist
-from util.checkpoint import Checkpoints, newest_checkpoint
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import make_dirs
-from util.kinetics import VideoIndex
-from util.optim import BadStepError, choose_precision, has_fast_bf16
+from util.optim import choose_precision, has_fast_bf16
 from util.signals import signals_restored
-from util.video_vit import Encoder
 
 
 @signals_restored()
 def run(
     main: Callable[[Namespace], None], parse: Callable[[Sequence[str] | None], Namespace]
 ) -> None:
-    """Parse flags and call main; a UserError ends with its sentence and status, on every rank."""
+    """Parse flags and call main; on every rank a UserError ends the process with its status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     with ending(Path(sys.argv[0]).name):
@@ -37,10 +32,11 @@ def run(
 
 @contextlib.contextmanager
 def ending(script: str) -> Iterator[None]:
-    """End the process as what comes out of the body says, or leave the group of ranks.
+    """End the process according to what the body raises.
 
-    A UserError ends it with a sentence and its status, and so does what happens to a machine. All
-    ranks return together, and stop together for a signal; an error may be one rank's alone.
+    A UserError ends it with its sentence and status, and so does a failure of the machine. When
+    the body returns, or stops for a signal, all ranks do so together and leave their group; an
+    error may happen on one rank alone.
     """
     try:
         yield
@@ -48,12 +44,12 @@ def ending(script: str) -> Iterator[None]:
         dist.shutdown()
         raise
     except BaseException as error:
-        mendable = error if isinstance(error, UserError) else what_happened(error)
+        known = error if isinstance(error, UserError) else explain(error)
         several = dist.world_size() > 1
-        if mendable is not None:
-            status = mendable.status
+        if known is not None:
+            status = known.status
             prefix = f"[rank {dist.rank()}] " if several else ""
-            print(f"{prefix}{script}: error: {mendable}", file=sys.stderr, flush=True)
+            print(f"{prefix}{script}: error: {known}", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
             status = 130
         elif several:
@@ -68,8 +64,8 @@ def ending(script: str) -> Iterator[None]:
         dist.shutdown()
 
 
-def what_happened(error: BaseException) -> UserError | None:
-    """Say in a sentence that a file system failed, or that another process is gone; else None."""
+def explain(error: BaseException) -> UserError | None:
+    """Say in a sentence that a file system has failed or another process is gone, else None."""
     if not isinstance(error, RuntimeError | OSError):
         return None
     text = " ".join(str(error).split())
@@ -78,7 +74,7 @@ def what_happened(error: BaseException) -> UserError | None:
     if text.startswith("DataLoader worker"):
         reason = text.partition(". ")[0]
         sentence = (
-            f"a loader process was killed ({reason}): memory or /dev/shm has run out, most likely; "
+            f"a loader process was killed ({reason}): most likely memory or /dev/shm has run out; "
             "lower --num_workers or --batch_size, or give the container more (--shm-size)"
         )
     elif re.search("[Tt]imed out waiting", text):
@@ -96,10 +92,10 @@ def what_happened(error: BaseException) -> UserError | None:
 
 
 def start(args: Namespace) -> torch.device:
-    """Join the other ranks, pick device and precision, and print the flags.
+    """Join the other ranks, choose device and precision, and print the flags.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the machine has no such device.
     """
     dist.adopt_slurm_step()
     with usage_errors():
@@ -114,7 +110,7 @@ def start(args: Namespace) -> torch.device:
     tf32 = " (fp32 matrix products in TF32)" if device.type == "cuda" else ""
     print0(f"{dist.world_size()} process(es) on {device.type}, {args.precision}{tf32}")
     if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16(device):
-        print0("WARNING: this CPU has no arithmetic for bf16: expect steps tens of times slower")
+        print0("WARNING: this CPU has no bf16 arithmetic: expect steps to be tens of times slower")
     torch.set_float32_matmul_precision("high")
     if args.output_dir and dist.is_main():
         make_dirs(args.output_dir)
@@ -123,51 +119,8 @@ def start(args: Namespace) -> torch.device:
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn the ValueErrors of what is built from flags into UserErrors with the same words."""
+    """Turn a ValueError about sizes or flags into a UserError with the same words."""
     try:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def prepare(
-    model: Encoder, device: torch.device, args: Namespace, dynamic: bool | None = None
-) -> nn.Module:
-    """Do as --grad_checkpointing and --compile say, and average gradients over several ranks.
-
-    Args:
-        dynamic: see Encoder.compile_blocks.
-
-    Raises:
-        UserError: torch.compile does not work on this machine (no C++ compiler, no Triton ...).
-    """
-    model.grad_checkpointing = args.grad_checkpointing
-    if args.compile:
-        try:
-            torch.compile(torch.sin)(torch.zeros(2, device=device))  # fails now, not hours later
-        except Exception as error:  # of whatever compiler there is
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
-        model.compile_blocks(dynamic)
-    if dist.world_size() == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
-
-
-def bad_step_report(error: BadStepError, checkpoints: Checkpoints, index: VideoIndex) -> UserError:
-    """Name the step, the files of the batch and the last good checkpoint; call it on every rank."""
-    own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
-    checkpoints.wait()
-    files = [path for paths in dist.gather_objects(own) for path in paths]
-    last = newest_checkpoint(checkpoints.args.output_dir)
-    return UserError(
-        f"epoch {checkpoints.progress.epoch}: {error.problem}; videos of the batch: "
-        f"{', '.join(files) or 'unknown (the gradient alone is at fault)'}; last good checkpoint: "
-        f"{last or 'none'}; nothing was saved since. Try a smaller --blr, --clip_grad, or "
-        "--precision fp32",
-        status=1,
-    )

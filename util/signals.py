@@ -1,4 +1,4 @@
-"""Signals: a stop after the same step on every rank, and what libraries must not do with them."""
+"""Signals: they stop all ranks after the same step; libraries must not get in the way."""
 
 import contextlib
 import os
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from util.dist import is_main, print0, world_size
 
-# the later ones win when several arrive: a scheduler's warning by SIGUSR may ask for a requeue
+# when several arrive the later in this list wins: SIGUSR may ask for a requeue of the job
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again
-PATIENCE = 2.0  # seconds after Ctrl-C from which on another one means at once; torchrun sends two
+PATIENCE = 2.0  # seconds after which another Ctrl-C stops at once; torchrun itself sends two
 
 
 @contextlib.contextmanager
 def signals_restored() -> Iterator[None]:
-    """Give the signals of Interruption back in the end, after an error too."""
+    """Restore the handlers of the stop signals at the end, also after an error."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield
@@ -37,15 +37,15 @@ def signals_restored() -> Iterator[None]:
 class Interruption:
     """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
 
-    The flags of the ranks travel beside the computation: the exchange begun after one step is
-    read after the next, so that no rank waits for another and none for its device.
+    The ranks exchange flags while they compute: an exchange begun after one step is read after
+    the next. So no rank waits for another one or for its device.
 
     Args:
         timeout: minutes that a rank waits for the others.
     """
 
     def __init__(self, timeout: float) -> None:
-        self.signal = 0  # its place in STOP_SIGNALS, from 1 on
+        self.signal = 0  # place in STOP_SIGNALS, counted from 1; 0: none has come
         self.since = float("inf")  # when the first one came
         self.agreed = False
         self.exchange: tuple[Any, Tensor] | None = None
@@ -66,17 +66,17 @@ class Interruption:
         name = signal.Signals(number).name
         text = f"{name}: stopping after this step with a checkpoint{again}\n"
         with contextlib.suppress(OSError):
-            os.write(2, text.encode())  # print raises where the signal comes within another print
+            os.write(2, text.encode())  # print would raise if the signal interrupted another print
 
     def after_step(self) -> bool:
-        """Tell, alike on every rank, whether to stop now; every rank must ask equally often."""
+        """Return, alike on every rank, whether to stop now; all ranks must ask equally often."""
         if self.group is None:
             self.agreed = self.signal > 0
             return self.agreed
         if self.exchange is not None:
             work, flag = self.exchange
             work.wait()
-            if flag > 0:  # else a signal may have come to this rank since
+            if flag > 0:  # otherwise keep what may have come to this rank since
                 self.agreed, self.signal = True, int(flag)
         if not self.agreed:
             flag = torch.tensor(self.signal)
@@ -85,13 +85,13 @@ class Interruption:
         return self.agreed
 
     def leave(self) -> None:
-        """End the process: hand the signal to whom it was for before us, or exit with status 75.
+        """End the process: call the handler that was installed before, or exit with status 75.
 
-        After Ctrl-C the status is 130, as ever. submitit's handler requeues the job from rank 0 and
-        wants the other ranks to stay.
+        After Ctrl-C the status is 130, as usual. submitit's handler requeues the job from rank 0
+        and needs the other ranks to stay alive meanwhile.
         """
         if self.group is not None:
-            # A launcher ends the others when one has left, and the main process may still write.
+            # Leave together: a launcher kills the other ranks, maybe a saving one, when one leaves.
             with contextlib.suppress(RuntimeError):
                 dist.barrier(self.group)
         number = STOP_SIGNALS[self.signal - 1]
@@ -105,14 +105,14 @@ class Interruption:
         sys.exit(status)
 
     def close(self) -> None:
-        """Give the signals back to whom they were for."""
+        """Restore the handlers that were installed before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Hold back the signals that stop a run, here and in processes started meanwhile."""
+    """Block the stop signals, here and in processes that are started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -124,9 +124,9 @@ def signals_blocked() -> Iterator[None]:
 def child_signal_kept() -> Iterator[None]:
     """Undo the SIGCHLD handler that DataLoader installs with its first workers.
 
-    It raises wherever the trainer happens to be when a worker dies: in a save, or in a callback
-    that swallows it with a traceback. Without it the loader finds the worker missing as soon as
-    its batch is waited for (it looks every 5 seconds).
+    That handler raises wherever the trainer is when a worker dies, even in the middle of a save.
+    Without it the loader still notices the missing worker, within 5 seconds, when it waits for
+    that worker's batch.
     """
     before = signal.getsignal(signal.SIGCHLD)
     try:

@@ -1,4 +1,4 @@
-"""Jobs on a Slurm cluster (or of this machine) through submitit, for all launchers."""
+"""Submit the scripts as jobs through submitit, to Slurm or to this machine."""
 
 import importlib
 import os
@@ -9,54 +9,42 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
+from util.args import adder
 from util.errors import UserError
 from util.run import ending
 
-MAX_TIMEOUTS = 1000  # time limits that a job may run into; submitit alone would stop at the fourth
+MAX_TIMEOUTS = 1000  # how often a job may reach its time limit; submitit's default is 3
 
 
 def add_slurm_args(parser: ArgumentParser) -> None:
     """Add the flags of the job to those of the script."""
-    group = parser.add_argument_group("job")
-    group.add_argument(
-        "--cluster",
-        choices=("slurm", "local"),
-        default="slurm",
-        help="local: processes of this machine, without Slurm",
-    )
-    group.add_argument("--nodes", type=int, default=1)
-    group.add_argument("--ngpus", type=int, default=8, help="GPUs per node, one task each; 0: CPU")
-    group.add_argument(
-        "--tasks_per_node", type=int, default=1, help="tasks per node with --ngpus 0"
-    )
-    group.add_argument("--cpus_per_task", type=int, default=10)
-    group.add_argument("--mem_gb", type=float, default=None, help="memory per node, GB")
-    group.add_argument("--time", type=int, default=4320, help="time limit, minutes")
-    group.add_argument(
-        "--signal_delay_s",
-        type=int,
-        default=120,
-        help="seconds to save before the time limit; Slurm may grant up to 60 more",
-    )
-    group.add_argument("--partition", default=None)
-    group.add_argument("--account", default=None)
-    group.add_argument("--qos", default=None)
-    group.add_argument("--constraint", default=None, help="node features, e.g. volta32gb")
-    group.add_argument("--comment", default=None)
-    group.add_argument("--job_name", default="mae-video")
-    group.add_argument(
-        "--job_dir",
-        default="./output/%j",
-        help="folder of logs and, unless --output_dir is given, checkpoints; %%j: the job's id",
-    )
-    # so that an --output_dir of the user can be told from the script's default
+    add = adder(parser, "job")
+    cluster = "local: run processes on this machine, without Slurm"
+    add("--cluster", "slurm", cluster, choices=("slurm", "local"))
+    add("--nodes", 1, "number of machines", int)
+    add("--ngpus", 8, "GPUs per node, with one task each; 0: run on CPUs", int)
+    add("--tasks_per_node", 1, "tasks per node if --ngpus is 0", int)
+    add("--cpus_per_task", 10, "CPU cores per task", int)
+    add("--mem_gb", None, "memory per node, GB", float)
+    add("--time", 4320, "time limit, minutes", int)
+    delay = "seconds between the signal to save and the time limit; Slurm may add up to 60"
+    add("--signal_delay_s", 120, delay, int)
+    add("--partition", None, "Slurm's partition")
+    add("--account", None, "account that pays for the job")
+    add("--qos", None, "Slurm's quality of service")
+    add("--constraint", None, "node features, e.g. volta32gb")
+    add("--comment", None, "comment on the job")
+    add("--job_name", "mae-video", "name of the job")
+    folder = "folder of logs and, unless --output_dir is given, checkpoints; %%j: the job's id"
+    add("--job_dir", "./output/%j", folder)
+    # None shows that the user gave no --output_dir: the job then uses its own folder
     parser.set_defaults(output_dir=None)
 
 
 class Job:
-    """Run a script's main in every task of a job; after a preemption, in the requeued job.
+    """Run a script's main in every task of a job, and again in the requeued job.
 
-    The requeued job keeps its id and so its folder, whose newest checkpoint it resumes from.
+    A requeued job keeps its id and so its folder, and resumes from the newest checkpoint there.
     """
 
     def __init__(self, script: str, args: Namespace):
@@ -66,7 +54,7 @@ class Job:
     def __call__(self) -> None:
         args = Namespace(**vars(self.args))
         if args.ngpus and args.device == "auto":
-            args.device = "cuda"  # rather than days on a CPU
+            args.device = "cuda"  # fail without a GPU rather than train on the CPU for days
         environment = submitit.JobEnvironment()
         args.output_dir = args.output_dir or args.job_dir.replace("%j", environment.job_id)
         if environment.num_tasks > 1:
@@ -75,33 +63,28 @@ class Job:
             importlib.import_module(self.script).main(args)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Tell submitit what to requeue when the job is preempted or out of time."""
+        """Return what submitit requeues when the job is preempted or reaches its time limit."""
         return DelayedSubmission(Job(self.script, self.args))
 
 
 def submit(script: str, args: Namespace) -> None:
-    """Submit a script as a job and print its id and logs; wait for it where there is no Slurm.
+    """Submit a script as a job and print its id and logs; wait for it if it is a local one.
 
     Args:
         script: module with main(args), e.g. "main_pretrain".
 
     Raises:
-        UserError: there is no Slurm on this machine, or it refuses the job; a local one fails.
+        UserError: there is no Slurm on this machine, Slurm refuses the job, or a local job fails.
     """
     folder = Path(args.job_dir).absolute()
     args.job_dir = str(folder)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)
-    executor_options, extra = {}, {}
-    if args.cluster == "slurm":
-        names = ("partition", "account", "qos", "constraint", "comment")
-        extra = {f"slurm_{name}": getattr(args, name) for name in names}
-        extra["slurm_signal_delay_s"] = args.signal_delay_s
-        # srun does not take this over from sbatch
-        extra["slurm_srun_args"] = [f"--cpus-per-task={args.cpus_per_task}"]
-        executor_options = {"slurm_max_num_timeout": MAX_TIMEOUTS}
+    names = ("partition", "account", "qos", "constraint", "comment")
+    slurm_options = {f"slurm_{name}": getattr(args, name) for name in names}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=args.cluster, **executor_options)
+        # a local executor ignores the arguments named slurm_*
+        executor = submitit.AutoExecutor(folder, args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(
             name=args.job_name,
             nodes=args.nodes,
@@ -110,7 +93,10 @@ def submit(script: str, args: Namespace) -> None:
             cpus_per_task=args.cpus_per_task,
             mem_gb=args.mem_gb,
             timeout_min=args.time,
-            **extra,
+            slurm_signal_delay_s=args.signal_delay_s,
+            # srun does not take this over from sbatch
+            slurm_srun_args=[f"--cpus-per-task={args.cpus_per_task}"],
+            **slurm_options,
         )
         job = executor.submit(Job(script, args))
     except (RuntimeError, OSError, FailedJobError) as error:

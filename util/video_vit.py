@@ -17,7 +17,7 @@ from util.pos_embed import join, sincos_pos_embed
 
 
 def require_multiple(value: int, divisor: int, value_name: str, divisor_name: str) -> int:
-    """Return value // divisor, or raise ValueError naming both when it is not a whole number."""
+    """Return value // divisor; raise ValueError, naming both, when it is not a whole number."""
     if divisor < 1 or value < 1 or value % divisor:
         raise ValueError(
             f"{value_name} = {value} must be a positive multiple of {divisor_name} = {divisor}"
@@ -26,9 +26,9 @@ def require_multiple(value: int, divisor: int, value_name: str, divisor_name: st
 
 
 def constructor_arguments(names: dict[str, Any]) -> dict[str, Any]:
-    """Return a constructor's locals() as plain data, for checkpoints that rebuild their model.
+    """Return a constructor's locals() as plain data, from which a checkpoint rebuilds its model.
 
-    norm_layer, a callable, becomes layer_norm_eps.
+    norm_layer is a callable: layer_norm_eps stands for it.
     """
     arguments = {k: v for k, v in names.items() if k not in ("self", "__class__")}
     norm = arguments.pop("norm_layer")(1)
@@ -38,9 +38,9 @@ def constructor_arguments(names: dict[str, Any]) -> dict[str, Any]:
 class PatchEmbed(nn.Module):
     """Cut clips into space-time patches and project each to one token.
 
-    The weight has the shape of a strided Conv3d, [D, C, t, p, p], which is how every published
-    checkpoint stores it. It is applied as a matrix product over cut-out patches, so that the
-    masked autoencoder pays for the visible patches alone.
+    The weight has the shape of a strided Conv3d, [D, C, t, p, p], as in every published checkpoint.
+    It is applied as a matrix product over patches that are cut out, so that the masked autoencoder
+    pays only for the visible ones.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PatchEmbed(nn.Module):
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed all patches, or those numbered ids [N, K]: [N, C, T, H, W] -> [N, L or K, D]."""
+        """Embed clips [N, C, T, H, W] -> [N, L, D], or only the patches ids [N, K] -> [N, K, D]."""
         patches = self.cut(x)  # (N, t, h, w, C, t_patch, p, p)
         if ids is not None:
             _, h, w = self.input_size
@@ -104,7 +104,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         N, L, D = x.shape
         layers = self.q, self.k, self.v
-        weight = torch.cat([layer.weight for layer in layers])  # one product in place of three
+        weight = torch.cat([layer.weight for layer in layers])  # one product instead of three
         bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
         qkv = F.linear(x, weight, bias).view(N, L, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, nh, L, hd) each
@@ -138,10 +138,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What the masked autoencoder and the classifier have in common: tokens through blocks.
+    """What the masked autoencoder and the classifier have in common: tokens run through blocks.
 
-    grad_checkpointing keeps only the blocks' inputs for the backward pass, which computes each
-    block once more: a third more time for a fraction of the memory.
+    With grad_checkpointing only the blocks' inputs are kept for the backward pass, which computes
+    each block again: this takes a third more time and a fraction of the memory.
     """
 
     cls_embed: bool
@@ -150,14 +150,14 @@ class Encoder(nn.Module):
     grad_checkpointing = False
 
     def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Embed all patches, or those numbered ids_keep [N, K], with positions and class token.
+        """Embed all patches, or only those numbered ids_keep [N, K]; add positions and class token.
 
         Returns:
             [N, (1 +) L or K, D], the class token in front.
         """
         cls_pos, pos = get_pos_embed(self, "", self.cls_embed)
         if ids_keep is not None:
-            # F.embedding is a row gather whose backward sums over the clips, no copy per clip
+            # F.embedding gathers rows; its backward sums over clips without a copy for each
             pos = F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
         x = self.patch_embed(imgs, ids_keep) + pos
         if cls_pos is not None:
@@ -174,18 +174,19 @@ class Encoder(nn.Module):
         return x
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
-        """Compile every block by torch.compile, in place: names in state dicts stay.
+        """Compile every block in place with torch.compile; names in state dicts stay the same.
 
-        Blocks of one kind share their compiled code, masks are drawn outside of it, and gradients
-        of a block are sent to other ranks while those of the one before are computed.
+        Blocks of one kind share their compiled code, and masks are drawn outside of it. The
+        gradients of a block are sent to other ranks while those of the block before are computed.
 
         Args:
-            dynamic: False compiles anew for every number of tokens, which is fastest where there
-                are few (encoder and decoder); None makes the second number a variable.
+            dynamic: False compiles again for every number of tokens, which gives the fastest code
+                if there are few such numbers (encoder and decoder); None makes it a variable as
+                soon as a second one is met.
         """
         blocks = [module for module in self.modules() if isinstance(module, Block)]
-        torch._dynamo.config.optimize_ddp = False  # would cut the blocks up; they are the buckets
-        # a drop path rate is compiled in: one version of the code per block, in training and not
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks at the ranks' buckets
+        # drop path rates are compiled in: every block needs versions for training and evaluation
         torch._dynamo.config.recompile_limit = max(
             torch._dynamo.config.recompile_limit, 4 * len(blocks)
         )
@@ -194,14 +195,14 @@ class Encoder(nn.Module):
 
 
 def num_visible(num_tokens: int, mask_ratio: float) -> int:
-    """Count the tokens that masking keeps; truncated by definition (1568 and 0.9 give 156)."""
+    """Count the tokens that masking keeps, truncated by definition: 1568 and 0.9 give 156."""
     return int(num_tokens * (1 - mask_ratio))
 
 
 def random_mask(
     num_clips: int, num_tokens: int, mask_ratio: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one noise value per token; the smallest are kept and stay in noise order.
+    """Draw one noise value per token; the tokens with the smallest are kept, in noise order.
 
     Returns:
         mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
@@ -231,8 +232,8 @@ def make_pos_embed(
     """Register position parameters, zero, on module under the names the checkpoints use.
 
     Separable: {prefix}pos_embed_spatial [1, h*w, D], _temporal [1, t, D] and, with a class token,
-    _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class. With sincos the
-    joint ones hold the sine-cosine table (class row zero) and are not trained.
+    _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class. With sincos, the
+    joint positions are the sine-cosine table (class row zero) and are not trained.
 
     Raises:
         ValueError: sincos with separable positions.
