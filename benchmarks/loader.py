@@ -55,27 +55,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {"repeat_aug": 2, "scales": (0.08, 1.0), "reprob": 0.25},
 }
 TARGETS = [  # work, its speed relative to (1 = as fast), at least
-    ("pretrain", "bare", 0.75),
-    ("pretrain", "textbook", 3.5),
-    ("test", "bare", 1 / 2.1),
-    ("test", "again", 15.0),
-    ("finetune", "bare", 0.55),
-    ("finetune", "PIL", 2.5),
-]
+    ("pretrain", "bare", 0.75), ("pretrain", "textbook", 3.5),
+    ("test", "bare", 1 / 2.1), ("test", "again", 15.0),
+    ("finetune", "bare", 0.55), ("finetune", "PIL", 2.5),
+]  # fmt: skip
+BATCH_SIZE = 4  # videos, of the loaders
 TURNS = 5  # on every video; its time is their median
 MAX_TRANSPORT_MS = 2.0  # CPU from worker to trainer, per video
-PARTS = [  # of our pipeline, and how the table calls them
-    (Video, "__init__", "open"),
-    (Video, "close", "open"),
-    (Video, "_to_rgb", "convert"),
-    (util.kinetics, "resize_frame", "crop+resize"),
-    (util.kinetics, "augment", "augment"),
-    (util.kinetics, "cut_views", "decode"),
-    (util.kinetics, "read_clip", "decode"),
-]
-
-
-# --- clips --------------------------------------------------------------------------------------
+PARTS = [  # what is timed apart, and its name in the table
+    (Video, "__init__", "open"), (Video, "close", "open"), (Video, "_to_rgb", "convert"),
+    (util.kinetics, "resize_frame", "crop+resize"), (util.kinetics, "augment", "augment"),
+    (util.kinetics, "cut_views", "decode"), (util.kinetics, "read_clip", "decode"),
+]  # fmt: skip
 
 
 def write_synthetic_clips(folder: Path, count: int) -> None:
@@ -108,9 +99,6 @@ def moving_texture(rng: np.random.Generator, num_frames: int = 300) -> Iterator[
         inside = np.roll(mask, int(60 * np.sin(t / 25)), axis=1)[..., None]
         frame = np.where(inside, views[1], views[0])
         yield np.clip(frame + rng.normal(0, 1.5, frame.shape), 0, 255).astype(np.uint8)
-
-
-# --- the usual ways -----------------------------------------------------------------------------
 
 
 def bare_decode(path: str, runs: list[tuple[int, int]], wanted: set[int]) -> None:
@@ -191,9 +179,6 @@ def lists_of_images(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) 
         crop(clip, random_erasing_box(SIZE, SIZE, rng, dataset.reprob)).normal_()
         clips.append(clip)
     return torch.stack(clips)
-
-
-# --- measuring ----------------------------------------------------------------------------------
 
 
 def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None:
@@ -278,55 +263,52 @@ def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
 
     usual = list(times)[-1]
     for name, values in times.items():
-        line = f"  {work:9} {name:9} {median(values):8.1f} ms {speed(name, 'bare'):9.2f} x bare "
-        line += f"{speed(name, usual):9.2f} x {usual:9}"
-        clips = f"{1000 * dataset.views / median(values):9.0f} clips/s"
-        print(line + (clips if name == "ours" else ""))
+        clips = f"{1000 * dataset.views / median(values):9.0f} clips/s" if name == "ours" else ""
+        print(
+            f"  {work:9} {name:9} {median(values):8.1f} ms {speed(name, 'bare'):9.2f} x bare "
+            f"{speed(name, usual):9.2f} x {usual:9}{clips}"
+        )
     scale = 1000 / (rounds * len(dataset))
-    line = "  ".join(f"{name} {scale * seconds:.1f}" for name, seconds in parts.items())
-    print(f"{'':12}ours, ms: {line}")
+    print(" " * 12 + "ours, ms: " + "  ".join(f"{k} {scale * v:.1f}" for k, v in parts.items()))
     return {other: speed("ours", other) for other in ("bare", usual)}
-
-
-# --- from worker to trainer ---------------------------------------------------------------------
 
 
 class Ready(Kinetics):
     """A data set whose clips cost nothing to make: what remains is their way to the trainer."""
+
+    def __len__(self) -> int:
+        return 1000
 
     def read(self, epoch: int, row: int, clips: Tensor) -> Sample:
         flip = torch.zeros(self.views, dtype=torch.bool)
         return Sample(clips, flip, torch.zeros((self.views, 4), dtype=torch.int64), 0, row, {})
 
 
-def cpu_per_video(loader: DataLoader, batches: Iterator, batch_size: int, count: int) -> float:
+def cpu_per_video(loader: DataLoader, batches: Iterator, count: int) -> float:
     """Return the CPU ms per video that this process and one worker spend on `count` batches."""
     for _ in range(8):  # every slot has been touched
         next(batches)
     worker: Any = loader._iterator
-    clocks = [time.CLOCK_PROCESS_CPUTIME_ID, time.CLOCK_PROCESS_CPUTIME_ID]
-    clocks[1] = (~worker._workers[0].pid << 3) | 2  # Linux: the CPU clock of another process
-    start = sum(time.clock_gettime(clock) for clock in clocks)
+    pid = worker._workers[0].pid
+    clocks = time.CLOCK_PROCESS_CPUTIME_ID, (~pid << 3) | 2  # Linux: another process's CPU clock
+    start = sum(map(time.clock_gettime, clocks))
     for _ in range(count):
         next(batches)
-    spent = sum(time.clock_gettime(clock) for clock in clocks) - start
-    return 1000 * spent / (count * batch_size)
+    spent = sum(map(time.clock_gettime, clocks)) - start
+    return 1000 * spent / (count * BATCH_SIZE)
 
 
-def measure_transport(csv_path: str, batch_size: int = 4, count: int = 50) -> float:
-    """Print and return the CPU time that a pre-training sample takes from worker to trainer."""
-    index = VideoIndex(csv_path)
-    index._ends = np.resize(index._ends, batch_size * (count + 16))  # as many rows as needed
-    index.labels = np.zeros(len(index._ends), dtype=np.int64)
-    ready = Ready(index, "pretrain", SIZE, num_frames=16, sampling_rate=4, repeat_aug=4)
-    ours = VideoLoader(ready, batch_size, 1, 1.0, torch.device("cpu"))
-    result = cpu_per_video(ours.loader, iter(ours), batch_size, count)
+def measure_transport(csv_path: str) -> float:
+    """Print and return the CPU ms that a pre-training sample takes from worker to trainer."""
+    ready = Ready(VideoIndex(csv_path), "pretrain", SIZE, 16, 4, repeat_aug=4)
+    ours = VideoLoader(ready, BATCH_SIZE, 1, 1.0, torch.device("cpu"))
+    result = cpu_per_video(ours.loader, iter(ours), 50)
     line = f"  worker to trainer, CPU ms per video: ours {result:.2f}"
-    for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
+    for dtype in (torch.uint8, torch.float32):
         samples: Any = [(torch.zeros(ready.clips_shape, dtype=dtype), 0)] * 1000
-        usual = DataLoader(samples, batch_size, num_workers=1, persistent_workers=True)
-        spent = cpu_per_video(usual, iter(usual), batch_size, 20)
-        line += f"  default collate {name} {spent:.1f}"
+        usual = DataLoader(samples, BATCH_SIZE, num_workers=1, persistent_workers=True)
+        spent = cpu_per_video(usual, iter(usual), 20)
+        line += f"  default collate {str(dtype).removeprefix('torch.')} {spent:.1f}"
     print(line)
     return result
 
@@ -334,7 +316,7 @@ def measure_transport(csv_path: str, batch_size: int = 4, count: int = 50) -> fl
 def measure_workers(csv_path: str, count: int, clips_per_second: float) -> None:
     """Print the clips per second of a pre-training loader with so many workers."""
     dataset = data_set("pretrain", csv_path)
-    loader = VideoLoader(dataset, min(4, len(dataset)), count, 1.0, torch.device("cpu"))
+    loader = VideoLoader(dataset, min(BATCH_SIZE, len(dataset)), count, 1.0, torch.device("cpu"))
     clips, start = 0, 0.0
     for epoch in range(5):
         if epoch == 1:  # workers have started
@@ -346,9 +328,6 @@ def measure_workers(csv_path: str, count: int, clips_per_second: float) -> None:
         f"  {count} workers: {rate:6.0f} clips/s, {rate / count:5.0f} per worker; at this rate "
         f"{clips_per_second / rate * count:.0f} cores feed {clips_per_second:.0f} clips/s"
     )
-
-
-# --- the whole ----------------------------------------------------------------------------------
 
 
 def plot(measured: dict[str, Speeds], path: str) -> None:
@@ -395,8 +374,7 @@ def main(args: argparse.Namespace) -> int:
             for work, other, least in TARGETS:
                 if work in speeds and (speed := speeds[work][other]) < least:
                     misses.append(f"{kind}: {work} at {speed:.2f} of {other}, below {least:.2f}")
-            transport = measure_transport(csv_path)
-            if transport > MAX_TRANSPORT_MS:
+            if (transport := measure_transport(csv_path)) > MAX_TRANSPORT_MS:
                 misses.append(f"{transport:.1f} ms from worker to trainer")
             for count in args.workers:
                 measure_workers(csv_path, count, args.clips_per_second)
@@ -409,11 +387,8 @@ def main(args: argparse.Namespace) -> int:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader",
-        description="Measure the data pipeline",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.loader", formatter_class=style)
     add = parser.add_argument
     add("--videos", default="", help="folder of videos; empty: synthetic clips")
     add("--num_videos", type=positive_int, default=12, help="at most so many")
