@@ -75,6 +75,27 @@ def parse_args(
     return flags.parse(parser, argv, default_flags, OBSOLETE_FLAGS)
 
 
+def load_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
+    """Rebuild the classifier of --finetune; flags replace what its file says."""
+    weights = read_weights(args.finetune)
+    sizes = {"num_frames": args.num_frames, "img_size": args.input_size}
+    build = partial(models_vit.VisionTransformer, **weights.classifier_arguments(**sizes))
+    if args.model:
+        build = models_vit.MODELS[args.model]
+    with run.usage_errors():
+        model = build(
+            **sizes,
+            t_patch_size=args.t_patch_size,
+            num_classes=args.num_classes,
+            no_qkv_bias=args.no_qkv_bias,
+            sep_pos_embed=args.sep_pos_embed,
+            cls_embed=args.cls_embed,
+            sincos_pos_embed=args.sincos_pos_embed,
+        )
+    apply_weights(model, weights, keep_head=True)
+    return model
+
+
 def main(args: argparse.Namespace) -> None:
     """Build data and model, score every video, report and write the scores."""
     device = run.start(args)
@@ -92,22 +113,7 @@ def main(args: argparse.Namespace) -> None:
     loader = VideoLoader(dataset, 1, args.num_workers, 1.0, device)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
-    weights = read_weights(args.finetune)
-    sizes = {"num_frames": args.num_frames, "img_size": args.input_size}
-    build = partial(models_vit.VisionTransformer, **weights.classifier_arguments(**sizes))
-    if args.model:
-        build = models_vit.MODELS[args.model]
-    with run.usage_errors():
-        model = build(
-            **sizes,
-            t_patch_size=args.t_patch_size,
-            num_classes=args.num_classes,
-            no_qkv_bias=args.no_qkv_bias,
-            sep_pos_embed=args.sep_pos_embed,
-            cls_embed=args.cls_embed,
-            sincos_pos_embed=args.sincos_pos_embed,
-        )
-    apply_weights(model, weights, keep_head=True)
+    model = load_model(args)
     if args.dry_run:
         print_flops(model, args)
         return

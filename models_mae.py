@@ -184,24 +184,16 @@ class MaskedAutoencoderViT(Encoder):
         This is the definition. `forward_encoder` draws the same masks, but embeds only the tokens
         that are kept.
 
-        Args:
-            x: tokens [N, L, D].
-            mask_ratio: share removed; int(L * (1 - mask_ratio)) tokens are kept.
-
         Returns:
-            the kept tokens [N, K, D] in noise order, mask [N, L] (1 = removed),
-            ids_restore [N, L] and ids_keep [N, K].
+            of tokens x [N, L, D] the K = int(L * (1 - mask_ratio)) kept ones [N, K, D] in noise
+            order, mask [N, L] (1 = removed), ids_restore [N, L] and ids_keep [N, K].
         """
         mask, ids_restore, ids_keep = random_mask(len(x), x.shape[1], mask_ratio, x.device)
         kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return kept, mask, ids_restore, ids_keep
 
     def encode(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode all patches, or only those numbered ids_keep [N, K]; the class token is in front.
-
-        Returns:
-            [N, (1 +) L or K, D] after the last norm.
-        """
+        """Encode all patches, or those numbered ids_keep [N, K] -> [N, (1 +) L or K, D], normed."""
         return self.norm(self.run_blocks(self.blocks, self.embed(imgs, ids_keep)))
 
     def forward_features(self, imgs: Tensor) -> Tensor:
@@ -237,11 +229,10 @@ class MaskedAutoencoderViT(Encoder):
     def forward_part_of_decoder(
         self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float
     ) -> Tensor:
-        """Predict only some of the removed patches, for speed: the other predictions are zero.
+        """Predict only some of the removed patches, for speed: all other predictions are zero.
 
-        Args:
-            decoder_mask_ratio: share of the removed patches that the decoder leaves out; the noise
-                that removed them also decides which.
+        The decoder leaves out a share of decoder_mask_ratio. The noise that removed the patches
+        also decides which.
         """
         cls_token, x = self._embed_latent(x)
         (N, K, _), L = x.shape, ids_restore.shape[1]

@@ -2,8 +2,8 @@
 
     python -m demo.app
 
-Needs `pip install '.[demo]'`. Nothing leaves the machine: the page listens on 127.0.0.1 alone, and
-what it is made of comes from the installed package.
+This needs `pip install '.[demo]'`. Nothing leaves the machine: the server listens only on
+127.0.0.1, and all files of the page come from the installed package.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from util.visualize import MASK_TYPES, encode_gif
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 TEXT = """# Masked autoencoder on video
-Patches are removed from the clip, and the model predicts them from what is left: {name}."""
+Patches are removed from the clip, and the model predicts them from the others. Model: {name}."""
 
 
 def build_page(autoencoder: Autoencoder, name: str, videos: Sequence[Path], folder: str) -> Any:
-    """Lay out the page and connect it: a gradio.Blocks.
+    """Return the page, a gradio.Blocks.
 
     Args:
-        name: of the model, shown.
-        videos: to pick from.
-        folder: where the pictures are written.
+        name: name of the model, as shown.
+        videos: videos to choose from.
+        folder: folder for the pictures.
     """
     import gradio as gr
 
@@ -52,23 +52,21 @@ def build_page(autoencoder: Autoencoder, name: str, videos: Sequence[Path], fold
         clip_start: float,
         paste_visible: bool,
     ) -> tuple[str | None, Any, Any]:
-        """Return the GIF, to look at and to download, or a message instead of both."""
+        """Return the GIF to show and to download, or a message instead."""
         path = uploaded or str(paths[picked])
         try:
             clip = load_clip(path, autoencoder, clip_start)
         except UserError as error:
-            # the folder of an upload says nothing to the one who sent it
+            # the user does not know the folder of an upload
             message = str(error).replace(path, os.path.basename(path))
             nothing = gr.update(value=None, interactive=False)
             return None, nothing, gr.update(value=message, visible=True)
         sheet = draw(autoencoder, clip, [mask_ratio], mask_type, int(seed), paste_visible)
         stem = f"{Path(path).stem}-{mask_type}-{mask_ratio:.2f}-"
-        with tempfile.NamedTemporaryFile(
-            dir=folder, prefix=stem, suffix=".gif", delete=False
-        ) as file:
-            file.write(encode_gif(sheet, autoencoder.fps))
-        button = gr.update(value=file.name, interactive=True)
-        return file.name, button, gr.update(visible=False)
+        file, path = tempfile.mkstemp(".gif", stem, folder)
+        with open(file, "wb") as gif:
+            gif.write(encode_gif(sheet, autoencoder.fps))
+        return path, gr.update(value=path, interactive=True), gr.update(visible=False)
 
     with gr.Blocks(title="Masked autoencoder on video", analytics_enabled=False) as page:
         gr.Markdown(TEXT.format(name=name))
@@ -76,11 +74,11 @@ def build_page(autoencoder: Autoencoder, name: str, videos: Sequence[Path], fold
             with gr.Column():
                 controls = [
                     gr.Dropdown(list(paths), value=next(iter(paths)), label="Video"),
-                    gr.File(label="or a video file of yours", height=120, elem_id="upload"),
+                    gr.File(label="or your own video file", height=120, elem_id="upload"),
                     gr.Slider(0.05, 0.99, 0.9, step=0.01, label="Mask ratio", elem_id="ratio"),
                     gr.Radio(list(MASK_TYPES), value="random", label="What is removed"),
                     gr.Slider(0, 99, 0, step=1, label="Seed of the mask"),
-                    gr.Slider(0, 1, 0.5, step=0.05, label="Where in the video the clip lies"),
+                    gr.Slider(0, 1, 0.5, step=0.05, label="Position of the clip in the video"),
                     gr.Checkbox(True, label="Show the visible patches in the reconstruction"),
                 ]
             with gr.Column():
@@ -98,14 +96,14 @@ def build_page(autoencoder: Autoencoder, name: str, videos: Sequence[Path], fold
             show,
             controls,
             [picture, download, message],
-            trigger_mode="always_last",  # of a slider's many positions the last one counts
+            trigger_mode="always_last",  # draw only the last position of a moving slider
             api_visibility="private",
         )
     return page
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m demo.app",
         description="Serve a page that shows what a masked autoencoder sees and predicts.",
@@ -114,9 +112,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--checkpoint",
-        help="path, address or name of a pre-trained model; None: as python -m demo.visualize",
+        help="path, address or name of a pre-trained model; None: as in python -m demo.visualize",
     )
-    parser.add_argument("--port", type=int, help="None: the first free one from 7860 on")
+    parser.add_argument(
+        "--port", type=int, help="port of the page; None: the first free one from 7860"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,12 @@
-"""Show the paper's headline in small: pre-train, fine-tune with and without, test both.
+"""Show the paper's main result in small: fine-tuning with and without pre-training.
 
     python -m demo.end_to_end
 
-Writes the embedded synthetic videos, pre-trains a tiny model on all of them, fine-tunes it on the
-few labelled ones, once from the pre-trained weights and once from scratch, and tests both on
-several views of held-out videos: 8 minutes on 2 CPU cores. Each stage is one of the three scripts,
-called as on a command line. An interrupted demo goes on where it stopped when it is started again;
-a finished one starts anew.
+This writes the embedded synthetic videos, pre-trains a tiny model on all of them, fine-tunes it on
+the few labelled ones, once from the pre-trained weights and once from scratch, and tests both on
+several views of held-out videos. It takes 8 minutes on 2 CPU cores. Each stage runs one of the
+three scripts, as from a command line. An interrupted demo continues when it is started again; a
+finished one starts from the beginning.
 """
 
 import argparse
@@ -25,21 +25,20 @@ from util.synthetic import write_dataset
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ("pretrain", "finetune", "scratch")
 FOLDERS = (*CHECKPOINTS, "test_finetune", "test_scratch")
-VIEWS = ["--num_clips", "5", "--num_crops", "1"]  # square videos: one crop sees them whole
+VIEWS = ["--num_clips", "5", "--num_crops", "1"]  # one crop covers a square video
 # Half of the cores compute and half load: with more threads than cores, they wait for each other.
 ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **os.environ}
-# what `--check` demands of the top-1, percent
-MIN_TOP1, MIN_GAIN = 65.0, 20.0
+MIN_TOP1, MIN_GAIN = 65.0, 20.0  # for --check, percent
 
 
 class Stages:
-    """Run the stages one after the other, announced and timed."""
+    """Run the stages one after the other; print and time each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def run(self, title: str, script: str, *flags: str | Path) -> None:
-        """Run a script of the top folder, its output on the screen; end the demo if it fails."""
+        """Run a script and show its output; end the demo if the script fails."""
         command = [sys.executable, "-u", script, *map(str, flags)]
         print(f"\n== {title}\n$ {shlex.join(['python', *command[2:]])}", flush=True)
         start = time.perf_counter()
@@ -56,12 +55,12 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def read_top1(folder: Path) -> float:
-    """Return the top-1 accuracy, percent, that main_test.py wrote last."""
+    """Return the last top-1 accuracy, in percent, that main_test.py wrote."""
     return json.loads((folder / "log.txt").read_text().splitlines()[-1])["test_acc1"]
 
 
 def prepare(out: Path, seed: int) -> Path:
-    """Make the output folder ready and return the file that records the state of the demo."""
+    """Delete earlier results, unless this demo was interrupted; return the file of its state."""
     state = out / "demo.json"
     unfinished = {"seed": seed, "finished": False}
     if not (state.exists() and json.loads(state.read_text()) == unfinished):
@@ -72,28 +71,33 @@ def prepare(out: Path, seed: int) -> Path:
     return state
 
 
-def main() -> None:
-    """Run the demo from the command line."""
+def parse_args() -> argparse.Namespace:
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m demo.end_to_end",
         description="Pre-train, fine-tune and test a tiny model on synthetic videos.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "output/demo", help="folder of results")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "data/synthetic", help="folder of the videos"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training runs")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", type=Path, default=ROOT / "output/demo", help="folder of results")
+    add("--data", type=Path, default=ROOT / "data/synthetic", help="folder of the videos")
+    add("--seed", type=int, default=0, help="seed of the training runs")
+    add(
         "--check",
         action="store_true",
         help=f"exit with status 1 unless the pre-trained model reaches {MIN_TOP1:g} %% top-1 and "
         f"is {MIN_GAIN:g} points better than the one from scratch",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the demo from the command line."""
+    args = parse_args()
     out, data, seed = args.out.absolute(), args.data.absolute(), ["--seed", str(args.seed)]
     stages = Stages()
 
+    # Videos
     title = "Write the videos"
     print(f"== {title}: {data}", flush=True)
     start = time.perf_counter()
@@ -104,6 +108,7 @@ def main() -> None:
     stages.seconds[title] = time.perf_counter() - start
     state = prepare(out, args.seed)
 
+    # Training
     pretrain = ["--path_to_data_dir", data / "pretrain", f"@{ROOT}/recipes/synthetic_pretrain.args"]
     finetune = ["--path_to_data_dir", data / "finetune", f"@{ROOT}/recipes/synthetic_finetune.args"]
     stages.run(
@@ -128,6 +133,8 @@ def main() -> None:
         *seed,
         *("--output_dir", out / "scratch"),
     )
+
+    # Tests
     for name, title in (("finetune", "pre-trained"), ("scratch", "from scratch")):
         stages.run(
             f"Test on held-out videos: {title}",
@@ -139,6 +146,7 @@ def main() -> None:
         )
     state.write_text(json.dumps({"seed": args.seed, "finished": True}))
 
+    # Times and accuracies
     print("\n== Time")
     for title, seconds in stages.seconds.items():
         print(f"{timedelta(seconds=round(seconds))}  {title}")

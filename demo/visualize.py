@@ -3,8 +3,9 @@
     python -m demo.visualize
     python -m demo.visualize VIDEO --checkpoint k400/vit_large --mask_ratio 0.95 0.98
 
-Writes an animated GIF and an MP4 per video, mask ratios side by side. The frames are those that the
-model predicts, 8 of 16 with the paper's recipe. A CPU is enough. See demo/README.md.
+This writes an animated GIF and an MP4 for every video, with the mask ratios side by side. They show
+the frames that the model predicts, 8 of 16 with the paper's recipe. A CPU is enough. See
+demo/README.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -35,9 +37,9 @@ from util.weights import apply_weights, read_weights
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_RUN = ROOT / "output/demo/pretrain"  # of `make demo`
 RELEASED = "k400/vit_large"
-SAMPLING_RATE = 4  # of models whose file does not say
-MIN_SIDE = 128  # pixels: smaller pictures are enlarged
-ROWS = ("original", "masked", "reconstruction")  # of a Reconstruction
+SAMPLING_RATE = 4  # of models whose file does not record it
+MIN_SIDE = 128  # pixels; smaller pictures are enlarged
+ROWS = ("original", "masked", "reconstruction")  # fields of a Reconstruction
 NOTE = "mean and contrast of every patch are the original's"
 mask_ratio = flags.number(
     float, "a share above 0 and below 1, such as 0.95", lambda value: 0 < value < 1
@@ -57,7 +59,7 @@ class Autoencoder(NamedTuple):
 
 
 def default_checkpoint() -> str:
-    """Return the newest checkpoint that `make demo` left, else the name of a released one."""
+    """Return the newest checkpoint of `make demo`, or else the name of a released one."""
     return newest_checkpoint(str(DEMO_RUN)) or RELEASED
 
 
@@ -68,7 +70,7 @@ def load_autoencoder(checkpoint: str | None = None) -> Autoencoder:
         checkpoint: path, address or name of a released one; None: default_checkpoint.
 
     Raises:
-        UserError: there is none, it cannot be read or fetched, or has no decoder.
+        UserError: the checkpoint cannot be found, downloaded or read, or it has no decoder.
     """
     path = checkpoint or default_checkpoint()
     try:
@@ -81,14 +83,14 @@ def load_autoencoder(checkpoint: str | None = None) -> Autoencoder:
         ) from error
     if not weights.has_decoder:
         raise UserError(f"{path} has no decoder to reconstruct with; give a pre-trained checkpoint")
-    with torch.device("meta"), usage_errors():  # drawing weights to replace them takes seconds
+    with torch.device("meta"), usage_errors():  # random weights would take seconds
         model = MaskedAutoencoderViT(**weights.autoencoder_arguments())
     apply_weights(model, weights, keep_head=False)
     return Autoencoder(model.eval(), int(weights.flags.get("sampling_rate", SAMPLING_RATE)))
 
 
 def embedded_videos() -> list[Path]:
-    """Return a held-out video of every class of the synthetic set, written when they are missing.
+    """Return a held-out synthetic video of every class; write the videos if they are missing.
 
     Raises:
         UserError: they cannot be written.
@@ -103,11 +105,11 @@ def embedded_videos() -> list[Path]:
 
 
 def load_clip(path: str | Path, autoencoder: Autoencoder, start: float = 0.5) -> Tensor:
-    """Read a clip of the model's size, the centre square of a video: uint8 [1, T, H, W, C].
+    """Read a clip of the model's size from the centre square of a video: uint8 [1, T, H, W, C].
 
     Args:
         path: path or address.
-        start: where in the video the clip lies, 0 (its beginning) to 1 (its end).
+        start: position of the clip, from 0 (the start of the video) to 1 (its end).
 
     Raises:
         UserError: the video cannot be read; the message names it.
@@ -139,20 +141,23 @@ def draw(
 ) -> Tensor:
     """Draw a clip's three rows with captions, a column for each ratio: uint8 [t, height, width, 3].
 
-    The captions state the share that is really removed, which is a whole number of patches.
+    The captions state the share of patches that is really removed, after rounding.
 
     Args:
         clip: uint8 [1, T, H, W, C].
 
     Raises:
-        ValueError: a ratio or type that util.visualize.draw_masks refuses.
+        ValueError: util.visualize.draw_masks does not accept the ratio, the type or the seed.
     """
+    # A reconstruction for each ratio
     model = autoencoder.model
     columns = [
         reconstruct(model, clip, ratio, mask_type, seed, paste_visible) for ratio in mask_ratios
     ]
     factor = -(-MIN_SIDE // model.patch_embed.img_size)  # rounded up
     rows = [[enlarge(getattr(column, name)[0], factor) for column in columns] for name in ROWS]
+
+    # Captions above and to the left
     t, side = rows[0][0].shape[:2]
     kind = "" if mask_type == "random" else f", {mask_type}"
     heads = [f"{column.mask.mean():.0%} masked{kind}" for column in columns]
@@ -168,7 +173,7 @@ def draw(
 
 
 def _caption(text: str, width: int, num_frames: int) -> Tensor:
-    """Write words into a white strip, as many lines as they need: uint8 [t, height, width, 3]."""
+    """Write text on a white strip, in as many lines as it needs: uint8 [t, height, width, 3]."""
     font = ImageFont.load_default(13)
     lines = [""]
     for word in text.split():
@@ -187,19 +192,16 @@ def _caption(text: str, width: int, num_frames: int) -> Tensor:
 
 
 def _same_height(strips: list[Tensor]) -> list[Tensor]:
-    """Fill strips [t, height, width, 3] up with white below."""
+    """Add white below strips [t, height, width, 3] until all are as high as the highest."""
     height = max(strip.shape[1] for strip in strips)
-    return [
-        torch.nn.functional.pad(s, (0, 0, 0, 0, 0, height - s.shape[1]), value=WHITE)
-        for s in strips
-    ]
+    return [F.pad(s, (0, 0, 0, 0, 0, height - s.shape[1]), value=WHITE) for s in strips]
 
 
 def save(video: Tensor, stem: Path, fps: float) -> list[Path]:
-    """Write a video [t, height, width, 3] to stem.gif and stem.mp4 and return these.
+    """Write a video [t, height, width, 3] to stem.gif and stem.mp4 and return these paths.
 
     Raises:
-        UserError: they cannot be written; the message names the file.
+        UserError: a file cannot be written; the message names it.
     """
     paths = []
     for suffix, content in ((".gif", encode_gif(video, fps)), (".mp4", encode_mp4(video, fps))):
@@ -213,7 +215,7 @@ def save(video: Tensor, stem: Path, fps: float) -> list[Path]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m demo.visualize",
         description="Draw original, masked and reconstructed frames of videos as GIF and MP4.",
@@ -227,27 +229,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--checkpoint",
         None,
-        "path, address or name of a pre-trained model; None: the newest one of `make demo`, else "
-        f"{RELEASED}",
+        "path, address or name of a pre-trained model; None: the newest one of `make demo`, or "
+        f"else {RELEASED}",
     )
     ratios = "shares of patches to remove, a column for each"
     add("--mask_ratio", [0.95, 0.98], ratios, mask_ratio, nargs="+")
     add(
         "--mask_type",
         "random",
-        "what to remove: patches at random, places at all times (tube), time steps, or cuboids "
-        "(block)",
+        "what to remove: random patches, the same places at all times (tube), time steps, or "
+        "cuboids (block)",
         choices=MASK_TYPES,
     )
     add("--seed", 0, "seed of the first video's masks; one more for each video after it", int)
-    add("--paste_visible", True, "show the visible patches unchanged in the reconstruction")
-    add(
-        "--clip_start",
-        0.5,
-        "where in a video the clip lies, from 0 (start) to 1 (end)",
-        flags.share,
-    )
-    fps = "frames per second of what is written; None: the video's own speed"
+    add("--paste_visible", True, "show the true pixels of visible patches in the reconstruction")
+    start = "position of the clip, from 0 (the start of a video) to 1 (its end)"
+    add("--clip_start", 0.5, start, flags.share)
+    fps = "frames per second of the pictures; None: the video's own speed"
     add("--fps", None, fps, flags.positive_float)
     grid = "put all videos into one picture with this many columns; None: one picture each"
     add("--grid", None, grid, flags.positive_int, metavar="COLUMNS")
@@ -256,20 +254,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load the model, draw every video, write the pictures."""
+    """Load the model, draw every video and write the pictures."""
     videos = args.videos or embedded_videos()
     autoencoder = load_autoencoder(args.checkpoint)
     fps = args.fps or autoencoder.fps
     make_dirs(args.output_dir)
-    sheets = []
-    names = Counter()
+    sheets, names = [], Counter()
     for number, path in enumerate(videos):
         clip = load_clip(path, autoencoder, args.clip_start)
+        masks = args.mask_ratio, args.mask_type, args.seed + number
         with usage_errors():
-            seed = args.seed + number
-            sheet = draw(
-                autoencoder, clip, args.mask_ratio, args.mask_type, seed, args.paste_visible
-            )
+            sheet = draw(autoencoder, clip, *masks, args.paste_visible)
         if args.grid:
             sheets.append(sheet)
             continue

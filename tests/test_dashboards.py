@@ -1,4 +1,4 @@
-"""What TensorBoard shows of real runs, told by a real TensorBoard; class reports; predictions."""
+"""What a real TensorBoard shows of real runs; reports on classes; predictions of a test."""
 
 import argparse
 import contextlib
@@ -115,7 +115,7 @@ def test_class_names_on_a_web_server(server):
 
 
 def test_flags_of_a_job_are_not_compared():
-    """Where a run was computed says nothing of what it learns."""
+    """Where a run is computed does not change what it learns."""
     parser = argparse.ArgumentParser()
     slurm.add_slurm_args(parser)
     job = {name for name in vars(parser.parse_args([])) if name != "output_dir"}
@@ -268,7 +268,7 @@ def test_results_of_an_epoch_come_before_the_next():
 
 @contextlib.contextmanager
 def serve(folder: Path):
-    """Run TensorBoard on a free port of this machine; yields a function that asks its HTTP API."""
+    """Run TensorBoard on a free port of this machine; yield a function that calls its HTTP API."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -11,7 +11,7 @@ import models_vit
 from tests import formats, golden
 from util import weights
 from util.errors import UserError
-from util.formats import interpret
+from util.weights import interpret
 
 ROOT = str(Path(__file__).parent.parent)
 SIZES = {"img_size": 32, "num_frames": 4}

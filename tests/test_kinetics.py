@@ -18,6 +18,7 @@ import torch
 
 from tests.conftest import read_number
 from tests.test_scripts import ROOT
+from tests.test_transforms import resize
 from tests.video_files import moving_frames, write_video
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, cut_views
@@ -26,10 +27,8 @@ from util.video.decode import Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.sampling import clip_length, frame_indices, random_resized_crop_box, random_start
 from util.video.time_limit import call_within
-from util.video.transforms import resize
 
 SIZES = {"input_size": 32, "num_frames": 4, "sampling_rate": 4}
-CPU = torch.device("cpu")
 
 
 def write_csv(folder: Path, text: str) -> str:
@@ -38,10 +37,14 @@ def write_csv(folder: Path, text: str) -> str:
     return str(path)
 
 
-def loader_of(dataset: Kinetics, batch_size: int, num_workers: int = 0, **kwargs) -> VideoLoader:
-    return VideoLoader(
-        dataset, batch_size, num_workers, kwargs.pop("max_bad_share", 0.5), CPU, **kwargs
-    )
+def data_set(folder: Path, mode: str = "pretrain", **kwargs) -> Kinetics:
+    return Kinetics(VideoIndex(str(folder / "train.csv")), mode, **{**SIZES, **kwargs})
+
+
+def loader_of(
+    dataset: Kinetics, batch_size: int, num_workers: int = 0, max_bad_share: float = 0.5
+) -> VideoLoader:
+    return VideoLoader(dataset, batch_size, num_workers, max_bad_share, torch.device("cpu"))
 
 
 # --- csv ----------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def test_pretraining_csv_may_have_no_labels(tmp_path):
 
 
 @pytest.mark.parametrize("row", ["b.mp4 3.0", "b.mp4,3,", "b.mp4 3 # good", f"b.mp4 {10**20}"])
-def test_labels_that_are_none_are_no_part_of_a_path(tmp_path, row):
+def test_malformed_labels_are_not_read_as_paths(tmp_path, row):
     with pytest.raises(UserError, match=r"line 2: a label"):
         VideoIndex(write_csv(tmp_path, f"a.mp4 3\n{row}\n"))
 
@@ -122,14 +125,13 @@ def test_missing_and_binary_csv(tmp_path):
 
 
 def test_index_does_not_grow_in_workers(tmp_path):
-    """A worker that reads every path must not copy the index: packed arrays have no ref counts."""
-    write_csv(
-        tmp_path, "".join(f"a/rather/long/path/to/video_{i:06d}.mp4 0\n" for i in range(300_000))
-    )
+    """Reading paths must not copy the index into a worker; packed arrays have no ref counts."""
+    rows = (f"a/rather/long/path/to/video_{i:06d}.mp4 0\n" for i in range(300_000))
+    path = write_csv(tmp_path, "".join(rows))
     code = f"""
 import gc, os
 from util.kinetics import VideoIndex
-index = VideoIndex({str(tmp_path / "train.csv")!r})
+index = VideoIndex({path!r})
 pid = os.fork()
 if pid == 0:
     def private():
@@ -151,9 +153,7 @@ os.waitpid(pid, 0)
 
 def test_pretraining_sample_is_the_definition(videos):
     """Clips equal those made step by step: draws from (seed, epoch, row, repeat), crop, resize."""
-    dataset = Kinetics(
-        VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES, seed=7, repeat_aug=3
-    )
+    dataset = data_set(videos, seed=7, repeat_aug=3)
     sample = dataset[5, 2]
     assert sample.clips.shape == (3, 4, 32, 32, 3)
     assert sample.clips.dtype == torch.uint8
@@ -173,26 +173,17 @@ def test_pretraining_sample_is_the_definition(videos):
 
 
 def test_finetuning_repeats_share_the_clip_and_differ_in_augmentation(videos):
-    dataset = Kinetics(
-        VideoIndex(str(videos / "train.csv")), "finetune", **SIZES, repeat_aug=4, reprob=1.0,
-        scales=(0.9, 1.0),
-    )  # fmt: skip
-    sample = dataset[0, 0]
+    sample = data_set(videos, "finetune", repeat_aug=4, reprob=1.0, scales=(0.9, 1.0))[0, 0]
     counters = [[read_number(frame) for frame in clip] for clip in sample.clips]
     assert all(c == counters[0] for c in counters)
     assert len({tuple(box.tolist()) for box in sample.erase}) == 4
-    augmented = Kinetics(
-        VideoIndex(str(videos / "train.csv")), "finetune", **SIZES, repeat_aug=4,
-        rand_augment=RandAugment("rand-m9-n4-p1"),
-    )  # fmt: skip
-    clips = augmented[0, 0].clips
+    augment = RandAugment("rand-m9-n4-p1")
+    clips = data_set(videos, "finetune", repeat_aug=4, rand_augment=augment)[0, 0].clips
     assert not torch.equal(clips[0], clips[1])
 
 
 def test_test_views_run_over_time_then_space(videos):
-    dataset = Kinetics(
-        VideoIndex(str(videos / "test.csv")), "test", **SIZES, num_clips=3, num_crops=2
-    )
+    dataset = data_set(videos, "test", num_clips=3, num_crops=2)
     clips = dataset[0, 1].clips
     assert clips.shape == (6, 4, 32, 32, 3)
     with Video(str(videos / "v1.mp4")) as video:
@@ -216,18 +207,13 @@ def test_cut_views_decodes_a_frame_once_for_all_views(videos, monkeypatch):
         return real(self, wanted)
 
     monkeypatch.setattr(Video, "frames", frames)
-    dataset = Kinetics(
-        VideoIndex(str(videos / "test.csv")), "test", **SIZES, num_clips=5, num_crops=3
-    )
-    dataset[0, 0]
+    data_set(videos, "test", num_clips=5, num_crops=3)[0, 0]
     assert len(asked) == 1
     assert len(asked[0]) == len(set(asked[0]))
 
 
 def test_clips_longer_than_the_video_repeat_the_last_frame(videos):
-    dataset = Kinetics(
-        VideoIndex(str(videos / "test.csv")), "test", input_size=32, num_frames=8, sampling_rate=15
-    )
+    dataset = data_set(videos, "test", num_frames=8, sampling_rate=15)
     shown = [read_number(frame) for frame in dataset[0, 0].clips[0]]
     assert shown[0] == 0
     assert shown[-1] == 59
@@ -244,7 +230,7 @@ def epoch_of(dataset: Kinetics, workers: int, epoch: int) -> list:
 
 
 def test_same_clips_with_any_number_of_workers_and_other_clips_next_epoch(videos):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES, repeat_aug=2)
+    dataset = data_set(videos, repeat_aug=2)
     runs = [epoch_of(dataset, workers, 3) for workers in (0, 1, 2)]
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
@@ -254,8 +240,7 @@ def test_same_clips_with_any_number_of_workers_and_other_clips_next_epoch(videos
 
 
 def test_persistent_workers_follow_the_epoch(videos):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
-    loader = loader_of(dataset, 2, 2)
+    loader = loader_of(data_set(videos), 2, 2)
     seen = []
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
@@ -277,32 +262,29 @@ loader.itself = loader  # as in the frames of a traceback
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_sampler_deals_joint_batches_alike_for_any_number_of_ranks(monkeypatch, ranks):
-    joint = []
+def rows_of_ranks(monkeypatch, ranks: int, *arguments, **keywords) -> list[list[int]]:
+    """Return the rows that each rank's sampler gives in epoch 4."""
+    rows = []
+    monkeypatch.setattr("util.loader.world_size", lambda: ranks)
     for r in range(ranks):
         monkeypatch.setattr("util.loader.rank", lambda r=r: r)
-        monkeypatch.setattr("util.loader.world_size", lambda: ranks)
-        sampler = EpochSampler(20, batch_size=6 // ranks, training=True, seed=1)
+        sampler = EpochSampler(*arguments, **keywords, seed=1)
         sampler.epoch = 4
-        rows = list(sampler)
-        assert len(rows) == len(sampler) == 18 // ranks
-        joint.append(
-            [{row for _, row in rows[i : i + 6 // ranks]} for i in range(0, len(rows), 6 // ranks)]
-        )
-    steps = [set().union(*step) for step in zip(*joint, strict=True)]
+        rows.append([row for _, row in sampler])
+        assert len(rows[-1]) == len(sampler)
+    return rows
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_joint_batches_and_tests_are_the_same_for_any_number_of_ranks(monkeypatch, ranks):
+    size = 6 // ranks
+    joint = rows_of_ranks(monkeypatch, ranks, 20, batch_size=size, training=True)
+    assert all(len(rows) == 18 // ranks for rows in joint)
+    steps = [set().union(*(rows[i : i + size] for rows in joint)) for i in range(0, 3 * size, size)]
     order = np.random.default_rng((1, 4)).permutation(20)
     assert steps == [set(order[i : i + 6].tolist()) for i in (0, 6, 12)]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_testing_covers_every_row_once(monkeypatch, ranks):
-    rows = []
-    for r in range(ranks):
-        monkeypatch.setattr("util.loader.rank", lambda r=r: r)
-        monkeypatch.setattr("util.loader.world_size", lambda: ranks)
-        rows += [row for _, row in EpochSampler(7, batch_size=2, training=False, seed=1)]
-    assert sorted(rows) == list(range(7))
+    tested = rows_of_ranks(monkeypatch, ranks, 7, batch_size=2, training=False)
+    assert sorted(row for rows in tested for row in rows) == list(range(7))
 
 
 # --- unreadable videos --------------------------------------------------------------------------
@@ -318,7 +300,7 @@ def broken(videos, tmp_path) -> Path:
 
 
 def test_broken_video_is_replaced_deterministically_and_reported_once(broken, capsys):
-    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES)
+    dataset = data_set(broken)
     runs = []
     for workers in (0, 2):
         loader = loader_of(dataset, 2, workers)
@@ -336,14 +318,13 @@ def test_broken_video_is_replaced_deterministically_and_reported_once(broken, ca
 
 
 def test_too_many_broken_videos_stop_training(broken):
-    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES)
     with pytest.raises(UserError, match=r"2 of 8 videos .*train\.csv.* --max_bad_share 0\.2"):
-        list(loader_of(dataset, 2, max_bad_share=0.2))
+        list(loader_of(data_set(broken), 2, max_bad_share=0.2))
 
 
 def test_a_video_counts_once_whatever_is_wrong_with_it(broken, monkeypatch, capsys):
     """A damaged video fails at another frame every time it is read."""
-    loader = loader_of(Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES), 2)
+    loader = loader_of(data_set(broken), 2)
     reasons = iter(range(1000))
 
     def fail(path, *args):
@@ -361,8 +342,7 @@ def test_a_video_counts_once_whatever_is_wrong_with_it(broken, monkeypatch, caps
 
 
 def test_ranks_add_up_what_they_cannot_read(broken, monkeypatch):
-    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "pretrain", **SIZES)
-    loader = loader_of(dataset, 2, max_bad_share=0.3)
+    loader = loader_of(data_set(broken), 2, max_bad_share=0.3)
     list(loader)  # 2 of 8
     others = {"x.mp4": "x.mp4: gone"}
     monkeypatch.setattr("util.loader.gather_objects", lambda own: [own, others])
@@ -378,8 +358,7 @@ def test_nothing_but_broken_videos(tmp_path):
 
 
 def test_testing_keeps_the_row_of_a_broken_video(broken):
-    dataset = Kinetics(VideoIndex(str(broken / "train.csv")), "test", **SIZES)
-    samples = list(loader_of(dataset, 1))
+    samples = list(loader_of(data_set(broken, "test"), 1))
     assert [int(s.row) for s in samples] == list(range(8))
     assert [bool(s.errors[0]) for s in samples] == [False] * 6 + [True] * 2
 
@@ -389,11 +368,11 @@ def test_testing_keeps_the_row_of_a_broken_video(broken):
 
 @pytest.fixture
 def pipe(tmp_path):
-    """A pipe to which nobody writes: opening it to read does not return."""
+    """A pipe that nobody writes to, so that opening it for reading does not return."""
     path = tmp_path / "pipe.mp4"
     os.mkfifo(path)
     yield path
-    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # let threads that wait for it go
+    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # releases the threads that wait for it
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -406,15 +385,13 @@ def test_a_file_that_never_answers_is_replaced(videos, pipe, tmp_path, monkeypat
     loader = loader_of(dataset, 4, workers)
     batches = list(loader)
     assert loader.bad == {str(pipe): f"{pipe}: does not answer within 0.2 seconds"}
-    assert (
-        len(loader.memory.free) < loader.memory.capacity
-    )  # what a thread may write to is kept away
+    assert len(loader.memory.free) < loader.memory.capacity  # a thread may still write to some
     for batch in batches:
         for clips, row, label in zip(batch.clips, batch.row, batch.label, strict=True):
             assert int(row) not in (1, 5) and int(label) == int(index.labels[row])
             assert 0 < read_number(clips[0, 0]) < 60
     del batches, batch, clips
-    # What the hung threads of rows 1 and 5 may still write to is kept out of use.
+    # The slots that the hung threads of rows 1 and 5 may still write to are not used again.
     assert 1 <= loader.memory.capacity - len(loader.memory.free) <= 2
 
 
@@ -436,7 +413,7 @@ def test_decoding_stops_at_the_time_limit(videos, tmp_path):
 
 
 def test_time_limits_do_not_count_while_the_process_is_stopped(videos):
-    """A scheduler that suspends a job sends SIGSTOP; twice the limit goes by until SIGCONT."""
+    """A scheduler suspends a job by SIGSTOP; twice the limit passes before SIGCONT."""
     code = f"""
 import os, signal, time
 from util.video.time_limit import call_within
@@ -479,7 +456,7 @@ def test_call_within_keeps_its_thread_unless_it_hangs_or_is_a_forks():
     child = multiprocessing.get_context("fork").Process(target=call_within, args=(5, int))
     child.start()
     child.join()
-    assert child.exitcode == 0  # else it would wait for a thread that only the parent has
+    assert child.exitcode == 0  # it did not wait for a thread that only the parent has
     release = threading.Event()
     with pytest.raises(TimeoutError):
         call_within(0.05, release.wait)
@@ -491,8 +468,7 @@ def test_call_within_keeps_its_thread_unless_it_hangs_or_is_a_forks():
 
 
 def test_pixel_limit_reaches_the_decoder(videos):
-    index = VideoIndex(str(videos / "train.csv"))
-    sample = Kinetics(index, "test", **SIZES, max_pixels=1000)[0, 3]
+    sample = data_set(videos, "test", max_pixels=1000)[0, 3]
     assert "v3.mp4: 64 x 48 pixels are more than max_pixels 1000" in str(sample.errors)
     assert not sample.clips.any()
 
@@ -501,27 +477,25 @@ def test_pixel_limit_reaches_the_decoder(videos):
 
 
 def test_segments_give_one_frame_each(videos):
-    index = VideoIndex(str(videos / "train.csv"))
     seen = set()
     for epoch in range(8):
-        sample = Kinetics(index, "pretrain", **SIZES, sampling="segments", repeat_aug=2)[epoch, 0]
+        sample = data_set(videos, sampling="segments", repeat_aug=2)[epoch, 0]
         for clip in sample.clips:
             numbers = [read_number(frame) for frame in clip]
             assert [n // 15 for n in numbers] == [0, 1, 2, 3]
             seen.add(tuple(numbers))
     assert len(seen) == 16
-    centre = Kinetics(index, "test", **SIZES, sampling="segments")[0, 0].clips[0]
+    centre = data_set(videos, "test", sampling="segments")[0, 0].clips[0]
     assert [read_number(frame) for frame in centre] == [7, 22, 37, 52]
-    views = Kinetics(index, "test", **SIZES, sampling="segments", num_clips=3)[0, 0].clips
+    views = data_set(videos, "test", sampling="segments", num_clips=3)[0, 0].clips
     assert [read_number(clip[0]) for clip in views] == [2, 7, 12]
 
 
 def test_fine_tuning_repeats_share_segments(videos):
-    index = VideoIndex(str(videos / "train.csv"))
-    dataset = Kinetics(
-        index, "finetune", **SIZES, sampling="segments", repeat_aug=2, hflip=False,
-        rand_augment=RandAugment("rand-m0-n1-p0"),
-    )  # fmt: skip
+    augment = RandAugment("rand-m0-n1-p0")
+    dataset = data_set(
+        videos, "finetune", sampling="segments", repeat_aug=2, hflip=False, rand_augment=augment
+    )
     first, second = ([read_number(f) for f in clip] for clip in dataset[1, 4].clips)
     assert first == second and [n // 15 for n in first] == [0, 1, 2, 3]
 
@@ -531,35 +505,35 @@ def test_fine_tuning_repeats_share_segments(videos):
 
 @pytest.mark.parametrize(("height", "width"), [(2160, 3840), (1920, 1080), (31, 33)])
 def test_frames_of_any_size_give_the_same_clips(tmp_path, height, width):
-    """The same picture in 4K, upright or tiny makes nearly the same views."""
+    """The same picture makes nearly the same views in 4K, upright or tiny."""
     y, x = np.mgrid[:height, :width] / [[[height]], [[width]]]
     frame = np.stack([255 * y, 255 * x, 0 * x + 99], axis=-1).astype(np.uint8)
     write_video(tmp_path / "v.mp4", [frame] * 3, pix_fmt="yuv444p", options={"preset": "ultrafast"})
-    index = VideoIndex(write_csv(tmp_path, "v.mp4 0\n"))
+    write_csv(tmp_path, "v.mp4 0\n")
     for mode in ("pretrain", "finetune"):
         augment = RandAugment("rand-m5") if mode == "finetune" else None
-        dataset = Kinetics(index, mode, **SIZES, scales=(1, 1), rand_augment=augment)
-        sample = dataset[0, 0]
+        sample = data_set(tmp_path, mode, scales=(1, 1), rand_augment=augment)[0, 0]
         assert not sample.errors and sample.clips.shape == (1, 4, 32, 32, 3)
     if min(height, width) < 32:
         return
-    clips = Kinetics(index, "test", **SIZES, num_crops=3)[0, 0].clips.float()
+    clips = data_set(tmp_path, "test", num_crops=3)[0, 0].clips.float()
     spread = (clips[:, 0, :, :, 0].mean(2)[:, 31] - clips[:, 0, :, :, 0].mean(2)[:, 0]).tolist()
     short = min(height, width) / max(height, width)
     assert spread == pytest.approx([255 * (short if height > width else 1)] * 3, abs=14)
 
 
-def test_a_narrow_strip_is_not_blown_up(tmp_path):
+def test_a_narrow_strip_is_not_scaled_up(tmp_path):
     strip = np.zeros((2, 16000, 3), np.uint8)
     write_video(tmp_path / "v.mkv", [strip] * 2, codec="ffv1", pix_fmt="bgr0")
-    index = VideoIndex(write_csv(tmp_path, "v.mkv 0\n"))
-    sizes = {**SIZES, "input_size": 224}
-    sample = Kinetics(index, "test", **sizes)[0, 0]
+    write_csv(tmp_path, "v.mkv 0\n")
+    sample = data_set(tmp_path, "test", input_size=224)[0, 0]
     reason = f"{tmp_path}/v.mkv: frames are too narrow to scale to 224 pixels"
     assert sample.errors == {f"{tmp_path}/v.mkv": reason}
-    assert not Kinetics(index, "pretrain", **sizes)[0, 0].errors
-    augment = RandAugment("rand-m9-p1")
-    assert not Kinetics(index, "finetune", **sizes, rand_augment=augment)[0, 0].errors
+    assert not data_set(tmp_path, input_size=224)[0, 0].errors
+    finetune = data_set(
+        tmp_path, "finetune", input_size=224, rand_augment=RandAugment("rand-m9-p1")
+    )
+    assert not finetune[0, 0].errors
 
 
 # --- memory of batches ---------------------------------------------------------------------------
@@ -567,7 +541,7 @@ def test_a_narrow_strip_is_not_blown_up(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_that_are_kept_are_not_written_over(videos, workers):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    dataset = data_set(videos)
     loader = loader_of(dataset, 1, workers)
     kept = []
     for epoch in range(3):  # 18 batches: more than there are slots
@@ -581,7 +555,7 @@ def test_batches_that_are_kept_are_not_written_over(videos, workers):
 
 
 def test_slots_are_used_again_and_given_back(videos):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    dataset = data_set(videos)
     loader = loader_of(dataset, 1, 2)
     places = set()
     for epoch in range(4):
@@ -590,7 +564,7 @@ def test_slots_are_used_again_and_given_back(videos):
             places.add(batch.clips.data_ptr())
             assert torch.equal(batch.clips[0], dataset[epoch, int(batch.row)].clips)
             if epoch == 1 and step == 2:
-                break  # what workers have under way is not waited for
+                break  # nobody waits for the batches that workers are making
     assert len(places) <= loader.memory.capacity
     del batch
     assert len(loader.memory.free) == loader.memory.capacity
@@ -598,10 +572,10 @@ def test_slots_are_used_again_and_given_back(videos):
 
 def test_without_fork_batches_travel_as_tensors(videos, monkeypatch):
     monkeypatch.setattr("util.loader.multiprocessing.get_start_method", lambda: "spawn")
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
+    dataset = data_set(videos)
     loader = loader_of(dataset, 4, 1)
     assert loader.memory.capacity == 0
-    pickle.dumps(loader.loader.dataset)  # what such workers start from
+    pickle.dumps(loader.loader.dataset)  # is sent to such workers when they start
     for batch in loader:
         for clips, row in zip(batch.clips, batch.row, strict=True):
             assert torch.equal(clips, dataset[0, int(row)].clips)
@@ -611,7 +585,7 @@ def test_without_fork_batches_travel_as_tensors(videos, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_to_the_device_ahead_from_page_locked_memory(videos, workers):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES, repeat_aug=2)
+    dataset = data_set(videos, repeat_aug=2)
     loader = VideoLoader(dataset, 2, workers, 0.5, torch.device("cuda"))
     received = []
     real = loader._receive
@@ -625,7 +599,7 @@ def test_batches_come_to_the_device_ahead_from_page_locked_memory(videos, worker
     for epoch in range(4):
         loader.set_epoch(epoch)
         for step, batch in enumerate(loader):
-            assert len(received) == min(step + 2, 3) + 3 * epoch  # the next one is under way
+            assert len(received) == min(step + 2, 3) + 3 * epoch  # the next one is being copied
             assert batch.clips.is_cuda and batch.label.is_cuda and not batch.row.is_cuda
             busy = torch.rand(4000, 4000, device="cuda")
             for _ in range(20):
@@ -640,13 +614,12 @@ def test_batches_come_to_the_device_ahead_from_page_locked_memory(videos, worker
 
 
 def test_the_last_batch_of_a_test_may_be_smaller(videos):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "test", **SIZES)
-    assert [len(batch.clips) for batch in loader_of(dataset, 4, 1)] == [4, 2]
+    loader = loader_of(data_set(videos, "test"), 4, 1)
+    assert [len(batch.clips) for batch in loader] == [4, 2]
 
 
 def test_a_continued_epoch_gives_the_remaining_batches(videos):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
-    loader = loader_of(dataset, 2)
+    loader = loader_of(data_set(videos), 2)
     whole = [batch.clips for batch in loader]
     loader.set_epoch(0, 1)
     rest = [batch.clips for batch in loader]
@@ -681,12 +654,12 @@ def test_workers_by_the_cpus_of_the_process(monkeypatch):
 
 
 def test_default_workers_in_a_slurm_task(monkeypatch):
-    """srun binds a task to its own CPUs; torchrun in one task shares them among its ranks."""
+    """srun gives each task its own CPUs; torchrun in one task shares them among its ranks."""
     monkeypatch.setattr("util.loader._cpu_quota", lambda: float("inf"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "10")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    for bound in (10, 80):  # where Slurm does not bind, all CPUs of the machine are seen
+    for bound in (10, 80):  # if Slurm does not bind tasks, they see all CPUs of the machine
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=bound: set(range(n)))
         assert default_num_workers() == 10
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "80")
@@ -695,9 +668,8 @@ def test_default_workers_in_a_slurm_task(monkeypatch):
 
 
 def test_fewer_videos_than_a_batch(videos):
-    dataset = Kinetics(VideoIndex(str(videos / "train.csv")), "pretrain", **SIZES)
     with pytest.raises(UserError, match="6 videos, fewer than one batch of --batch_size 7"):
-        loader_of(dataset, 7)
+        loader_of(data_set(videos), 7)
 
 
 def test_cut_views_copies_only_the_box(videos):

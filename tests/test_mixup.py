@@ -12,7 +12,7 @@ GOLDEN = golden.table("mixup_losses.json")
 
 
 class GivenDraws:
-    """Stand in for a Generator: a given share and given centre of the box."""
+    """Stand in for a Generator: it gives this share and this centre of the box."""
 
     def __init__(self, lam, centre):
         self.lam = lam
@@ -58,12 +58,12 @@ def test_golden_loss_of_soft_labels():
 
 
 def kinds(mixup, num_batches=400):
-    """Count the batches that are left alone, mixed, and cut."""
+    """Count the batches that are not changed, mixed, and cut."""
     rng, counts = np.random.default_rng(0), [0, 0, 0]
     for _ in range(num_batches):
         clips = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 32, 32).clone()
         mixed, targets = mixup(clips, torch.tensor([0, 1]), rng)
-        kept = 1 - mixed[0].mean()  # the share of pixels, or of every pixel, is that of the label
+        kept = 1 - mixed[0].mean()  # a label's share is that of pixels, or of every pixel's value
         torch.testing.assert_close(targets[0], torch.stack([kept, 1 - kept]))
         kind = 1 if ((mixed > 0) & (mixed < 1)).any() else 2 if mixed[0].any() else 0
         counts[kind] += 1

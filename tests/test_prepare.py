@@ -1,4 +1,4 @@
-"""Lists from what data sets come with; copies that are cheap to decode; broken videos."""
+"""Tests of lists from annotations and folders, of re-encoded copies and of broken videos."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def touch(path: Path) -> None:
 
 @pytest.fixture
 def kinetics(tmp_path) -> Path:
-    """Annotations in the official form, with videos in class folders and flat."""
+    """Write official annotations, and videos both in class folders and in one flat folder."""
     header = "label,youtube_id,time_start,time_end,split\n"
     (tmp_path / "train.csv").write_text(
         header + "zumba,aaa,10,20,train\nplaying tuba,b-b,0,10,train\nzumba,gone,5,15,train\n"
@@ -111,7 +111,7 @@ def test_bad_annotations_are_named(kinetics, text, words):
 
 
 def test_annotations_of_spreadsheets(kinetics):
-    """A byte-order mark, spaces after commas, line ends of Windows."""
+    """Files with a byte-order mark, spaces after commas and line ends of Windows are read."""
     (kinetics / "train.csv").write_bytes(
         b"\xef\xbb\xbflabel, youtube_id, time_start, time_end, split\r\n"
         b'"abseiling, fast", aaa, 10, 20, train\r\nzumba , b-b, 0, 10, train\r\n'
@@ -363,7 +363,7 @@ def test_transcoding_keeps_turned_and_mirrored_frames_so(tmp_path, a, b, c, d):
 
 
 def test_the_default_video_of_several_is_the_one(tmp_path):
-    """The first is rubbish, which does not matter."""
+    """The first stream is damaged, which does not matter."""
     path = str(tmp_path / "two.mkv")
     with av.open(path, "w") as container:
         for disposition in (Disposition(0), Disposition.default):
@@ -393,7 +393,7 @@ def test_titles_in_other_encodings_are_no_damage(tmp_path):
 
 
 def write_broken(path: Path) -> str:
-    """A video that opens and breaks off: its index promises more than there is."""
+    """Write a video that opens but is cut off: its index lists more than there is."""
     options = {"movflags": "faststart"}
     write_video(path, moving_frames(60), container_options=options)
     os.truncate(path, path.stat().st_size * 2 // 3)
@@ -401,7 +401,7 @@ def write_broken(path: Path) -> str:
 
 
 def write_damaged(path: Path) -> str:
-    """A video with rubbish in the middle, over which the decoder helps itself."""
+    """Write a video with damaged bytes in the middle, which the decoder skips."""
     write_counter_video(path, 30, bframes=2)
     content = bytearray(path.read_bytes())
     middle = content.index(b"mdat") + 400
@@ -411,7 +411,7 @@ def write_damaged(path: Path) -> str:
 
 
 def write_concealed(path: Path) -> str:
-    """A video with one wrong byte, which decodes to its end with a frame marked as damaged."""
+    """Write a video with one wrong byte that decodes to its end, with a frame marked as damaged."""
     whole = Path(write_counter_video(path, 30, bframes=2)).read_bytes()
     for place in range(whole.index(b"mdat") + 400, whole.index(b"moov"), 10):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])

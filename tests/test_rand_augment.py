@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from timm.data import auto_augment
 
@@ -43,7 +42,7 @@ def on_pil_frames(name, clip, *arguments):
 
 @pytest.fixture(scope="module")
 def clips():
-    """Clips [T, H, W, 3] that are smooth, noisy, constant, and of few dark levels."""
+    """Return four clips [T, H, W, 3]: smooth, noisy, constant, and with few dark levels."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:57, :83]
     waves = [np.sin(x / 9 + k) + np.cos(y / 7 - k) for k in range(9)]
@@ -75,8 +74,7 @@ def test_configs_mean_what_the_golden_table_says():
         "rand-m9-mstd0.5",
         "rand-m5-n3-p0.8-mstd101-mmax20-inc1",
         "rand-tweights-m3-n4",
-        "rand-m7-t3a-n3",
-        "rand-t3aw-mmax0",
+        "rand-mmax0",
     ],
 )
 def test_configs_mean_what_timm_makes_of_them(config):
@@ -99,8 +97,8 @@ def test_configs_mean_what_timm_makes_of_them(config):
 
 
 BAD_CONFIGS = ["original-mstd0.5", "augmix-m3", "random-m7", "", "rand-", "rand-x3", "rand-m"]
-BAD_CONFIGS += ["rand-m7,n2", "rand-n2.5", "rand-inc", "rand-m-1", "rand-mstd1e3", "rand-t3"]
-BAD_CONFIGS += ["rand-w1", "rand-p50", "rand-w0-n14"]
+BAD_CONFIGS += ["rand-m7,n2", "rand-n2.5", "rand-inc", "rand-m-1", "rand-mstd1e3", "rand-t3a"]
+BAD_CONFIGS += ["rand-w1", "rand-t3aw", "rand-p50", "rand-w0-n14"]
 
 
 @pytest.mark.parametrize("config", BAD_CONFIGS)
@@ -148,7 +146,7 @@ def test_colours_are_bit_for_bit_those_of_timm(name, magnitude, clips):
 
 @pytest.mark.parametrize("magnitude", [0.0, 0.3, 3.1, 7.0, 8.7, 10.0])
 @pytest.mark.parametrize("name", WARPS)
-def test_warps_are_those_of_timm_but_for_rare_single_levels(name, magnitude, clips):
+def test_warps_are_those_of_timm_except_for_rare_single_levels(name, magnitude, clips):
     for sign in (1.0, -1.0):
         arguments = operation_arguments(name, magnitude, lambda sign=sign: sign, True)
         for clip in clips[:3]:
@@ -156,11 +154,11 @@ def test_warps_are_those_of_timm_but_for_rare_single_levels(name, magnitude, cli
             difference = np.abs(ours.astype(int) - on_pil_frames(name, clip, *arguments))
             assert ours.shape == clip.shape and ours.dtype == np.uint8
             assert difference.max() <= 1
-            assert difference.mean() <= 0.01  # 0.001 for real frames, where sums round apart
+            assert difference.mean() <= 0.01  # 0.001 on real frames, from sums rounded differently
 
 
 class SeededDraws:
-    """Stand in for a Generator: the sources that seeded the golden rows."""
+    """Stand in for a Generator: draws of the generators that made the golden rows."""
 
     def __init__(self, seed):
         numbers, rng = np.random.RandomState(seed), random.Random(seed)
@@ -205,31 +203,28 @@ def test_magnitudes_stay_within_their_bound():
 
 def test_a_clip_changes_as_its_frames_would_and_keeps_its_source(clips):
     augment = RandAugment("rand-m7-n4-mstd0.5-inc1-p0.8")
-    clip = torch.from_numpy(clips[1])
-    before = clip.clone()
+    clip, before = clips[1], clips[1].copy()
     changed = 0
     for seed in range(20):
-        out = augment(clip, np.random.default_rng(seed))
-        assert out.shape == clip.shape and out.dtype == torch.uint8
-        assert torch.equal(out, augment(clip, np.random.default_rng(seed)))
+        drawn = augment.draw(np.random.default_rng(seed))
+        assert drawn == augment.draw(np.random.default_rng(seed))
+        out = apply(clip, drawn)
+        assert out.shape == clip.shape and out.dtype == np.uint8
         for t in range(len(clip)):
-            alone = augment(clip[t : t + 1], np.random.default_rng(seed))
-            assert torch.equal(alone, out[t : t + 1])
-        changed += not torch.equal(out, clip)
+            np.testing.assert_array_equal(apply(clip[t : t + 1], drawn), out[t : t + 1])
+        changed += not np.array_equal(out, clip)
     assert changed >= 15
-    assert torch.equal(clip, before)
+    np.testing.assert_array_equal(clip, before)
 
 
 def test_zero_probability_changes_nothing(clips):
-    clip = torch.from_numpy(clips[0])
-    assert torch.equal(RandAugment("rand-m9-p0")(clip, np.random.default_rng(0)), clip)
+    drawn = RandAugment("rand-m9-p0").draw(np.random.default_rng(0))
+    np.testing.assert_array_equal(apply(clips[0], drawn), clips[0])
     assert math.isinf(parse_config("rand-mstd1000").magnitude_std)
 
 
-@pytest.mark.parametrize(
-    "config", ["rand-m7-n1-p1-mstd0.5-inc1", "rand-m10-n3-p0.8-inc1", "rand-m5-n3-t3aw"]
-)
-def test_only_the_crop_is_made_and_it_is_the_same(clips, config):
+@pytest.mark.parametrize("config", ["rand-m7-n1-p1-mstd0.5-inc1", "rand-m10-n3-p0.8-inc1"])
+def test_computing_only_the_crop_gives_the_same_crop(clips, config):
     augment, seen = RandAugment(config), set()
     for seed in range(120):
         clip = clips[seed % 4]
@@ -247,7 +242,7 @@ def test_only_the_crop_is_made_and_it_is_the_same(clips, config):
     assert seen == set(augment.names)
 
 
-def test_warps_of_nothing_but_the_outside_are_filled(clips):
+def test_warps_of_only_the_outside_are_filled(clips):
     for clip in clips:
         box = (0, 0, clip.shape[1], 5)
         out = OPERATIONS["TranslateX"](clip, -1.0, box=box)

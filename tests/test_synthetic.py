@@ -1,4 +1,4 @@
-"""The embedded data set: files, determinism, and that motion alone tells the class."""
+"""Tests of the embedded data set: files, determinism, and that only motion tells the class."""
 
 import json
 import subprocess

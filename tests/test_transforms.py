@@ -1,4 +1,4 @@
-"""Tests of util/video/transforms.py against golden numbers, torchvision and float arithmetic."""
+"""Tests of util/video/sampling.py and transforms.py against golden numbers and torchvision."""
 
 import math
 import random
@@ -12,12 +12,16 @@ from torchvision.transforms import RandomResizedCrop
 from tests import golden
 from util.video.sampling import (
     NO_BOX,
+    clip_length,
+    clip_start,
+    frame_indices,
     random_erasing_box,
     random_resized_crop_box,
+    random_start,
     short_side_size,
     uniform_crop_box,
 )
-from util.video.transforms import augment_on_device, normalize, resize
+from util.video.transforms import augment_on_device, normalize, resize_frame
 
 SPATIAL = golden.table("spatial_sampling.json")
 ERASING = golden.table("random_erasing.json")
@@ -43,7 +47,7 @@ class GivenDraws:
 
 
 class PythonRandom:
-    """Stand in for a Generator: draws of the standard library, which seeded the golden rows."""
+    """Stand in for a Generator: draws of the standard library, which made the golden rows."""
 
     def __init__(self, seed):
         rng = random.Random(seed)
@@ -51,18 +55,59 @@ class PythonRandom:
         self.integers = lambda low, high: rng.randint(low, high - 1)
 
 
+def resize(clip, size):
+    """Resize all frames of a clip."""
+    out = clip.new_empty(len(clip), *size, clip.shape[3])
+    for source, target in zip(clip.numpy(), out.numpy(), strict=True):
+        resize_frame(source, target)
+    return out
+
+
 def moving_pattern(num_frames=4, height=256, width=340):
-    """A smooth coloured pattern with edges that moves, uint8 [T, H, W, 3]."""
-    t, y, x, c = torch.meshgrid(
-        torch.arange(num_frames),
-        torch.arange(height),
-        torch.arange(width),
-        torch.arange(3),
-        indexing="ij",
-    )
+    """Return a smooth coloured pattern with edges that moves, uint8 [T, H, W, 3]."""
+    t, y, x, c = torch.meshgrid(*map(torch.arange, (num_frames, height, width, 3)), indexing="ij")
     waves = torch.sin(x / (7 + c) + t) + torch.cos(y / (5 + c) - t)
     checks = ((x // 23 + y // 17 + t) % 2) * 0.5
     return ((waves + checks + 2) / 4.5 * 255).to(torch.uint8)
+
+
+def test_clip_length():
+    assert clip_length(16, 4, 30.0) == 64
+    assert clip_length(16, 4, 15.0) == 32
+    assert clip_length(16, 4, 30000 / 1001) == pytest.approx(63.936064)
+    assert clip_length(8, 8, 25.0, target_fps=25.0) == 64
+
+
+def test_random_start_is_uniform_where_the_clip_fits():
+    rng = np.random.default_rng(0)
+    starts = [random_start(300, 64.0, rng) for _ in range(2000)]
+    assert 0 <= min(starts) < 2 and 234 < max(starts) <= 236
+    assert np.mean(starts) == pytest.approx(118, abs=5)
+    assert random_start(30, 64.0, rng) == 0
+    assert random_start(300, 64.0, np.random.default_rng(7)) == random_start(
+        300, 64.0, np.random.default_rng(7)
+    )
+
+
+def test_clip_starts_of_the_test_views():
+    assert [clip_start(300, 64.0, k, 7) for k in range(7)] == [39.0 * k for k in range(7)]
+    assert [clip_start(300, 64.0, k, 10) for k in range(10)] == [26.0 * k for k in range(10)]
+    assert clip_start(300, 64.0, 0, 1) == 118
+    assert clip_start(301, 64.0, 0, 1) == 118  # rounded down
+    assert clip_start(300, 63.5, 1, 3) == 118  # 236.5 / 2, rounded down
+    assert [clip_start(30, 64.0, k, 3) for k in range(3)] == [0, 0, 0]
+
+
+def test_frame_indices():
+    # end = start + clip - 1: 63 frames in 15 steps of 4.2
+    expected = [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
+    assert frame_indices(0, 64, 16, 300).tolist() == expected
+    assert frame_indices(236, 64, 16, 300).tolist() == [236 + i for i in expected]
+    assert frame_indices(0.9, 64, 16, 300).tolist()[:3] == [0, 5, 9]
+    assert frame_indices(0, 64, 16, 10).tolist() == [0, 4, 8] + [9] * 13  # shorter than the clip
+    assert frame_indices(0, 64, 1, 300).tolist() == [0]
+    assert frame_indices(0, 0.1, 4, 300).tolist() == [0, 0, 0, 0]  # slower than a frame per clip
+    assert frame_indices(0, 64, 16, 300).dtype == np.int64
 
 
 @pytest.mark.parametrize("row", SPATIAL["random_resized_crop_given_draws"]["rows"])
@@ -177,22 +222,18 @@ def test_resize_antialiases_only_large_reductions():
     assert half.std() > 50
 
 
-def test_resize_of_the_same_size_is_free():
+def test_resize_to_the_same_size_changes_nothing():
     clip = moving_pattern(2, 32, 48)
-    assert resize(clip, (32, 48)) is clip
+    assert torch.equal(resize(clip, (32, 48)), clip)
 
 
 @pytest.mark.parametrize("row", ERASING["given_draws"]["rows"])
 def test_erasing_box_of_given_draws(row):
     area, log_aspect, box = row
-    drawn = random_erasing_box(
-        ERASING["given_draws"]["H"], ERASING["given_draws"]["W"], GivenDraws(area, log_aspect)
-    )
-    if box is None:
-        assert drawn == NO_BOX
-    else:
-        y0, y1, x0, x1 = box
-        assert drawn == (y0, x0, y1 - y0, x1 - x0)
+    height, width = ERASING["given_draws"]["H"], ERASING["given_draws"]["W"]
+    y0, y1, x0, x1 = box or (0, 0, 0, 0)  # no box: NO_BOX
+    drawn = random_erasing_box(height, width, GivenDraws(area, log_aspect))
+    assert drawn == (y0, x0, y1 - y0, x1 - x0)
 
 
 def test_erasing_box_is_smaller_than_the_frame():
@@ -236,7 +277,7 @@ def test_augment_on_device_without_draws_is_normalize():
     assert torch.equal(augment_on_device(clips, None, None), normalize(clips))
 
 
-def test_augment_on_device_flips_and_erases_the_clips_told():
+def test_augment_on_device_flips_and_erases_the_given_clips():
     clips = moving_pattern(9, 20, 24).unflatten(0, (3, 3))
     flip = torch.tensor([False, True, False])
     erase = torch.tensor([[2, 3, 10, 12], [5, 0, 15, 4], [0, 0, 0, 0]])

@@ -1,4 +1,4 @@
-"""Decoding is compared with decoding everything, bit for bit; numbers with what the frames show."""
+"""Decoding is compared with decoding everything, bit for bit; frame numbers with the pictures."""
 
 import io
 import os
@@ -14,18 +14,12 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from tests.video_files import (
-    moving_frames,
-    read_counter,
-    write_counter_video,
-    write_video,
-)
+from tests.video_files import moving_frames, read_counter, write_counter_video, write_video
 from util.video.decode import Video, VideoError
-from util.video.sampling import clip_length, clip_start, frame_indices, random_start
 
 
 def decode_all(path: str, limit: int | None = None) -> list[np.ndarray]:
-    """The plainest decode of all frames; damaged packets are passed over."""
+    """Decode all frames in the plainest way, without damaged packets."""
     frames = []
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -46,7 +40,7 @@ def decode_all(path: str, limit: int | None = None) -> list[np.ndarray]:
 def remux(sources: str | list[str], target: Path, change: Callable) -> str:
     """Copy the packets of one video, or several in a row, each after `change(number, packet)`.
 
-    Packets for which it returns False are left out; it may also return another packet.
+    Packets for which it returns False are left out. It may also return a packet to use instead.
     """
     inputs = [av.open(path) for path in ([sources] if isinstance(sources, str) else sources)]
     packets = [packet for file in inputs for packet in file.demux(video=0) if packet.size]
@@ -134,7 +128,7 @@ def test_unwanted_groups_and_frames_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Video, "_decode_run", count)
     with Video(path) as video:
         assert_same(video, [25, 30], reference)
-    # From key frame 20: it, references at every 4th frame, and whichever of 25 and 30 are none.
+    # Key frame 20, the references at every 4th frame, and 25 and 30 where they are not references.
     assert len(decoded) <= 7
 
 
@@ -172,17 +166,12 @@ def test_rotated_frames_come_upright(tmp_path, rotation):
     reference = decode_all(path)
     upright = np.rot90(frames[1], rotation // 90)
     with Video(path) as video:
-        assert (video.height, video.width) == upright.shape[:2]
+        assert (video.height, video.width) == upright.shape[:2]  # before any frame is asked for
+        assert video.rotation == rotation % 360
         assert_same(video, [1], reference)
         ((_, image),) = video.frames([1])
     assert np.abs(image.astype(float) - upright).mean() < 30
     assert image.flags.c_contiguous or image.strides[1:] == (3, 1)
-
-
-def test_rotation_is_known_without_asking_for_frames(tmp_path):
-    path = write_video(tmp_path / "r.mp4", moving_frames(3, 32, 64), rotation=90)
-    with Video(path) as video:
-        assert (video.height, video.width, video.rotation) == (64, 32, 90)
 
 
 TURNED = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
@@ -213,7 +202,7 @@ def test_frames_are_turned_and_mirrored_as_the_matrix_says(tmp_path, a, b, c, d)
 def test_the_orientation_of_photographs_in_a_video(tmp_path):
     """MJPEG frames may carry Exif, a kind of side data that PyAV cannot name."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # to be shown turned clockwise
     picture = io.BytesIO()
     Image.new("RGB", (64, 48)).save(picture, "JPEG", exif=exif)
     path = tmp_path / "x.avi"
@@ -230,8 +219,18 @@ def test_the_orientation_of_photographs_in_a_video(tmp_path):
         assert (video.height, video.width) == (64, 48)
 
 
+def write_sound(path: Path) -> str:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        block.sample_rate = 16000
+        container.mux(stream.encode(block))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
 def with_cover(path: str) -> str:
-    """Put a picture in front of the streams of an MP4 whose index is its last box, as tags."""
+    """Add a cover picture, as the first stream, to an MP4 whose index is its last box."""
 
     def box(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I4s", 8 + len(content), kind) + content
@@ -249,7 +248,7 @@ def with_cover(path: str) -> str:
     return path
 
 
-def test_cover_pictures_are_no_videos(tmp_path):
+def test_cover_pictures_are_not_videos(tmp_path):
     """A picture may be the first stream of a file, or its only one."""
     film = write_video(tmp_path / "film.mp4", moving_frames(5))
     reference = decode_all(film)
@@ -258,18 +257,11 @@ def test_cover_pictures_are_no_videos(tmp_path):
     with Video(film) as video:
         assert (video.num_frames, video.height) == (5, 48)
         assert_same(video, [1, 3], reference)
-    song = str(tmp_path / "song.mp4")
-    with av.open(song, "w") as container:
-        sound = container.add_stream("aac", rate=16000)
-        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-        block.sample_rate = 16000
-        container.mux(sound.encode(block))
-        container.mux(sound.encode(None))
     with pytest.raises(VideoError, match="no video stream"):
-        Video(with_cover(song))
+        Video(with_cover(write_sound(tmp_path / "song.mp4")))
 
 
-def test_the_default_video_of_several_is_watched(tmp_path):
+def test_the_default_video_stream_is_used(tmp_path):
     sources = [write_video(tmp_path / f"{n}.mkv", moving_frames(n)) for n in (1, 5)]
     with av.open(str(tmp_path / "both.mkv"), "w") as container:
         for source, disposition in zip(sources, (Disposition(0), Disposition.default), strict=True):
@@ -293,7 +285,7 @@ def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
 
     def hide(k, packet):
         data = bytearray(bytes(packet))
-        if k % 10 == 9 and data[0] & 1:  # no key frame
+        if k % 10 == 9 and data[0] & 1:  # not a key frame
             data[0] &= 0xEF
             packet.update(bytes(data))
 
@@ -351,7 +343,7 @@ def test_a_jump_of_the_clock_is_no_frame_rate(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_parameters_that_change_within_a_file(tmp_path, suffix):
-    """The second part's parameter sets stand once, in front of it: all must go by them."""
+    """The second part has its parameter sets only once, at its start; all its frames need them."""
     parts = []
     for name, params in (("a", "cabac=1"), ("b", "cabac=1:chroma-qp-offset=10")):
         frames = moving_frames(30, seed=ord(name))
@@ -388,7 +380,7 @@ def test_parameters_that_change_within_a_file(tmp_path, suffix):
             assert_same(video, [3, 12], reference)
 
 
-def test_a_packet_that_is_cut_off_is_no_frame(tmp_path):
+def test_a_packet_that_is_cut_off_is_not_a_frame(tmp_path):
     path = tmp_path / "t.mp4"
     write_video(path, moving_frames(60), container_options={"movflags": "faststart"})
     data = path.read_bytes()
@@ -466,8 +458,8 @@ def test_bt709_full_range_is_converted_as_pyav_does(tmp_path):
         assert_same(video, [0, 1, 2], decode_all(path))
 
 
-def test_stamps_that_ignore_b_frames_are_not_believed(tmp_path):
-    """Such a file claims that its frames are shown in decoding order; its decoder knows better."""
+def test_time_stamps_that_ignore_b_frames_are_not_used(tmp_path):
+    """Such a file says that frames are shown in the order of decoding; its decoder knows better."""
 
     def forget_order(number, packet):
         packet.pts = packet.dts = number * packet.duration
@@ -479,7 +471,7 @@ def test_stamps_that_ignore_b_frames_are_not_believed(tmp_path):
             assert [read_counter(image) for _, image in video.frames([number])] == [number]
 
 
-def test_key_frames_that_are_none_are_not_believed(tmp_path):
+def test_packets_wrongly_marked_as_key_frames(tmp_path):
     def all_keys(_, packet):
         packet.is_keyframe = True
 
@@ -492,7 +484,7 @@ def test_key_frames_that_are_none_are_not_believed(tmp_path):
                 assert_same(video, [number], reference)
 
 
-def test_a_damaged_packet_is_bridged_and_a_long_hole_is_an_error(tmp_path):
+def test_a_damaged_packet_is_replaced_and_a_long_gap_is_an_error(tmp_path):
     def damage(numbers):
         def change(number, packet):
             if number in numbers:
@@ -541,12 +533,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     files["empty"][0].touch()
     files["text"][0].write_text("path label\n" * 100)
     files["truncated"][0].write_bytes(Path(video).read_bytes()[:700])
-    with av.open(str(files["sound"][0]), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-        block.sample_rate = 16000
-        container.mux(stream.encode(block))
-        container.mux(stream.encode(None))
+    write_sound(files["sound"][0])
     return files
 
 
@@ -564,7 +551,7 @@ def test_bombs_are_refused_by_header_and_by_stream(tmp_path):
         Video(path, max_pixels=3000)
     with Video(path, max_pixels=64 * 48) as video:
         assert len(list(video.frames(range(5)))) == 5
-    # A header that understates the pictures: it says 16 x 16, the stream 64 x 48.
+    # A header that lies about the size: it says 16 x 16, the stream 64 x 48.
     lie = tmp_path / "lie.mp4"
     content = Path(path).read_bytes()
     at = content.index(b"avc1", content.index(b"stsd")) + 4 + 24
@@ -596,45 +583,6 @@ def test_names_are_paths_not_protocols(tmp_path, monkeypatch):
         assert video.num_frames == 3 and video.path == "http:name.mp4"
 
 
-def test_clip_length():
-    assert clip_length(16, 4, 30.0) == 64
-    assert clip_length(16, 4, 15.0) == 32
-    assert clip_length(16, 4, 30000 / 1001) == pytest.approx(63.936064)
-    assert clip_length(8, 8, 25.0, target_fps=25.0) == 64
-
-
-def test_random_start_is_uniform_where_the_clip_fits():
-    rng = np.random.default_rng(0)
-    starts = [random_start(300, 64.0, rng) for _ in range(2000)]
-    assert 0 <= min(starts) < 2 and 234 < max(starts) <= 236
-    assert np.mean(starts) == pytest.approx(118, abs=5)
-    assert random_start(30, 64.0, rng) == 0
-    assert random_start(300, 64.0, np.random.default_rng(7)) == random_start(
-        300, 64.0, np.random.default_rng(7)
-    )
-
-
-def test_clip_starts_of_the_test_views():
-    assert [clip_start(300, 64.0, k, 7) for k in range(7)] == [39.0 * k for k in range(7)]
-    assert [clip_start(300, 64.0, k, 10) for k in range(10)] == [26.0 * k for k in range(10)]
-    assert clip_start(300, 64.0, 0, 1) == 118
-    assert clip_start(301, 64.0, 0, 1) == 118  # rounded down
-    assert clip_start(300, 63.5, 1, 3) == 118  # 236.5 / 2, rounded down
-    assert [clip_start(30, 64.0, k, 3) for k in range(3)] == [0, 0, 0]
-
-
-def test_frame_indices():
-    # end = start + clip - 1: 63 frames in 15 steps of 4.2
-    expected = [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
-    assert frame_indices(0, 64, 16, 300).tolist() == expected
-    assert frame_indices(236, 64, 16, 300).tolist() == [236 + i for i in expected]
-    assert frame_indices(0.9, 64, 16, 300).tolist()[:3] == [0, 5, 9]
-    assert frame_indices(0, 64, 16, 10).tolist() == [0, 4, 8] + [9] * 13  # shorter than the clip
-    assert frame_indices(0, 64, 1, 300).tolist() == [0]
-    assert frame_indices(0, 0.1, 4, 300).tolist() == [0, 0, 0, 0]  # slower than a frame per clip
-    assert frame_indices(0, 64, 16, 300).dtype == np.int64
-
-
 EXTRA = os.environ.get("MAE_VIDEO_EXTRA")
 
 
@@ -655,7 +603,7 @@ def test_real_videos():
                 try:
                     if whole:
                         assert_same(video, wanted, reference)
-                    else:  # damaged: the plain decode cannot tell which frames it lacks
+                    else:  # damaged: the plain decode does not know which frames are missing
                         assert len(list(video.frames(wanted))) == count
                 except AssertionError as error:
                     raise AssertionError(f"{path}: {error}") from error

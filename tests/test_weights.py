@@ -3,14 +3,20 @@
 import argparse
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
+import main_finetune
+import main_test
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from tests import golden
+from tests import formats, golden
+from util import weights
 from util.errors import UserError
 from util.formats import checkpoint_args, model_state
 from util.weights import apply_weights, read_checkpoint, read_weights
@@ -54,21 +60,23 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, place):
     assert crater.exists()
 
 
+@pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
-def test_truncated_files(tmp_path, zipped, share):
+def test_truncated_files(tmp_path, zipped, share, mmap):
     path = tmp_path / "short.pth"
     state = {"model": golden.build(MaskedAutoencoderViT, MAE).state_dict()}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     with open(path, "r+b") as file:
         file.truncate(int(path.stat().st_size * share))
     with pytest.raises(UserError, match=r"short\.pth is damaged or not a checkpoint"):
-        read_checkpoint(str(path))
+        read_checkpoint(str(path), mmap=mmap)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_bytes_never_give_a_traceback(tmp_path, zipped):
+def test_damaged_bytes_never_give_a_traceback(tmp_path, zipped, mmap):
     path = tmp_path / "damaged.pth"
     state = {"model": torch.nn.Linear(3, 2).state_dict(), "args": argparse.Namespace(model="x")}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
@@ -81,7 +89,9 @@ def test_damaged_bytes_never_give_a_traceback(tmp_path, zipped):
         damaged[places] = rng.integers(256, size=len(places))
         path.write_bytes(damaged.tobytes())
         try:
-            read_checkpoint(str(path))
+            content = read_checkpoint(str(path), mmap=mmap).get("model")
+            if isinstance(content, dict):  # every number of a mapped file is there
+                sum(v.double().sum() for v in content.values() if isinstance(v, torch.Tensor))
         except UserError as error:
             assert str(error).startswith(str(path))
             refused += 1
@@ -119,11 +129,86 @@ def test_checkpoint_args():
     assert checkpoint_args({}) == checkpoint_args({"args": None}) == {}
 
 
+# --- reading once, and only what is used
+
+FAT = 2**28  # bytes of an optimiser
+COUNT_BYTES = """
+import sys, main_test
+def counts():
+    with open("/proc/self/io") as io, open("/proc/self/status") as status:
+        return int(io.read().split()[1]), 1024 * int(status.read().split("VmHWM:")[1].split()[0])
+before = counts()
+main_test.main(main_test.parse_args(sys.argv[1:]))
+print("grew", *(after - b for after, b in zip(counts(), before)))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's counters")
+def test_multi_view_test_leaves_the_optimiser_on_the_disk(tmp_path, videos):
+    """Neither read nor mapped memory that was touched: both would show, the latter as peak."""
+    checkpoint = formats.reference(decoder=False)
+    checkpoint["optimizer"] = {"state": {0: {"exp_avg": torch.zeros(FAT // 4)}}}
+    path = tmp_path / "checkpoint-00099.pth"
+    torch.save(checkpoint, path)
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT_BYTES, "--path_to_data_dir", videos, "--finetune", path,
+         "--output_dir", tmp_path / "out", "--device", "cpu", "--num_workers", "0", "--dry_run"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    read, peak = map(int, run.stdout.split("grew")[1].split())
+    assert read < FAT / 4 and peak < FAT / 2
+
+
+def test_a_file_is_read_once_for_flags_and_weights(tmp_path, monkeypatch):
+    reads = []
+
+    def count(path, mmap):
+        reads.append(path)
+        return read_checkpoint(path, mmap)
+
+    monkeypatch.setattr(weights, "read_checkpoint", count)
+    path = tmp_path / "in.pth"
+    torch.save(formats.reference(decoder=False), path)
+    for parse in (
+        lambda: main_test.parse_args(["--finetune", str(path)]),
+        lambda: main_finetune.parse_args(["--eval", "--resume", str(path)]),
+    ):
+        args = parse()
+        assert len(pickle.dumps(args)) < 10_000  # of a job: no weights
+        assert read_weights(str(path)).source == "MAE"
+        assert len(reads) == 1
+        assert read_weights(str(path)).source == "MAE"  # not what a model may have changed
+        assert len(reads) == 2
+        reads.clear()
+        parse()
+        torch.save(formats.pyslowfast(), tmp_path / "new.pth")
+        os.replace(tmp_path / "new.pth", path)
+        assert read_weights(str(path)).source == "PySlowFast"
+        torch.save(formats.reference(decoder=False), path)
+        reads.clear()
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "zipless"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_models_do_not_depend_on_the_mapped_file(tmp_path, device, kind):
+    path = tmp_path / f"in.{kind}"
+    state = golden.build(VisionTransformer, VIT).state_dict()
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "pth")
+    found = read_weights(str(path))
+    with torch.device(device):
+        model = VisionTransformer(
+            **found.classifier_arguments(num_heads=VIT["kwargs"]["num_heads"])
+        )
+    apply_weights(model, found, keep_head=True)
+    path.write_bytes(bytes(path.stat().st_size))  # in place: whoever views the file sees zeros
+    assert_bitwise_equal(model.state_dict(), state)
+
+
 # --- loading weights
-
-
-def prefixed(state, prefix):
-    return {prefix + k: v for k, v in state.items()}
 
 
 WRAPPINGS = {
@@ -132,9 +217,6 @@ WRAPPINGS = {
     "module": lambda state: {"module": state},
     "state_dict": lambda state: {"state_dict": state},
     "bare": lambda state: state,
-    "DistributedDataParallel": lambda state: {"model": prefixed(state, "module.")},
-    "torch.compile": lambda state: prefixed(state, "_orig_mod."),
-    "both": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
 }
 
 
@@ -209,19 +291,21 @@ def assert_untouched(model):
 
 
 @pytest.mark.parametrize(
-    "lost, flag",
+    "lost, says",
     [
-        ("cls_token", "--no-cls_embed"),
-        ("q.bias", "--no_qkv"),
-        ("mlp.fc1.bias", "--allow_missing"),
+        (("cls_token", "pos_embed_class"), r"\d weights.*cls_token.*--no-cls_embed"),
+        (("cls_token",), "cls_token: the checkpoint is incomplete"),
+        (("q.bias", "k.bias", "v.bias"), r"\d weights.*q\.bias.*--no_qkv_bias"),
+        (("q.bias",), r"\d weights.*q\.bias.*--allow_missing"),
+        (("mlp.fc1.bias",), r"\d weights.*mlp\.fc1\.bias.*--allow_missing"),
     ],
 )
-def test_missing_encoder_weights_are_named(tmp_path, lost, flag):
+def test_missing_encoder_weights_are_named(tmp_path, lost, says):
     state = golden.build(VisionTransformer, VIT).state_dict()
     state = {k: v for k, v in state.items() if not k.endswith(lost)}
     path = saved(tmp_path / "lacking.pth", state)
     model = fresh_classifier()
-    with pytest.raises(UserError, match=rf"lacking\.pth lacks \d weights.*{lost}.*{flag}"):
+    with pytest.raises(UserError, match=rf"lacking\.pth lacks {says}"):
         apply_weights(model, read_weights(path), keep_head=False)
     assert_untouched(model)
 

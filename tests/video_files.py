@@ -1,4 +1,4 @@
-"""Write real videos for tests: any codec, container and group structure that PyAV can encode."""
+"""Write real videos for tests, with any codec, container and group structure PyAV can encode."""
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -29,9 +29,9 @@ def write_video(
 ) -> str:
     """Encode uint8 RGB [H, W, 3] frames and return the path as a string.
 
-    `stamps` are the frames' times in units of 1 / fps (default 0, 1, 2, ...). `rotation` is
-    counterclockwise degrees in the metadata. An MP4 with `drop_until` shows the frames from that
-    one on (edit list).
+    `stamps` are the times of the frames in units of 1 / fps (default 0, 1, 2, ...). `rotation` is
+    written to the metadata, in degrees counterclockwise. An MP4 with `drop_until` shows only the
+    frames from that one on (by an edit list).
     """
     frames = list(frames)
     rate = Fraction(fps)
@@ -78,7 +78,7 @@ def write_video(
 
 
 def counter_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Return a grey picture of `number`: sixteens at the left, ones at the right."""
+    """Return a grey picture of `number`: its sixteens on the left, its ones on the right."""
     frame = np.empty((height, width, 3), np.uint8)
     frame[:, : width // 2] = number // 16 * 16 + 8
     frame[:, width // 2 :] = number % 16 * 16 + 8
@@ -102,7 +102,7 @@ def write_counter_video(
 
 
 def moving_frames(num_frames: int, height: int = 48, width: int = 64, seed: int = 0):
-    """Return noisy frames of a moving pattern, of which every one differs from all others."""
+    """Return frames of a noisy, moving pattern; all frames are different."""
     rng = np.random.default_rng(seed)
     texture = rng.integers(0, 256, (height + num_frames, width + 2 * num_frames, 3), np.uint8)
     texture = np.kron(texture[::4, ::4], np.ones((4, 4, 1), np.uint8))

@@ -99,10 +99,7 @@ def superfluous(
 def read_intact(path: str) -> dict[str, Any]:
     """Read a training checkpoint after checking the checksum of every tensor in it.
 
-    A local file is read once, for the checksums; its tensors are then mapped into memory.
-
-    Raises:
-        UserError: the file is damaged.
+    That reads a local file once; its tensors are then mapped. Raise UserError if it is damaged.
     """
     if not is_remote(path):
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
@@ -117,10 +114,7 @@ def load_latest(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
 
     It is the newest of the output folder; a damaged one is reported and the one before it taken.
     With --resume it is that file, or the newest that the same command has saved since: the folder
-    may hold checkpoints of other commands.
-
-    Raises:
-        UserError: on every rank, if --resume is damaged.
+    may hold checkpoints of other commands. If --resume is damaged, every rank raises UserError.
     """
     path, content, problem = args.resume, None, ""
     if is_main():
@@ -140,13 +134,14 @@ def load_latest(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
                 content = read_intact(path)
             except UserError as error:
                 problem = str(error)
+
+    # The other ranks rely on that check, and read only what they use.
     path, problem = broadcast_object((path, problem))
     if problem:
         raise UserError(problem)
-    if not path:
-        return None
-    # The other ranks rely on that check, and read only what they use.
-    return path, read_checkpoint(path, mmap=True) if content is None else content
+    if path and content is None:
+        content = read_checkpoint(path, mmap=True)
+    return (path, content) if content else None
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -314,11 +309,7 @@ class Checkpoints:
             self.thread = None
 
     def close(self) -> None:
-        """At the end of a run: wait for the last save and restore the signal handlers.
-
-        Raises:
-            UserError: the last save failed, so that the run's result is lost.
-        """
+        """Wait for the last save and restore signal handlers; raise UserError if it has failed."""
         self.wait()
         self.interruption.close()
         if self.failure:
@@ -351,11 +342,7 @@ class Checkpoints:
     # --- resuming ---------------------------------------------------------------------------
 
     def resume(self, path: str, checkpoint: dict[str, Any]) -> None:
-        """Bring back the objects and the progress of a run, and its log.txt as it was then.
-
-        Args:
-            path: of the file, for messages.
-            checkpoint: its content (load_latest, read_intact).
+        """Bring back a run's objects, progress and log.txt from the content of the file `path`.
 
         Raises:
             UserError: it is no training checkpoint, or is of another model or data set.
@@ -386,13 +373,11 @@ class Checkpoints:
         if changed:
             print0(f"WARNING: some flags differ from those of {path}: {changed}")
         step = f", step {self.progress.step}" if self.progress.step else ""
-        if self.progress.epoch < self.args.epochs:
-            print0(f"resumed from {path}: going on at epoch {self.progress.epoch}{step}")
-        else:
-            print0(
-                f"resumed from {path}: all {self.args.epochs} epochs are done; to train longer "
-                "raise --epochs, for another run use another --output_dir"
-            )
+        place = f"going on at epoch {self.progress.epoch}{step}"
+        if self.progress.epoch >= self.args.epochs:
+            place = f"all {self.args.epochs} epochs are done; to train longer raise --epochs, for "
+            place += "another run use another --output_dir"
+        print0(f"resumed from {path}: {place}")
 
     def _changed_flags(self, checkpoint: dict[str, Any]) -> str:
         """List the flags that differ from the checkpoint's."""
@@ -419,10 +404,9 @@ class Checkpoints:
         flags = checkpoint_args(checkpoint)
         trained, started_from = flags.get("model"), flags.get("finetune")
         if trained not in (None, self.args.model):
-            way_out = "use another --output_dir"
-            if self.args.resume:
-                way_out = "to start from weights use --finetune (main_finetune.py)"
-            raise UserError(f"{path} is of --model {trained}, not {self.args.model}; {way_out}")
+            way_out = "--finetune (main_finetune.py) to start from its weights"
+            way_out = way_out if self.args.resume else "another --output_dir"
+            raise UserError(f"{path} is of --model {trained}, not {self.args.model}; use {way_out}")
         # a checkpoint named by --resume is meant; one found in the folder may be another run's
         wanted = getattr(self.args, "finetune", None)
         if not self.args.resume and None not in (started_from, wanted) and started_from != wanted:
@@ -449,8 +433,8 @@ class HostCopy:
     """A copy of a run's state in host memory, kept from save to save.
 
     On a CPU the writing thread copies while the next forward and backward passes run; an optimiser
-    step, which changes the tensors, must `wait` for it. On a GPU the copies into page-locked memory
-    are enqueued at once, and the stream itself makes later changes come after them.
+    step, which changes the tensors, must `wait` for it. On a GPU copies into page-locked memory are
+    enqueued at once; the stream itself makes later changes come after them.
     """
 
     def __init__(self) -> None:

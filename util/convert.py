@@ -20,15 +20,37 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.file_io import make_dirs, write_atomically
-from util.formats import DECODER_ARGUMENTS, METADATA, Weights, fold_output, num_heads
-from util.pos_embed import (
-    join,
-    sincos_pos_embed,
-    split,
-)
+from util.formats import DECODER_ARGUMENTS, METADATA, Weights, is_decoder, num_heads
+from util.pos_embed import join, sincos_pos_embed, split
 from util.video.transforms import MEAN, STD
+from util.weights import fold_output, read_weights, with_our_normalisation
 
 FORMATS = ("mae_st", "pyslowfast", "pyslowfast-fused", "videomae-hf", "safetensors")
+
+# Names of other projects in place of ours, in the order in which they are replaced.
+PYSLOWFAST_NAMES = (
+    (r"^decoder_blocks\.", "pred_head.transforms.0."),
+    (r"^decoder_pred\.", "pred_head.projections.0."),
+    (r"^head\.", "head.projection."),
+)
+VIDEOMAE_NAMES = (
+    (r"\.attn\.([qv])\.bias$", r".attention.attention.\1_bias"),
+    (r"\.attn\.q\.", ".attention.attention.query."),
+    (r"\.attn\.k\.", ".attention.attention.key."),
+    (r"\.attn\.v\.", ".attention.attention.value."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"^head\.", "classifier."),
+    (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
+    (r"^blocks\.", "videomae.encoder.layer."),
+    (r"^decoder_blocks\.", "decoder.decoder_layers."),
+    (r"^decoder_norm\.", "decoder.norm."),
+    (r"^decoder_pred\.", "decoder.head."),
+    (r"^decoder_embed\.", "encoder_to_decoder."),
+)
 
 
 def drop_decoder(weights: Weights) -> Weights:
@@ -42,13 +64,13 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
     """Return a checkpoint in the reference implementation's and our own layout.
 
     Its encoder and head load in the reference implementation. `arguments`, which only this project
-    reads, rebuild the model, also decoders that the reference does not have.
+    reads, rebuild the model, also with decoders that the reference does not have.
     """
-    weights = weights.with_our_normalisation()
+    weights = with_our_normalisation(weights)
     arguments = weights.arguments
-    flags = {k: v for k, v in arguments.items() if k in ("num_frames", "t_patch_size")}
+    flags = {k: arguments[k] for k in ("num_frames", "t_patch_size")}
     flags |= {"input_size": arguments["img_size"]} | weights.flags
-    return {"model": _own_storage(weights.state), "args": flags, "arguments": arguments}
+    return {"model": _own_storage(weights.as_stored()), "args": flags, "arguments": arguments}
 
 
 def to_pyslowfast(weights: Weights, fused: bool = False) -> dict[str, Any]:
@@ -57,19 +79,27 @@ def to_pyslowfast(weights: Weights, fused: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: PySlowFast has no such model; the message says why.
     """
-    weights = weights.with_our_normalisation()
-    arguments, reasons = weights.arguments, []
-    state = dict(weights.state)
+    weights = with_our_normalisation(weights)
+    arguments, state, reasons = weights.arguments, weights.as_stored(), []
     cls = arguments["cls_embed"]
+
+    # positions: the encoder's separable, the decoder's joint
     if not arguments["sep_pos_embed"]:
         joint = state.pop("pos_embed")
         if cls:
             state["pos_embed_class"] = joint[:, :1]
         try:
-            spatial, temporal = split(joint[:, int(cls) :], weights.grid)
+            joint = weights.state["pos_embed"][:, int(cls) :]
+            spatial, temporal = split(joint, weights.grid, weights.rounding("pos_embed"))
             state |= {"pos_embed_spatial": spatial, "pos_embed_temporal": temporal}
         except ValueError:
             reasons.append("its joint positions are no sum of positions in space and in time")
+    if arguments.get("decoder_sep_pos_embed"):
+        first = [state["decoder_pos_embed_class"]] if cls else []
+        parts = [weights.state[f"decoder_pos_embed_{part}"] for part in ("spatial", "temporal")]
+        state = {k: v for k, v in state.items() if not k.startswith("decoder_pos_embed_")}
+        state["decoder_pos_embed"] = torch.cat([*first, join(*parts)], dim=1)
+
     if weights.has_decoder:
         if cls and not arguments["cls_through_decoder"]:
             reasons.append(
@@ -80,25 +110,14 @@ def to_pyslowfast(weights: Weights, fused: bool = False) -> dict[str, Any]:
                 f"its decoder has {arguments['decoder_num_heads']} heads, PySlowFast's has 64 "
                 "channels per head"
             )
-        if arguments["decoder_sep_pos_embed"]:
-            joint = join(
-                state.pop("decoder_pos_embed_spatial"), state.pop("decoder_pos_embed_temporal")
-            )
-            first = [state.pop("decoder_pos_embed_class")] if cls else []
-            state["decoder_pos_embed"] = torch.cat([*first, joint], dim=1)
     _refuse("PySlowFast", reasons, weights.has_decoder)
-    depth = arguments.get("decoder_depth", 0)
-    names = (
-        (r"^decoder_blocks\.", "pred_head.transforms.0."),
-        (r"^decoder_norm\.", f"pred_head.transforms.0.{depth}."),
-        (r"^decoder_pred\.", "pred_head.projections.0."),
-        (r"^head\.", "head.projection."),
-    )
-    # what the tensors do not say; PySlowFast does not look at it
+
+    # what the tensors do not say; PySlowFast ignores it
     said = arguments | {"sep_pos_embed": True, "sincos_pos_embed": False}
     said |= {"decoder_sep_pos_embed": False} if weights.has_decoder else {}
-    renamed = _rename(fuse_qkv(state) if fused else state, names)
-    return {"model_state": renamed, "arguments": said}
+    norm = (r"^decoder_norm\.", f"pred_head.transforms.0.{arguments.get('decoder_depth')}.")
+    state = _rename(fuse_qkv(state) if fused else state, (norm, *PYSLOWFAST_NAMES))
+    return {"model_state": state, "arguments": said}
 
 
 def to_videomae_hf(
@@ -112,57 +131,35 @@ def to_videomae_hf(
     Raises:
         ValueError: VideoMAE has no such model; the message says why.
     """
-    arguments, state = weights.arguments, dict(weights.state)
+    arguments, state = weights.arguments, weights.as_stored()
     reasons = []
     if arguments["cls_embed"]:
         reasons.append("it has a class token, VideoMAE has none")
-    tables = [("pos_embed", "embed_dim")]
-    tables += [("decoder_pos_embed", "decoder_embed_dim")] if weights.has_decoder else []
-    for name, width in tables:
+    widths = {"pos_embed": "embed_dim"}
+    widths |= {"decoder_pos_embed": "decoder_embed_dim"} if weights.has_decoder else {}
+    for name, width in widths.items():
         table = sincos_pos_embed(math.prod(weights.grid), arguments[width])
-        positions = state.pop(name, None)
-        if positions is None or positions.shape[1:] != table.shape:
+        if state.pop(name, None) is None or weights.state[name].shape[1:] != table.shape:
             reasons.append(f"its {name} is not joint, VideoMAE's is a fixed sine-cosine table")
-        elif not _is_table(positions[0], table):
+            continue
+        tolerance = max(1e-5, weights.rounding(name))
+        if not torch.allclose(weights.state[name][0].float(), table, rtol=0, atol=tolerance):
             reasons.append(f"its {name} is not VideoMAE's fixed sine-cosine table")
     if weights.has_decoder:
         if arguments["pred_t_dim"] != arguments["num_frames"]:
             reasons.append("it predicts some of the frames of a patch, VideoMAE predicts all")
         if not arguments["norm_pix_loss"] and not weights.predicts_unit_pixels:
             per_channel = torch.ones(arguments["in_chans"], dtype=torch.float64)
-            state |= fold_output(state, STD * per_channel, MEAN * per_channel)
+            state |= fold_output(weights.state, STD * per_channel, MEAN * per_channel)
         if state.pop("decoder_embed.bias").any():
             reasons.append("its decoder_embed has a bias, VideoMAE's has none")
         if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
             reasons.append("its encoder and decoder do not both have biases of q and v")
     _refuse("VideoMAE", reasons, weights.has_decoder)
-    names = (
-        (r"\.attn\.([qv])\.bias$", r".attention.attention.\1_bias"),
-        (r"\.attn\.q\.", ".attention.attention.query."),
-        (r"\.attn\.k\.", ".attention.attention.key."),
-        (r"\.attn\.v\.", ".attention.attention.value."),
-        (r"\.attn\.proj\.", ".attention.output.dense."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-        (r"\.norm1\.", ".layernorm_before."),
-        (r"\.norm2\.", ".layernorm_after."),
-        (r"^norm\.", "fc_norm." if weights.has_head else "videomae.layernorm."),
-        (r"^head\.", "classifier."),
-        (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
-        (r"^blocks\.", "videomae.encoder.layer."),
-        (r"^decoder_blocks\.", "decoder.decoder_layers."),
-        (r"^decoder_norm\.", "decoder.norm."),
-        (r"^decoder_pred\.", "decoder.head."),
-        (r"^decoder_embed\.", "encoder_to_decoder."),
-    )
+    norm = (r"^norm\.", "fc_norm." if weights.has_head else "videomae.layernorm.")
     state = {k: v for k, v in state.items() if not k.endswith(".attn.k.bias")}
-    return _rename(state, names), _hf_config(weights), _hf_preprocessor(weights)
-
-
-def _is_table(positions: Tensor, table: Tensor) -> bool:
-    """Tell whether positions are those of a table, as well as their precision can say."""
-    tolerance = max(1e-5, torch.finfo(positions.dtype).eps)
-    return torch.allclose(positions.float(), table, rtol=0, atol=tolerance)
+    state = _rename(state, (norm, *VIDEOMAE_NAMES))
+    return state, _hf_config(weights), _hf_preprocessor(weights)
 
 
 def _hf_config(weights: Weights) -> dict[str, Any]:
@@ -222,35 +219,36 @@ def write(weights: Weights, path: str, to: str) -> None:
     """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file.
 
     Raises:
-        UserError: the file that the weights come from does not say the size of its clips.
+        UserError: the file that the weights come from does not record the size of its clips.
         ValueError: that project has no such model; the message says why.
         OSError: the file cannot be written.
     """
     weights.refuse_doubt()
-    if to == "mae_st":
-        checkpoint = to_mae_st(weights)
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
-    elif to.startswith("pyslowfast"):
-        checkpoint = to_pyslowfast(weights, fused=to == "pyslowfast-fused")
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    if to == "videomae-hf":
+        state, config, preprocessor = to_videomae_hf(weights)
+        contents = {
+            "config.json": json.dumps(config, indent=2).encode(),
+            "preprocessor_config.json": json.dumps(preprocessor, indent=2).encode(),
+            "model.safetensors": safetensors_bytes(state, _metadata(weights)),
+        }
+        make_dirs(path)
+        for name, content in contents.items():
+            write_atomically(os.path.join(path, name), lambda file, c=content: file.write(c))
     elif to == "safetensors":
         content = to_safetensors(weights)
         write_atomically(path, lambda file: file.write(content))
     else:
-        state, config, preprocessor = to_videomae_hf(weights)
-        make_dirs(path)
-        for name, content in (
-            ("config.json", json.dumps(config, indent=2).encode()),
-            ("preprocessor_config.json", json.dumps(preprocessor, indent=2).encode()),
-            ("model.safetensors", safetensors_bytes(state, _metadata(weights))),
-        ):
-            write_atomically(os.path.join(path, name), lambda file, c=content: file.write(c))
+        is_ours = to == "mae_st"
+        checkpoint = (
+            to_mae_st(weights) if is_ours else to_pyslowfast(weights, to == "pyslowfast-fused")
+        )
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def to_safetensors(weights: Weights) -> bytes:
     """Return a .safetensors file with our names; its header rebuilds the model."""
-    weights = weights.with_our_normalisation()
-    return safetensors_bytes(_own_storage(weights.state), _metadata(weights))
+    weights = with_our_normalisation(weights)
+    return safetensors_bytes(_own_storage(weights.as_stored()), _metadata(weights))
 
 
 def _metadata(weights: Weights) -> dict[str, str]:
@@ -292,7 +290,7 @@ def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:
 
 def refuse_incomplete(weights: Weights, to: str) -> None:
     """Raise UserError when the file lacks weights of its own model."""
-    # the command line is above the models, the formats are below them
+    # only the command line uses models, which this folder does not know otherwise
     from models_mae import MaskedAutoencoderViT
     from models_vit import VisionTransformer
 
@@ -316,9 +314,6 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert a checkpoint file from the command line."""
-    # checkpoint.py imports this module: the reader of files is above the formats
-    from util.weights import read_weights
-
     parser = argparse.ArgumentParser(
         prog="python -m util.convert", description="Convert a checkpoint between projects"
     )
@@ -351,11 +346,6 @@ def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif ".attn.k." not in name and ".attn.v." not in name:
             fused[name] = tensor
     return fused
-
-
-def is_decoder(name: str) -> bool:
-    """Tell whether a parameter belongs to the decoder."""
-    return name.startswith("decoder_") or name == "mask_token"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files by path or address: local, http(s):// (cached) and s3:// (with boto3 installed)."""
+"""Files by path, address (http(s)://, cached; s3://, with boto3 installed) or released name."""
 
 import contextlib
 import functools
@@ -19,6 +19,26 @@ from util.errors import UserError
 
 ADDRESSES = ("http://", "https://", "s3://")
 
+# Released checkpoints (pre-trained for 400 epochs of 4 repeats, both sizes patch 16), and the first
+# digits of each file's md5.
+MD5 = {
+    "k400/vit_large": "edf3a5",
+    "k600/vit_large": "9a9645",
+    "k700/vit_large": "cdbada",
+    "k400/vit_huge": "3d7f64",
+    "k600/vit_huge": "27495e",
+    "k700/vit_huge": "4c4e3c",
+}
+ADDRESS = "https://dl.fbaipublicfiles.com/video-mae/pretrain/mae_pretrain_{size}_{data}.pth"
+FILE_NAMES = (  # what they are called there, and at another address
+    re.compile(r"(^|/)mae_pretrain_(?P<size>vit_(large|huge))_(?P<data>k\d00)(\.pth)?$"),
+    re.compile(r"/(?P<size>vit_[lh])/(?P<data>k\d00)_400ep_rep4_mr9_16x4\.pyth$"),
+)
+LONG_NAMES = {"vit_l": "vit_large", "vit_h": "vit_huge"}
+
+# what may stand before the "<" of a web page: byte order marks of UTF-8 and UTF-16, and white space
+BLANKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
+
 path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
 HAS_S3 = importlib.util.find_spec("boto3") is not None  # not a dependency: only s3:// needs it
@@ -26,9 +46,11 @@ if HAS_S3:
     # the profile of AWS's own variables and files; iopath's default is Facebook's
     path_manager.register_handler(S3PathHandler(profile=None))
 
+# --- paths and addresses --------------------------------------------------------------------------
+
 
 def is_remote(path: str) -> bool:
-    """Tell addresses (s3://, https://) from paths of this machine."""
+    """Return whether a path is an address (s3://, https://) and not one of this machine."""
     return "://" in path
 
 
@@ -70,7 +92,7 @@ def local_path(path: str) -> str:
 
 
 def make_dirs(path: str) -> None:
-    """Create a folder with its parents, as the user's umask says.
+    """Create a folder and its parents.
 
     Raises:
         UserError: it cannot be created; the message names it.
@@ -82,7 +104,7 @@ def make_dirs(path: str) -> None:
 
 
 def write_atomically(path: str, write: Callable[[Any], None]) -> None:
-    """Let write(file) produce a file that appears whole or not at all.
+    """Create a file by write(file) so that it appears whole or not at all.
 
     A local file is written beside its final place, forced to disk and renamed, so that neither a
     kill nor a full disk leaves half a file under the final name. Object stores are atomic already.
@@ -112,58 +134,27 @@ def write_atomically(path: str, write: Callable[[Any], None]) -> None:
         os.close(folder)
 
 
-# Pre-trained on Kinetics for 400 epochs of 4 repeats; first digits of each file's md5. Both sizes
-# are patch 16.
-MD5 = {
-    "k400/vit_large": "edf3a5",
-    "k600/vit_large": "9a9645",
-    "k700/vit_large": "cdbada",
-    "k400/vit_huge": "3d7f64",
-    "k600/vit_huge": "27495e",
-    "k700/vit_huge": "4c4e3c",
-}
-
-
-ADDRESS = "https://dl.fbaipublicfiles.com/video-mae/pretrain/mae_pretrain_{size}_{data}.pth"
-
-
-FILE_NAMES = (
-    re.compile(r"(^|/)mae_pretrain_(?P<size>vit_(large|huge))_(?P<data>k\d00)(\.pth)?$"),
-    re.compile(r"/vit_(?P<letter>[lh])/(?P<data>k\d00)_400ep_rep4_mr9_16x4\.pyth$"),
-)
-
-
-# what may stand before the "<" of a web page: byte order marks of UTF-8 and UTF-16, and white space
-BLANKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
+# --- released names -------------------------------------------------------------------------------
 
 
 def find_name(path: str) -> str | None:
     """Return the name in MD5 of a released file by its own name, such as the end of an address."""
-    for pattern in FILE_NAMES:
-        if match := pattern.search(path):
-            parts = match.groupdict()
-            size = parts.get("size") or {"l": "vit_large", "h": "vit_huge"}[parts["letter"]]
-            return f"{parts['data']}/{size}"
-    return None
-
-
-def find_md5(address: str) -> str | None:
-    """Return the first digits of the md5 that a released file at this address must have."""
-    return MD5.get(find_name(urlparse(address).path) or "")
+    match = next(filter(None, (pattern.search(path) for pattern in FILE_NAMES)), None)
+    return match and f"{match['data']}/{LONG_NAMES.get(match['size'], match['size'])}"
 
 
 @functools.cache
 def fetch(path: str) -> str:
     """Return a file on this machine for a path, an http(s) address (cached) or a released name.
 
-    s3:// addresses come back as they are: they are read as streams, for their contents may change.
+    s3:// addresses are returned as they are and read as streams, because their contents may change.
 
     Raises:
-        UserError: a failed download, another file than the released one, or a web page.
+        UserError: the download failed, or gave a web page or another file than the released one.
     """
     address = path
     if not os.path.exists(path):
-        # the table's names, as they are or as the files are called
+        # names of the table, or of the released files themselves
         name = path if "/" in path else find_name(path) or path
         data, _, size = name.partition("/")
         if name in MD5:
@@ -176,7 +167,7 @@ def fetch(path: str) -> str:
     try:
         with open(local, "rb") as file:
             refuse_other_kinds(file.read(64), path)
-        md5 = find_md5(address)
+        md5 = MD5.get(find_name(urlparse(address).path) or "")
         if md5 and not (found := _md5(local)).startswith(md5):
             raise UserError(
                 f"{address} is damaged or another file: its md5 is {found} and should start with "
@@ -189,9 +180,9 @@ def fetch(path: str) -> str:
 
 
 def forget(path: str, local: str) -> str:
-    """Delete what fetch(path) has downloaded and found damaged, and return the words that say so.
+    """Delete the damaged file that fetch(path) has downloaded, and return words that say so.
 
-    Files that were not downloaded stay; there is nothing to say of them.
+    A file that was not downloaded stays, and the words are empty.
     """
     if local == path:
         return ""
@@ -210,7 +201,7 @@ def _md5(path: str) -> str:
 
 
 def refuse_other_kinds(start: bytes, path: str) -> None:
-    """Raise UserError for the first bytes of a web page, or of a Git LFS pointer."""
+    """Raise UserError if a file's first bytes are those of a web page or of a Git LFS pointer."""
     if start[8:9] == b"{":  # .safetensors: the length before it may be any bytes
         return
     if start.lstrip(BLANKS)[:1] == b"<":

@@ -1,4 +1,4 @@
-"""Multiply-adds of a model, counted by fvcore (once each, as the paper's tables do)."""
+"""The multiply-adds of a model, counted by fvcore, each once as in the paper's tables."""
 
 import contextlib
 import io
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from util.dist import print0
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fvcore's import uses what newer PyTorch calls deprecated
+    warnings.simplefilter("ignore")  # fvcore imports what newer PyTorch calls deprecated
     from fvcore.nn import FlopCountAnalysis
 
 
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count q k^T and (softmax) v of scaled_dot_product_attention, which fvcore does not know."""
-    N, heads, L, width = inputs[0].type().sizes()
+    """Count the two products of scaled_dot_product_attention, which fvcore does not know."""
+    N, heads, L, width = inputs[0].type().sizes()  # q; inputs[1] is k
     return 2 * N * heads * L * inputs[1].type().sizes()[2] * width
 
 
 class _Forward(nn.Module):
-    """A module of one tensor, which is all that fvcore's tracing takes."""
+    """A model that takes one tensor and returns one, as fvcore needs it for tracing."""
 
     def __init__(self, model: nn.Module, options: dict[str, Any]):
         super().__init__()
@@ -39,7 +39,7 @@ class _Forward(nn.Module):
 def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -> float:
     """Count the multiply-adds of a forward pass over one clip, in units of 1e9.
 
-    Nothing is computed: the model is moved to PyTorch's meta device and of no use afterwards.
+    Nothing is computed: this moves the model to PyTorch's meta device, where its weights are lost.
 
     Args:
         clip_shape: (C, T, H, W).
@@ -56,8 +56,7 @@ def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -
 
 
 def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
-    """Print what one clip costs; the end of a --dry_run, as the model is of no use afterwards."""
-
+    """Print the cost of one clip at the end of a --dry_run; the model's weights are lost."""
     shape = (3, args.num_frames, args.input_size, args.input_size)
     gflops = count_flops(model, shape, **options)
     print0(f"{gflops:.1f} GFLOPs per clip forward (multiply-adds counted once); dry run: stopping")

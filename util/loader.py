@@ -1,4 +1,12 @@
-"""Batches of a data set of videos: which rank gets which, worker processes, copies to the device.
+"""Batches of a data set of videos, from the order of its rows to their copies on the device.
+
+The parts stand in the order in which a batch passes them:
+    EpochSampler    the rows of an epoch that this rank reads
+    BatchMemory     memory that workers write to and this process reads
+    _BatchRequests  asks for batches: their rows, and the place in the memory to write them to
+    _BatchReader    makes the batches, in worker processes
+    VideoLoader     puts these together, hands out the batches, counts unreadable videos
+    prefetch        copies batches to a CUDA device ahead of their use
 
 Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 """
@@ -29,14 +37,15 @@ from util.kinetics import MAX_REPLACEMENTS, Kinetics
 from util.signals import STOP_SIGNALS, child_signal_kept, signals_blocked
 
 PREFETCH = 2  # batches that a worker makes ahead
+Request = tuple[int | None, list[tuple[int, int]]]  # slot and (epoch, row) keys of a batch
 
 
 class EpochSampler(Sampler):
-    """Deal the rows of an epoch to the ranks as (epoch, row), from (seed, epoch) alone.
+    """Deal the rows of an epoch to the ranks as (epoch, row); (seed, epoch) alone decides.
 
     In training the order is shuffled and cut to whole batches of all ranks, and step s of the
-    joint batch holds the same rows however many ranks share it; in testing every row comes once,
-    to one rank.
+    joint batch holds the same rows however many ranks share it. In testing every row comes once,
+    on one rank.
     """
 
     def __init__(self, num_rows: int, batch_size: int, training: bool, seed: int):
@@ -44,7 +53,7 @@ class EpochSampler(Sampler):
         self.training = training
         self.seed = seed
         self.epoch = 0
-        self.start = 0  # rows of this rank to skip, when an epoch is continued
+        self.start = 0  # rows of this rank to skip when an epoch is continued
         joint = batch_size * world_size()
         self.used_rows = num_rows // joint * joint if training else num_rows
 
@@ -59,6 +68,177 @@ class EpochSampler(Sampler):
             yield self.epoch, int(row)
 
 
+class BatchMemory:
+    """Slots for uint8 batches of one shape, lent to a worker and then to the user of its batch.
+
+    A slot is reserved by `take`, which names it to a worker, then handed out as a tensor by
+    `lease`, and free again when the last tensor that uses it is gone. Workers call only `view`.
+
+    Args:
+        slots: their number; no memory is allocated before it is written to.
+        page_lock: lock a slot's pages at its first lease, for copies to CUDA in the background.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, ...], page_lock: bool):
+        self.shape = shape
+        self.page_lock = page_lock
+        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]
+        self.capacity = slots
+        self.free = list(range(slots))  # a stack: the slot used last is still in the caches
+        self.taken: set[int] = set()
+
+    def take(self) -> int | None:
+        """Reserve a slot for a worker to write to; None if all are in use."""
+        if not self.free:
+            return None
+        slot = self.free.pop()
+        self.taken.add(slot)
+        return slot
+
+    def view(self, slot: int) -> Tensor:
+        """Return a slot as a tensor, for the worker."""
+        return torch.frombuffer(self.maps[slot], dtype=torch.uint8).view(self.shape)
+
+    def lease(self, slot: int) -> Tensor:
+        """Return what was written to a taken slot; the slot is free when the tensor is gone."""
+        self.taken.remove(slot)
+        if self.page_lock:
+            self.page_lock = self.maps[slot].lock_pages()
+        array = np.frombuffer(self.maps[slot], np.uint8).reshape(self.shape)
+        weakref.finalize(array, self.free.append, slot).atexit = False
+        return torch.from_numpy(array)  # this tensor and all its views keep the array alive
+
+    def abandon(self, slot: int) -> None:
+        """Never use a taken slot again, because a worker's hung read may still write to it."""
+        self.taken.remove(slot)
+
+    def reclaim(self) -> None:
+        """Free the slots of batches that nobody waits for any more, once all workers are idle."""
+        self.free.extend(self.taken)
+        self.taken.clear()
+
+
+class _Mapping(mmap.mmap):
+    """Anonymous memory, shared with forked processes, which CUDA may have page-locked."""
+
+    address = 0  # of the locked pages
+
+    def lock_pages(self) -> bool:
+        """Page-lock the memory until it is unmapped; if CUDA refuses, warn and return False."""
+        if self.address:
+            return True
+        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        cuda: Any = torch.cuda.cudart()
+        try:
+            torch.cuda.check_error(cuda.cudaHostRegister(address, len(self), 0))
+        except RuntimeError as error:
+            print(f"WARNING: copies to the GPU will be slow: pages cannot be locked ({error})")
+            with contextlib.suppress(RuntimeError):
+                torch.zeros((), device="cuda")  # the next call reports the error again; clear it
+            return False
+        self.address = address
+        return True
+
+    def __del__(self) -> None:  # a finalizer would run only after the memory is gone
+        if self.address and not sys.is_finalizing():
+            cuda: Any = torch.cuda.cudart()
+            cuda.cudaHostUnregister(self.address)
+
+
+class _BatchRequests:
+    """Group the keys of a sampler into batches, each with the slot to write it to."""
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, memory: BatchMemory):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.memory = memory
+
+    def __iter__(self) -> Iterator[Request]:
+        self.memory.reclaim()  # when DataLoader starts to iterate here, its workers are idle
+        keys = iter(self.sampler)
+        while batch := list(islice(keys, self.batch_size)):
+            yield self.memory.take(), batch
+
+
+class _MadeBatch(NamedTuple):
+    """A batch as a worker sends it."""
+
+    slot: int | None  # that was set aside for its clips
+    clips: Tensor | None  # None if the slot holds them
+    arrays: tuple[np.ndarray, ...]  # flip, erase, label and row, as in `Batch`
+    errors: list[dict[str, str]]
+
+
+class _BatchReader(Dataset):
+    """Make the batches that are requested; runs in the workers."""
+
+    def __init__(self, dataset: Kinetics, memory: BatchMemory):
+        self.dataset = dataset
+        self.memory = memory
+
+    def __getitem__(self, request: Request) -> _MadeBatch:
+        slot, keys = request
+        shape = len(keys), *self.dataset.clips_shape
+        clips = torch.empty(shape, dtype=torch.uint8) if slot is None else self.memory.view(slot)
+        places = list(clips[: len(keys)])
+        samples = [self.dataset.read(*key, place) for key, place in zip(keys, places, strict=True)]
+        in_place = all(x.clips is place for x, place in zip(samples, places, strict=True))
+        if not in_place:
+            clips = torch.stack([x.clips for x in samples])
+        arrays = (
+            np.stack([x.flip.numpy() for x in samples]),
+            np.stack([x.erase.numpy() for x in samples]),
+            np.array([x.label for x in samples]),
+            np.array([x.row for x in samples]),
+        )
+        sent = None if in_place and slot is not None else clips
+        return _MadeBatch(slot, sent, arrays, [x.errors for x in samples])
+
+
+def default_num_workers() -> int:
+    """Return the CPUs of this process: its Slurm task's, or a share of the machine's per rank."""
+    cpus = available_cpus()
+    own = os.environ.get("SLURM_CPUS_PER_TASK")
+    if own and "TORCHELASTIC_RUN_ID" not in os.environ:  # each rank is a task with its own CPUs
+        return max(1, min(16, cpus, int(own)))
+    return max(1, min(16, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def available_cpus() -> int:
+    """Count the CPUs that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return int(min(cpus, _cpu_quota()))
+
+
+def _cpu_quota() -> float:
+    """Return how many CPUs the container's limit allows (cgroup v2), infinity without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return math.inf if quota == "max" else max(1.0, int(quota) / int(period))
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+    # Launchers send these signals to every process they find. The trainer still needs its workers
+    # for the step it ends with. It tells them when to go, and they go by themselves if it dies.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers of loaders that something still refers to at exit, such as a traceback.
+
+    multiprocessing sends them a SIGTERM at exit, which they ignore, and then waits for them.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 class Batch(NamedTuple):
     """The fields of B samples, as the loader gives them."""
 
@@ -70,72 +250,11 @@ class Batch(NamedTuple):
     errors: list[dict[str, str]]
 
 
-class _MadeBatch(NamedTuple):
-    """A batch as a worker sends it: clips in a slot of the shared memory, or as a tensor."""
-
-    slot: int | None
-    clips: Tensor | None
-    flip: np.ndarray
-    erase: np.ndarray
-    label: np.ndarray
-    row: np.ndarray
-    errors: list[dict[str, str]]
-
-
-class _BatchRequests(Sampler):
-    """Group the keys of a sampler to batches, each with the slot that it shall be written to."""
-
-    def __init__(self, sampler: EpochSampler, batch_size: int, memory: "BatchMemory"):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.memory = memory
-
-    def __len__(self) -> int:
-        return -(-len(self.sampler) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
-        self.memory.reclaim()  # DataLoader starts here when its workers have nothing left to do
-        keys = iter(self.sampler)
-        while batch := list(islice(keys, self.batch_size)):
-            yield self.memory.take(), batch
-
-
-class _BatchReader(Dataset):
-    """Make the batches that are requested; runs in the workers."""
-
-    def __init__(self, dataset: Kinetics, memory: "BatchMemory"):
-        self.dataset = dataset
-        self.memory = memory
-
-    def __getitem__(self, request: tuple[int | None, list[tuple[int, int]]]) -> _MadeBatch:
-        slot, keys = request
-        shape = len(keys), *self.dataset.clips_shape
-        clips = torch.empty(shape, dtype=torch.uint8) if slot is None else self.memory.view(slot)
-        places = list(clips[: len(keys)])
-        samples = [self.dataset.read(*key, place) for key, place in zip(keys, places, strict=True)]
-        in_place = all(x.clips is place for x, place in zip(samples, places, strict=True))
-        if not in_place:
-            clips = torch.stack([x.clips for x in samples])
-        return _MadeBatch(
-            slot,
-            None if in_place and slot is not None else clips,
-            np.stack([x.flip.numpy() for x in samples]),
-            np.stack([x.erase.numpy() for x in samples]),
-            np.array([x.label for x in samples]),
-            np.array([x.row for x in samples]),
-            [x.errors for x in samples],
-        )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class VideoLoader:
     """Batches of a data set for this rank, with a record of unreadable videos.
 
-    On CUDA the next batch is on its way to the device, on a stream of its own, while the caller
-    works on the one it has.
+    On CUDA, the next batch is copied to the device, on a stream of its own, while the caller works
+    on the current one.
 
     Args:
         batch_size: videos per batch of this rank.
@@ -143,7 +262,7 @@ class VideoLoader:
         max_bad_share: training stops when more than this share of the csv cannot be read.
 
     Raises:
-        UserError: fewer videos than one batch of all ranks; too many unreadable ones (iterating).
+        UserError: fewer videos than one batch of all ranks; when iterating, too many unreadable.
     """
 
     def __init__(
@@ -158,7 +277,7 @@ class VideoLoader:
         self.batch_size = batch_size
         self.max_bad_share = max_bad_share
         self.device = device
-        self.bad: dict[str, str] = {}  # path -> "PATH: reason", of all ranks before this epoch
+        self.bad: dict[str, str] = {}  # path -> "PATH: reason"; includes other ranks' at each epoch
         self.sampler = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
         if dataset.training and self.sampler.used_rows == 0:
             raise UserError(
@@ -166,15 +285,17 @@ class VideoLoader:
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
         workers = default_num_workers() if num_workers is None else num_workers
-        # Batches asked for ahead, the one on its way to the device, the caller's, and one to spare.
-        slots = workers * PREFETCH + 3 if can_share_memory(workers) else 0
+        # Only forked workers see the memory of this process. There are slots for the batches asked
+        # for ahead, the one on its way to the device, the one in use, and a spare one.
+        shared = workers == 0 or multiprocessing.get_start_method() == "fork"
+        slots = workers * PREFETCH + 3 if shared else 0
         shape = (batch_size, *dataset.clips_shape)
         self.memory = BatchMemory(slots, shape, page_lock=device.type == "cuda")
         self.loader = DataLoader(
             _BatchReader(dataset, self.memory),
             batch_size=None,  # a request is for a whole batch
             sampler=_BatchRequests(self.sampler, batch_size, self.memory),
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
@@ -182,12 +303,12 @@ class VideoLoader:
         )
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return -(-len(self.sampler) // self.batch_size)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch whose order and clips the next iteration gives, from a step on.
+        """Choose the epoch that the next iteration gives, and the step it starts at.
 
-        All ranks call this together: they tell each other the unreadable videos met so far.
+        All ranks call this together, because they exchange the unreadable videos met so far.
         """
         for others in gather_objects(self.bad):
             self.bad = others | self.bad
@@ -196,36 +317,33 @@ class VideoLoader:
         self.sampler.start = start_step * self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        # blocked: else a signal could come before a new worker ignores it
+        # Blocked, because a signal could reach a new worker before it ignores signals.
         with signals_blocked(), child_signal_kept():
             batches = map(self._receive, self.loader)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _receive(self, made: "_MadeBatch") -> Batch:
+    def _receive(self, made: _MadeBatch) -> Batch:
         """Make tensors of what a worker sent."""
         if made.clips is None:
             assert made.slot is not None
-            clips = self.memory.lease(made.slot)[: len(made.row)]
+            clips = self.memory.lease(made.slot)[: len(made.errors)]
         else:
             clips = made.clips
             if made.slot is not None:
                 self.memory.abandon(made.slot)
-        flip, erase = torch.from_numpy(made.flip), torch.from_numpy(made.erase)
-        label, row = torch.from_numpy(made.label), torch.from_numpy(made.row)
+        flip, erase, label, row = map(torch.from_numpy, made.arrays)
         batch = Batch(clips, flip, erase, label, row, made.errors)
         self._record(batch)
         return batch
 
     def _record(self, batch: Batch) -> None:
-        """Report unreadable videos once each, and stop when they are too many."""
+        """Report every unreadable video once, and stop training when there are too many."""
         for errors in batch.errors:
             for path, error in errors.items():
                 if path not in self.bad:
                     self.bad[path] = error
                     print(f"unreadable video ({len(self.bad)} so far): {error}", flush=True)
-        if not self.dataset.training:
-            return
-        lost = [batch.errors[i] for i in (batch.row < 0).nonzero()]
+        lost = [batch.errors[i] for i in (batch.row < 0).nonzero()]  # only in training
         if lost:
             raise UserError(
                 f"{MAX_REPLACEMENTS} videos in a row of {self.dataset.index.csv_path} could not be "
@@ -244,6 +362,14 @@ class VideoLoader:
             )
 
 
+def _unchanged(batch: Any) -> Any:  # PyTorch's default would make tensors of the arrays
+    return batch
+
+
+# One stream per device, because a stream cannot reuse the memory of another one.
+_copy_stream = functools.cache(torch.cuda.Stream)
+
+
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Copy batches to a CUDA device one ahead, on a stream of its own; rows stay on the host."""
     stream = _copy_stream(device)
@@ -254,7 +380,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         for tensor in (batch.clips, batch.flip, batch.erase, batch.label):
             tensor.record_stream(current)
         yield batch
-        copied.synchronize()  # long past; from here on workers may write to the memory of `host`
+        copied.synchronize()  # happened long ago; from here on workers may overwrite `host`
 
     waiting = None
     for host in batches:
@@ -271,137 +397,3 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         waiting = batch, host, copied
     if waiting is not None:
         yield from arrive(*waiting)
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of copies to a device; the memory of one is of no use to another."""
-    return torch.cuda.Stream(device)
-
-
-def available_cpus() -> int:
-    """Count the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
-    return int(min(cpus, _cpu_quota()))
-
-
-def default_num_workers() -> int:
-    """Return the CPUs of this process: its Slurm task's, or a share of the machine's per rank."""
-    cpus = available_cpus()
-    own = os.environ.get("SLURM_CPUS_PER_TASK")
-    if own and "TORCHELASTIC_RUN_ID" not in os.environ:  # a rank is a task; others have their own
-        return max(1, min(16, cpus, int(own)))
-    return max(1, min(16, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def _cpu_quota() -> float:
-    """Return the CPUs that a container's limit amounts to (cgroup v2), else infinity."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return math.inf if quota == "max" else max(1.0, int(quota) / int(period))
-    except (OSError, ValueError):
-        return math.inf
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Kill the workers of loaders that nobody has let go of, such as those of a kept traceback.
-
-    They ignore the SIGTERM that multiprocessing sends at the end, before it waits for them.
-    """
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism
-    # Launchers send these to every process they find. The trainer needs its workers for the step
-    # it ends with; it tells them when to go, and they go by themselves when it is gone.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def can_share_memory(num_workers: int) -> bool:
-    """Tell if workers will see the memory of this process: only those it forks do."""
-    return num_workers == 0 or multiprocessing.get_start_method() == "fork"
-
-
-class BatchMemory:
-    """Slots for uint8 batches of one shape, lent to workers and then to whoever holds the tensor.
-
-    The process that reads batches calls everything but `view`. A slot goes `take` (to be named to
-    a worker) -> `lease` (as a tensor) -> free again when the last tensor on it is gone.
-
-    Args:
-        slots: how many; nothing is allocated before it is written to.
-        page_lock: lock a slot's pages when first leased, for copies to CUDA that run on their own.
-    """
-
-    def __init__(self, slots: int, shape: tuple[int, ...], page_lock: bool):
-        self.shape = shape
-        self.page_lock = page_lock
-        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]
-        self.capacity = slots
-        self.free = list(range(slots))  # a stack: what was used last is in the caches
-        self.taken: set[int] = set()
-
-    def take(self) -> int | None:
-        """Return a slot for a worker to write to, or None when all are in use."""
-        if not self.free:
-            return None
-        slot = self.free.pop()
-        self.taken.add(slot)
-        return slot
-
-    def view(self, slot: int) -> Tensor:
-        """Return a slot as a tensor, for the worker."""
-        return torch.frombuffer(self.maps[slot], dtype=torch.uint8).view(self.shape)
-
-    def lease(self, slot: int) -> Tensor:
-        """Return what was written to a taken slot; it is free again when the tensor is gone."""
-        self.taken.remove(slot)
-        if self.page_lock:
-            self.page_lock = self.maps[slot].lock_pages()
-        array = np.frombuffer(self.maps[slot], np.uint8).reshape(self.shape)
-        weakref.finalize(array, self.free.append, slot).atexit = False
-        return torch.from_numpy(array)  # holds on to the array, and so do all views of it
-
-    def abandon(self, slot: int) -> None:
-        """Never use a taken slot again: a worker's hung read may still write to it."""
-        self.taken.remove(slot)
-
-    def reclaim(self) -> None:
-        """Free the slots whose batches were not waited for; only when no worker is at work."""
-        self.free.extend(self.taken)
-        self.taken.clear()
-
-
-class _Mapping(mmap.mmap):
-    """Anonymous memory, which CUDA may have page-locked."""
-
-    address = 0  # of the locked pages
-
-    def lock_pages(self) -> bool:
-        """Page-lock it until it is unmapped; where that is refused, say so and return False."""
-        if self.address:
-            return True
-        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
-        cuda: Any = torch.cuda.cudart()
-        try:
-            torch.cuda.check_error(cuda.cudaHostRegister(address, len(self), 0))
-        except RuntimeError as error:
-            print(f"WARNING: copies to the GPU will be slow: pages cannot be locked ({error})")
-            with contextlib.suppress(RuntimeError):
-                torch.zeros((), device="cuda")  # is told of the refusal, too, and clears it
-            return False
-        self.address = address
-        return True
-
-    def __del__(self) -> None:  # a finalizer would come after the memory is gone
-        if self.address and not sys.is_finalizing():
-            cuda: Any = torch.cuda.cudart()
-            cuda.cudaHostUnregister(self.address)

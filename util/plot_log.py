@@ -1,9 +1,9 @@
-"""Draw loss, learning rate and accuracy of runs from their log.txt files.
+"""Draw the loss, learning rate and accuracy of runs from their log.txt files.
 
     python -m util.plot_log output/pretrain
     python -m util.plot_log output/finetune output/scratch --out curves.png
 
-Needs matplotlib: `pip install '.[plot]'`, which `make install` has done.
+This needs matplotlib, which `make install` and `pip install '.[plot]'` install.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from util.errors import UserError
 
 Record = dict[str, Any]
 
-# title, and the keys of log.txt whose curves share it with their line styles
+# the title of each panel, and the keys of log.txt that it shows with their line styles
 PANELS = (
     ("loss", {"train_loss": "-", "val_loss": "--"}),
     ("learning rate", {"train_lr": "-"}),
@@ -30,7 +30,7 @@ def read_log(run: str) -> list[Record]:
     """Read the epochs of a run, given its folder or its log.txt.
 
     Raises:
-        UserError: no such file, a line that is not JSON, or no epochs.
+        UserError: the file cannot be read, a line of it is not JSON, or it has no epochs.
     """
     path = os.path.join(run, "log.txt") if os.path.isdir(run) else run
     try:
@@ -48,12 +48,12 @@ def read_log(run: str) -> list[Record]:
         if isinstance(record, dict) and "epoch" in record:
             records.append(record)
     if not records:
-        raise UserError(f"{path} has no epochs: it is no log of pre-training or fine-tuning")
+        raise UserError(f"{path} has no epochs: it is not a log of pre-training or fine-tuning")
     return records
 
 
 def name_runs(paths: Sequence[str]) -> list[str]:
-    """Name runs by their paths without the folders that all of them share."""
+    """Name runs by their paths, without the folders that all of them share."""
     full = [os.path.abspath(path).removesuffix("/log.txt") for path in paths]
     if len(set(full)) == 1:
         return [os.path.basename(path) for path in full]
@@ -62,7 +62,7 @@ def name_runs(paths: Sequence[str]) -> list[str]:
 
 
 def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
-    """Draw the runs' curves over epochs into a picture file; return the titles of its panels.
+    """Draw the runs' curves over epochs into a picture file and return the titles of its panels.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -73,13 +73,16 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install matplotlib", status=1) from error
 
+    # Only panels for which a run logged something
     found = {key for records in runs.values() for record in records for key in record}
     panels = [(title, keys) for title, keys in PANELS if found & keys.keys()]
     if not panels:
         known = ", ".join(key for _, keys in PANELS for key in keys)
         raise UserError(f"{', '.join(runs)}: none of {known} is logged")
+
+    # A panel for each title, a colour for each run
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)  # needs no screen
+    FigureCanvasAgg(figure)  # works without a screen
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, keys) in zip(grid, panels, strict=True):
         for number, (name, records) in enumerate(runs.items()):
@@ -89,7 +92,7 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
                 if not values:
                     continue
                 label = name if len(keys) == 1 else f"{name}: {key}"
-                marker = "o" if len(values) == 1 else None  # a line would not show
+                marker = "o" if len(values) == 1 else None  # one point makes no line
                 look = {"linestyle": style, "color": f"C{number}", "marker": marker}
                 axes.plot(epochs, values, label=label, **look)
         axes.set(title=title, xlabel="epochs")
@@ -97,7 +100,7 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
         axes.legend(fontsize="small")
     try:
         figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
         raise UserError(f"cannot write {out}: {error}") from error
     return [title for title, _ in panels]
 
@@ -106,10 +109,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.plot_log",
-        description="Draw loss, learning rate and accuracy of runs into one picture.",
+        description="Draw the loss, learning rate and accuracy of runs in one picture.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder, or its log.txt")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output folder of a run, or its log.txt"
+    )
     parser.add_argument("--out", default="curves.png", help="picture file: png, svg or pdf")
     args = parser.parse_args(argv)
     try:

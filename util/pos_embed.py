@@ -1,14 +1,16 @@
-"""Positions of tokens: the fixed sine-cosine table, resizing, separable and joint.
+"""Positions of tokens: joint and separable ones, the fixed sine-cosine table, other clips' sizes.
 
-Shapes: D width, (t, h, w) the grid of tokens; positions of patches alone, without a class row.
-What is computed of positions in half precision is float32, which models are.
+Shapes: C channels, D width, (t, h, w) the grid of tokens; positions of patches have no class row.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+Parts = dict[str, Tensor]  # "joint", or "spatial" and "temporal"; "class": the class token's row
 
 
 def sincos_pos_embed(num_tokens: int, dim: int) -> Tensor:
@@ -23,16 +25,11 @@ def sincos_pos_embed(num_tokens: int, dim: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """Make half precision float32: rounding again after each step would add up."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def resize_spatial(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize positions of frames, bicubic: [n, h*w, D] -> [n, h'*w', D]; equal sizes return pos."""
     if old == new:
         return pos
-    grid = widen(pos).unflatten(1, old).permute(0, 3, 1, 2)  # (n, D, h, w)
+    grid = pos.unflatten(1, old).permute(0, 3, 1, 2)  # (n, D, h, w)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.flatten(2).transpose(1, 2)
 
@@ -41,7 +38,7 @@ def resize_temporal(pos: Tensor, t: int) -> Tensor:
     """Resize positions along time, linear: [n, t, D] -> [n, t', D]; equal sizes return pos."""
     if pos.shape[1] == t:
         return pos
-    rows = widen(pos).transpose(1, 2)
+    rows = pos.transpose(1, 2)
     return F.interpolate(rows, size=t, mode="linear", align_corners=False).transpose(1, 2)
 
 
@@ -60,28 +57,87 @@ def resize_joint(pos: Tensor, old: Grid, new: Grid) -> Tensor:
 def join(spatial: Tensor, temporal: Tensor) -> Tensor:
     """Add separable positions [1, h*w, D] and [1, t, D] to joint ones [1, t*h*w, D]."""
     # (1, t, 1, D) + (1, 1, h*w, D) -> (1, t*h*w, D)
-    return (widen(temporal).unsqueeze(2) + widen(spatial).unsqueeze(1)).flatten(1, 2)
+    return (temporal.unsqueeze(2) + spatial.unsqueeze(1)).flatten(1, 2)
 
 
-def split(joint: Tensor, grid: Grid, stored: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
     """Write joint positions [1, t*h*w, D] as the sum of spatial [1, h*w, D] and temporal [1, t, D].
 
     Args:
-        stored: the precision that they were rounded to, if less than that of `joint`.
+        rounding: relative error with which they were stored.
 
     Raises:
         ValueError: they are no such sum: the best one misses more than a ten thousandth of their
-            spread, and more than that rounding.
+            spread, and more than the rounding.
     """
-    tolerance = max(1e-4, *(torch.finfo(dtype).eps for dtype in (joint.dtype, stored)))
     frames = joint.double().unflatten(1, (grid[0], grid[1] * grid[2]))  # (1, t, h*w, D)
     spatial = frames.mean(dim=1)
     temporal = (frames - spatial.unsqueeze(1)).mean(dim=2)
     rest = (join(spatial, temporal) - joint).norm() / (joint.double().norm() + 1e-12)
-    if rest > tolerance:
+    if rest > max(1e-4, rounding):
         raise ValueError(
             f"joint positions are no sum of positions in space and in time ({rest:.1%} would be "
             "lost): build the model with joint ones (--no-sep_pos_embed)"
         )
-    dtype = widen(joint).dtype
-    return spatial.to(dtype), temporal.to(dtype)
+    return spatial.to(joint.dtype), temporal.to(joint.dtype)
+
+
+def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Parts:
+    """Return the positions of a state dict, e.g. "decoder_pos_embed", with the class row apart.
+
+    Empty when it lacks some of the patches' positions.
+    """
+    if name in state:
+        rows = state[name]
+        return {"class": rows[:, :1], "joint": rows[:, 1:]} if cls_embed else {"joint": rows}
+    names = {part: f"{name}_{part}" for part in ("spatial", "temporal", "class")}
+    parts = {part: state[key] for part, key in names.items() if key in state}
+    return parts if {"spatial", "temporal"} <= parts.keys() else {}
+
+
+def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
+    """Resize positions to another grid; the class row stays.
+
+    Raises:
+        RuntimeError: they are not of the old grid.
+    """
+    resize = {
+        "joint": lambda pos: resize_joint(pos, old, new),
+        "spatial": lambda pos: resize_spatial(pos, old[1:], new[1:]),
+        "temporal": lambda pos: resize_temporal(pos, new[0]),
+        "class": lambda pos: pos,
+    }
+    return {part: resize[part](pos) for part, pos in parts.items()}
+
+
+def put_positions(
+    parts: Parts, name: str, grid: Grid, joint: bool, rounding: float = 0.0
+) -> dict[str, Tensor]:
+    """Return positions of a grid, joint or separable, by parameter name.
+
+    Args:
+        rounding: see split.
+
+    Raises:
+        ValueError: joint ones cannot be separated.
+    """
+    if not joint:
+        if "joint" in parts:
+            spatial, temporal = split(parts["joint"], grid, rounding)
+            parts = {"spatial": spatial, "temporal": temporal} | parts
+        return {f"{name}_{part}": pos for part, pos in parts.items() if part != "joint"}
+    rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
+    return {name: torch.cat([parts["class"], rows], dim=1) if "class" in parts else rows}
+
+
+def resize_kernel(kernel: Tensor, t: int) -> Tensor:
+    """Resize a patch kernel [D, C, t, p, p] in time so that still clips keep their tokens.
+
+    Frames are repeated and averaged, and scaled so that the sum over time stays.
+    """
+    old = kernel.shape[2]
+    if old == t:
+        return kernel
+    steps = math.lcm(old, t)
+    fine = kernel.repeat_interleave(steps // old, dim=2) / (steps // old)
+    return fine.unflatten(2, (t, steps // t)).sum(dim=3)

@@ -1,6 +1,7 @@
-"""How a classifier does class by class: confusion matrix, its picture, a table, class names.
+"""Every table of a classifier: results of a test, accuracy by class, confusion matrix.
 
-Shapes: C classes. A confusion matrix [C, C] counts videos by label (row) and prediction (column).
+Shapes: N clips, V videos of a csv, C classes. A confusion matrix [C, C] counts videos by label
+(row) and prediction (column).
 """
 
 import argparse
@@ -8,7 +9,7 @@ import contextlib
 import csv
 import io
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,39 +23,44 @@ from util.meters import append_log
 if TYPE_CHECKING:
     from util.kinetics import VideoIndex
 
-PICTURE_SIDE = 400  # pixels, at least, unless there are more classes
-BLUE, RED = (8, 48, 107), (165, 15, 21)  # right and wrong predictions, the darker the more
+PICTURE_SIDE = 400  # pixels at least, and one per class
+BLUE, RED = (8, 48, 107), (165, 15, 21)  # of right and wrong predictions; darker means more
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+
+def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Count rows of logits [N, C] whose label [N] is among the k largest, or the C largest."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels.unsqueeze(1)).any(dim=1).sum()
 
 
 def count_confusions(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Count videos by label and prediction: two int64 [N] -> int64 [C, C] on their device."""
+    """Count videos by label and prediction: two int64 [N] -> int64 [C, C] on the same device."""
     counts = labels.new_zeros(num_classes, num_classes)
     counts.view(-1).scatter_add_(0, labels * num_classes + predictions, torch.ones_like(labels))
     return counts
 
 
 class ClassReport(NamedTuple):
-    """What a confusion matrix says of one class."""
+    """What a confusion matrix says about one class."""
 
     label: int
     videos: int
-    accuracy: float  # percent of its videos, nan without any
-    confused_with: int | None  # the class that most of its other videos are taken for
-    confusions: int  # how many those are
+    accuracy: float  # percent of its videos, nan if it has none
+    confused_with: int | None  # the most frequent wrong prediction
+    confusions: int  # how often that is predicted
 
 
-def report_classes(
-    confusion: np.ndarray, unpredicted: np.ndarray | None = None
-) -> list[ClassReport]:
+def report_classes(confusion: np.ndarray, unpredicted: np.ndarray | int = 0) -> list[ClassReport]:
     """Describe every class, in the order of the labels.
 
     Args:
         confusion: int [C, C].
         unpredicted: int [C], videos of each class without a prediction, which count as wrong.
     """
-    videos = confusion.sum(axis=1)
-    if unpredicted is not None:
-        videos = videos + unpredicted
+    videos = confusion.sum(axis=1) + unpredicted
     wrong = confusion - np.diag(confusion.diagonal())
     reports = []
     for label, (total, row) in enumerate(zip(videos.tolist(), wrong, strict=True)):
@@ -65,9 +71,12 @@ def report_classes(
 
 
 def read_class_names(folder: str, num_classes: int) -> list[str]:
-    """Read classes.txt (one name per label) beside the csvs or one folder above; else numbers."""
+    """Read the names in classes.txt, beside the csvs or one folder above; without it, number them.
+
+    A file with another number of names belongs to another data set and is ignored.
+    """
     for place in (folder, os.path.dirname(folder.rstrip("/"))):
-        # whether a file is there, a web server only tells when asked for it
+        # opened without asking whether it exists: web servers cannot be asked
         with contextlib.suppress(UserError), open_file(os.path.join(place, "classes.txt")) as file:
             names = file.read().splitlines()
             if len(names) == num_classes:
@@ -75,33 +84,136 @@ def read_class_names(folder: str, num_classes: int) -> list[str]:
     return [str(label) for label in range(num_classes)]
 
 
+# --- the results of a test ----------------------------------------------------------------------
+
+
+class VideoScores(NamedTuple):
+    """The result of multi-view testing for every row of a csv, in order."""
+
+    scores: np.ndarray  # float32 [V, C], zero where the video could not be read
+    readable: np.ndarray  # bool [V]
+    errors: list[str]  # why a video could not be read, empty where it could
+
+
+def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -> None:
+    """Print the accuracy and write predictions.csv, classes.csv, scores.npz and log.txt.
+
+    Unreadable videos count as wrong, so that results of different machines can be compared.
+    """
+    if not result.readable.any():
+        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
+
+    # What was scored: the five best classes of every video, and whether each is the label
+    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # the first among equals
+    hits = (ranking == index.labels[:, None]) & result.readable[:, None]
+    top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
+    per_class = [hits[index.labels == label, 0].mean() for label in np.unique(index.labels)]
+    errors = [error for error in result.errors if error]
+
+    # What is printed
+    if errors:
+        print(f"{len(errors)} unreadable videos, counted as wrong:")
+        print("\n".join(f"  {error}" for error in errors))
+    print(
+        f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
+        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; predictions, classes and scores go to "
+        f"{args.output_dir}",
+        flush=True,
+    )
+
+    # What is written
+    record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
+    record["test_mean_class_acc"] = 100 * float(np.mean(per_class))
+    flags = "finetune", "num_clips", "num_crops", "ensemble"
+    record |= {name: getattr(args, name) for name in flags}
+    write_predictions(result, index, ranking, args)
+    write_classes(result, index, ranking, args)
+    write_scores(result, index, args)
+    append_log(args.output_dir, record)
+
+
+def write_predictions(
+    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
+) -> None:
+    """Write predictions.csv, a row per video; its score is the mean over views, or the maximum."""
+    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
+    rows = []
+    for i, label in enumerate(index.labels.tolist()):
+        if result.readable[i]:
+            best = ranking[i].tolist()
+            score = f"{result.scores[i, best[0]] / views:.4f}"
+            cells = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
+        else:
+            cells = ["", 0, "", "", result.errors[i]]
+        rows.append([index.path(i), label, *cells])
+    columns = "video label prediction correct score top5 error"
+    _write_csv(os.path.join(args.output_dir, "predictions.csv"), columns, rows)
+
+
+def write_classes(
+    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
+) -> None:
+    """Write classes.csv, a row per class in the order of the labels; accuracies in percent."""
+    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
+    labels, good = index.labels, result.readable
+    pairs = torch.from_numpy(labels[good]), torch.from_numpy(ranking[good, 0])
+    confusion = count_confusions(*pairs, len(names)).numpy()
+    unreadable = np.bincount(labels[~good], minlength=len(names))
+    in_top5 = good & (ranking == labels[:, None]).any(axis=1)
+    top5 = np.bincount(labels[in_top5], minlength=len(names))
+    rows = []
+    for c, videos, accuracy, other, confusions in report_classes(confusion, unreadable):
+        shares = [f"{accuracy:.2f}", f"{100 * top5[c] / videos:.2f}"] if videos else ["", ""]
+        confused_with = "" if other is None else names[other]
+        rows.append([c, names[c], videos, unreadable[c], *shares, confused_with, confusions])
+    columns = "label name videos unreadable top1 top5 confused_with confusions"
+    _write_csv(os.path.join(args.output_dir, "classes.csv"), columns, rows)
+
+
+def _write_csv(path: str, columns: str, rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([columns.split(), *rows])
+    data = text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be any bytes
+    write_atomically(path, lambda file: file.write(data))
+
+
+def write_scores(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -> None:
+    """Write scores.npz, the scores and labels of all videos."""
+    path = os.path.join(args.output_dir, "scores.npz")
+    write_atomically(path, lambda file: np.savez(file, scores=result.scores, labels=index.labels))
+
+
+# --- pictures and tables in TensorBoard ---------------------------------------------------------
+
+
 def worst_classes(reports: list[ClassReport], names: list[str], count: int = 20) -> str:
-    """Write the classes of the lowest accuracy as a Markdown table."""
+    """Return a Markdown table of the classes with the lowest accuracy."""
     shown = sorted((r for r in reports if r.videos), key=lambda r: r.accuracy)[:count]
     lines = ["| class | videos | top-1 % | mostly taken for |", "|---|---|---|---|"]
-    for report in shown:
-        other = "" if report.confused_with is None else names[report.confused_with]
-        times = f" ({report.confusions} x)" if report.confusions else ""
-        name = names[report.label]
-        cells = name, report.videos, f"{report.accuracy:.1f}", f"{other}{times}"
+    for label, videos, accuracy, other, times in shown:
+        taken_for = "" if other is None else f"{names[other]} ({times} x)"
+        cells = names[label], videos, f"{accuracy:.1f}", taken_for
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def draw_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Draw the shares of every row: int [C, C] -> uint8 [H, W, 3].
+    """Draw a confusion matrix int [C, C], each row as shares of its sum: uint8 [H, W, 3].
 
-    Rows are labels and columns predictions, from the top left; right predictions are blue, wrong
-    ones red. Cells that are large enough show percents, and the margins the labels.
+    Label 0 is the top row and prediction 0 the left column. Right predictions are blue, wrong ones
+    red. When the cells are large enough, they show percents, and the margins show the labels.
     """
+    # One square of pixels per cell
     classes = len(confusion)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     hue = np.where(np.eye(classes, dtype=bool)[..., None], BLUE, RED)
     cells = (255 + share[..., None] * (hue - 255.0)).round().astype(np.uint8)
     side = max(1, -(-PICTURE_SIDE // classes))
     pixels = cells.repeat(side, axis=0).repeat(side, axis=1)
-    if side < 24:  # no room for numbers
+    if side < 24:  # too small for numbers
         return pixels
+
+    # Labels in the margins, percents in the cells
     margin = 24
     image = Image.new("RGB", (len(pixels) + margin, len(pixels) + margin), "white")
     image.paste(Image.fromarray(pixels), (margin, margin))
@@ -115,106 +227,3 @@ def draw_confusion(confusion: np.ndarray) -> np.ndarray:
             place = margin + j * side + side // 2, middle
             draw.text(place, f"{100 * share[i, j]:.0f}", colour, anchor="mm")
     return np.asarray(image)
-
-
-def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Count rows of [N, classes] whose label is among the k largest; k is cut to the classes."""
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (top == labels.unsqueeze(1)).any(dim=1).sum()
-
-
-class VideoScores(NamedTuple):
-    """What multi-view testing says of every row of a csv, in order."""
-
-    scores: np.ndarray  # float32 [V, classes], zero where the video could not be read
-    readable: np.ndarray  # bool [V]
-    errors: list[str]  # why a row could not be read, empty where it could
-
-
-def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -> None:
-    """Print the accuracy and write predictions.csv, classes.csv, scores.npz and log.txt.
-
-    Unreadable videos count as wrong, so that numbers of different machines can be compared.
-    """
-    if not result.readable.any():
-        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
-    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # the first among equals
-    hits = (ranking == index.labels[:, None]) & result.readable[:, None]
-    top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
-
-    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
-    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
-    tables = {
-        "predictions.csv": prediction_rows(result, index, ranking, views),
-        "classes.csv": class_rows(result, index.labels, ranking, hits, names),
-    }
-    errors = [error for error in result.errors if error]
-    if errors:
-        print(f"{len(errors)} unreadable videos, counted as wrong:")
-        print("\n".join(f"  {error}" for error in errors))
-    print(
-        f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
-        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; predictions, classes and scores go to "
-        f"{args.output_dir}",
-        flush=True,
-    )
-    for name, rows in tables.items():
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        data = text.getvalue().encode("utf-8", "surrogateescape")
-        write_atomically(os.path.join(args.output_dir, name), lambda file, d=data: file.write(d))
-    write_atomically(
-        os.path.join(args.output_dir, "scores.npz"),
-        lambda file: np.savez(file, scores=result.scores, labels=index.labels),
-    )
-    seen = np.bincount(index.labels)
-    per_class = np.bincount(index.labels, weights=hits[:, 0])[seen > 0] / seen[seen > 0]
-    record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
-    record["test_mean_class_acc"] = 100 * float(per_class.mean())
-    names = "finetune", "num_clips", "num_crops", "ensemble"
-    record |= {name: getattr(args, name) for name in names}
-    append_log(args.output_dir, record)
-
-
-def prediction_rows(
-    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, views: int
-) -> list[list[str | int]]:
-    """Make the lines of predictions.csv; the score is a mean over views, or their maximum."""
-    rows: list[list[str | int]] = [
-        ["video", "label", "prediction", "correct", "score", "top5", "error"]
-    ]
-    for i, label in enumerate(index.labels.tolist()):
-        if result.readable[i]:
-            best = ranking[i].tolist()
-            score = f"{result.scores[i, best[0]] / views:.4f}"
-            told = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
-        else:
-            told = ["", 0, "", "", result.errors[i]]
-        rows.append([index.path(i), label, *told])
-    return rows
-
-
-def class_rows(
-    result: VideoScores,
-    labels: np.ndarray,
-    ranking: np.ndarray,
-    hits: np.ndarray,
-    names: list[str],
-) -> list[list[str | int]]:
-    """Make the lines of classes.csv, in the order of the labels; accuracies in percent."""
-    good = result.readable
-    pairs = torch.from_numpy(labels[good]), torch.from_numpy(ranking[good, 0])
-    confusion = count_confusions(*pairs, len(names)).numpy()
-    unreadable = np.bincount(labels[~good], minlength=len(names))
-    top5 = np.bincount(labels[hits.any(axis=1)], minlength=len(names))
-    header = "label name videos unreadable top1 top5 confused_with confusions".split()
-    rows: list[list[str | int]] = [list(header)]
-    for entry in report_classes(confusion, unreadable):
-        c, other = entry.label, entry.confused_with
-        accuracies = ["", ""]
-        if entry.videos:
-            accuracies = [f"{entry.accuracy:.2f}", f"{100 * top5[c] / entry.videos:.2f}"]
-        taken_for = "" if other is None else names[other]
-        counts = [entry.videos, int(unreadable[c])]
-        rows.append([c, names[c], *counts, *accuracies, taken_for, entry.confusions])
-    return rows

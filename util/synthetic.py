@@ -1,52 +1,50 @@
-"""The embedded data set: short H.264 videos whose class can only be told from motion.
+"""The embedded data set: short H.264 videos whose class only the motion tells.
 
-Every video shows a few textured shapes that move together over a textured background. The kind and
-direction of the shapes' movement is the class. All the rest, that is textures, colours, shapes,
-their positions, their speed and the drift of the background, is drawn independently of the class.
-Both layers wrap around the frame's edges, so a shape's position is uniform in every single frame,
-the first and the last included: one frame says nothing about the class.
+Every video shows a few textured shapes that move together over a textured background. The class is
+the kind and direction of this movement. Everything else is drawn independently of the class:
+textures, colours, shapes, their positions and speed, and the slow drift of the background. Both
+layers wrap around the edges of the frame, so the shapes are equally likely to be anywhere in every
+frame, also the first and the last: a single frame says nothing about the class.
 
     python -m util.synthetic OUT
     python main_pretrain.py --path_to_data_dir OUT/pretrain @recipes/synthetic_pretrain.args
 
-writes the Kinetics layout::
+The first command writes the layout of Kinetics::
 
-    OUT/videos/CLASS/ID_000000_000002.mp4   every video, ID = train000017, val__000003, test_000003
-    OUT/classes.txt                         one class a line, in the order of the labels
-    OUT/pretrain/train.csv                  every training video
-    OUT/finetune/train.csv                  the small labelled part of them
-    OUT/finetune/val.csv, test.csv          held-out videos: a few to watch training, the others
+    OUT/videos/CLASS/ID_000000_000002.mp4   every video; ID: train000017, val__000003, test_000003
+    OUT/classes.txt                         one class per line, in the order of the labels
+    OUT/pretrain/train.csv                  all training videos
+    OUT/finetune/train.csv                  the few of them that are labelled
+    OUT/finetune/val.csv, test.csv          held-out videos, for validation and for the test
     OUT/dataset.json                        the parameters, written last
 
 Shapes: T frames, H W pixels (H = W = size), K layers.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
-import inspect
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
-import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from tqdm import tqdm
 
 from util import dist
-from util.dist import print0
 
+ROOT = Path(__file__).parent.parent  # of the project
 MARKER = "dataset.json"
-SPLITS = ("train", "val__", "test_")  # five letters: with the number, an ID of eleven
-FORMAT = 1  # raised when the same parameters would give other videos
+SPLITS = ("train", "val__", "test_")  # five letters and a number of six make an ID of eleven
+FORMAT = 1  # increased when the same parameters would give other videos
 
 
 # --- movements: the classes ---------------------------------------------------------------------
@@ -65,13 +63,13 @@ def circle(sign: int, distance: np.ndarray, turn: np.ndarray) -> np.ndarray:
 
 
 def swing(degrees: float, distance: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Return the (y, x) path [T, 2] of a movement to and fro along one direction."""
+    """Return the (y, x) path [T, 2] of a movement back and forth along one direction."""
     radius = (distance[1] - distance[0]) / (turn[1] - turn[0])
     return straight(degrees, 1.3 * radius * np.cos(turn), turn)
 
 
-# Each maps the distance gone [T] (pixels) and the phase [T] (radians; its start is random) to a
-# path [T, 2]. The first num_classes of them are the classes of a set.
+# Each function takes the distance covered [T] (pixels) and the phase [T] (radians, with a random
+# start) and returns a path [T, 2]. The classes of a data set are the first num_classes of them.
 MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "moving_right": functools.partial(straight, 0),
     "moving_down": functools.partial(straight, 90),
@@ -92,12 +90,12 @@ MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw a periodic colour texture [3, H, W] of mean 0 and luminance deviation 1.
+    """Draw a periodic colour texture [3, H, W] of mean 0 whose luminance has deviation 1.
 
-    Its details measure a quarter of the frame and more. So little of a removed patch can be guessed
-    from its neighbours in space, and none of it can be copied from the frame before without moving
-    it: a masked autoencoder has to see motion. Colours are spread as in photographs: most in
-    luminance, less in blue-yellow, least in red-green.
+    Its details are at least a quarter of the frame wide. Little of a removed patch can be guessed
+    from its neighbours in space, and nothing can be copied from the frame before without moving it,
+    so a masked autoencoder has to see motion. As in photographs, luminance varies most, blue-yellow
+    less and red-green least.
     """
     rows = np.fft.fftfreq(size)[:, None] * size
     columns = np.fft.rfftfreq(size) * size
@@ -111,7 +109,7 @@ def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def random_blob(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw the opacity [H, W] in [0, 1] of one smooth shape at a uniform place, edges wrapping."""
+    """Draw the opacity [H, W], 0 to 1, of a smooth shape anywhere; it wraps around the edges."""
     centre = rng.uniform(0, size, 2)
     radius = rng.uniform(0.22, 0.34) * size
     grid = np.arange(size) + 0.5
@@ -121,18 +119,18 @@ def random_blob(rng: np.random.Generator, size: int) -> np.ndarray:
     outline = np.ones((size, size))
     for waves in (2, 3, 4):
         outline += rng.normal(0, 0.12) * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
-    return np.clip((radius * outline - np.hypot(y, x)) / 2 + 0.5, 0, 1)  # edge of two pixels
+    return np.clip((radius * outline - np.hypot(y, x)) / 2 + 0.5, 0, 1)  # edges: two pixels wide
 
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """Draw a shift of colour [3, 1, 1] in 8-bit levels, mostly of brightness."""
+    """Draw a change of colour [3, 1, 1] in 8-bit levels; it is mostly one of brightness."""
     return (rng.normal(0, 28) + rng.normal(0, 14, 3))[:, None, None]
 
 
 def shift(layers: np.ndarray, path: np.ndarray) -> np.ndarray:
     """Move periodic layers [K, H, W] along a path [T, 2] (pixels, fractions allowed): [T, K, H, W].
 
-    By the Fourier shift theorem, so that no sub-pixel position is blurred more than another.
+    By the Fourier shift theorem, no position between pixels is blurred more than another.
     """
     size = layers.shape[-1]
     rows = np.exp(-2j * np.pi * path[:, :1] * np.fft.fftfreq(size)).astype(np.complex64)
@@ -145,8 +143,9 @@ def shift(layers: np.ndarray, path: np.ndarray) -> np.ndarray:
 def render_video(rng: np.random.Generator, movement: str, size: int, num_frames: int) -> np.ndarray:
     """Draw one video of a class as uint8 [T, H, W, 3].
 
-    The shapes go 2.3 to 3.3 pixels a frame (at size 64), the background at most 0.5 anywhere.
+    At size 64, the shapes move 2.3 to 3.3 pixels per frame, and the background at most 0.5.
     """
+    # Textures and the outlines of the shapes
     unit = size / 64
     background = rng.uniform(24, 36) * smooth_texture(rng, size) + 115 + random_colour(rng)
     foreground = rng.uniform(40, 60) * smooth_texture(rng, size) + 115
@@ -156,25 +155,24 @@ def render_video(rng: np.random.Generator, movement: str, size: int, num_frames:
         foreground += blob * random_colour(rng)
         opacity += blob * (1 - opacity)
 
+    # Where both layers are in every frame
     time = np.arange(num_frames)
     turn = 2 * np.pi * (rng.uniform() + time / rng.uniform(8, 12))
     path = MOVEMENTS[movement](rng.uniform(2.3, 3.3) * unit * time, turn)
     drift_speed = 0.5 * unit * math.sqrt(rng.uniform())
     drift = straight(rng.uniform(0, 360), drift_speed * time, turn)
 
+    # Shapes over background
     still = shift(background, drift)  # (T, 3, H, W)
     moving = shift(np.concatenate([foreground * opacity, opacity[None]]), path)  # (T, 4, H, W)
     frames = still * (1 - moving[:, 3:]) + moving[:, :3]
     return np.clip(frames, 0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-# --- files --------------------------------------------------------------------------------------
-
-
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """Encode uint8 RGB frames [T, H, W, 3] as an H.264 mp4."""
-    # One thread: the bytes must not depend on the number of cores. Key frames every half second:
-    # a clip that starts in the middle needs few frames before it.
+    # One thread, so that the bytes do not depend on the number of cores. A key frame every half
+    # second, so that a clip in the middle needs only a few frames before it.
     options = {"preset": "superfast", "crf": "16", "g": str(max(fps // 2, 1)), "threads": "1"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
@@ -185,198 +183,176 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def write_dataset(
-    out: str | os.PathLike[str],
-    *,
-    num_videos: int = 2048,
-    num_labelled: int = 32,
-    num_val: int = 64,
-    num_test: int = 512,
-    num_classes: int = 8,
-    size: int = 48,
-    num_frames: int = 20,
-    fps: int = 15,
-    seed: int = 0,
-    num_workers: int = 0,
-) -> Path:
-    """Write the data set to the folder `out`, unless it is there already, and return the folder.
+# --- the data set -------------------------------------------------------------------------------
 
-    The same parameters give the same frames. The folder appears complete or not at all, so it may
-    be asked for before every run and by several processes at once. A folder that holds anything
-    else, or a set of other parameters, is left alone and raises FileExistsError.
 
-    Args:
-        num_videos: training videos, the labelled ones included.
-        num_labelled: training videos that the fine-tuning csv lists.
-        num_val: held-out videos in finetune/val.csv.
-        num_test: other held-out videos, in finetune/test.csv.
-        num_classes: movements used, 2 to 12.
-        size: height and width in pixels, even, at least 32.
-        num_frames: frames of a video.
-        fps: frames per second.
-        num_workers: threads, 0 = one for every core. The result does not depend on it.
+def _number(default: int, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a data set holds; each field is also a flag of the command line."""
+
+    num_videos: int = _number(2048, "training videos, the labelled ones included")
+    num_labelled: int = _number(32, "training videos that finetune/train.csv lists")
+    num_val: int = _number(64, "held-out videos in finetune/val.csv")
+    num_test: int = _number(512, "other held-out videos, in finetune/test.csv")
+    num_classes: int = _number(8, f"movements, 2 to {len(MOVEMENTS)}")
+    size: int = _number(48, "height and width in pixels, an even number of at least 32")
+    num_frames: int = _number(20, "frames of a video")
+    fps: int = _number(15, "frames per second")
+    seed: int = _number(0, "seed of all random choices")
+
+    def __post_init__(self) -> None:
+        among = f"1 to num_videos={self.num_videos}"
+        for right, name, wanted in (
+            (2 <= self.num_classes <= len(MOVEMENTS), "num_classes", f"2 to {len(MOVEMENTS)}"),
+            (1 <= self.num_labelled <= self.num_videos, "num_labelled", among),
+            (self.num_val >= 1, "num_val", "at least 1"),
+            (self.num_test >= 1, "num_test", "at least 1"),
+            (self.size >= 32 and not self.size % 2, "size", "an even number of at least 32 pixels"),
+            (self.num_frames >= 2, "num_frames", "at least 2"),
+            (self.fps >= 1, "fps", "at least 1"),
+        ):
+            if not right:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+
+
+def write_dataset(out: str | os.PathLike[str], *, num_workers: int = 0, **parameters: int) -> Path:
+    """Write the data set to the folder `out`, unless it is already there, and return the folder.
+
+    The same parameters, the fields of Parameters, give the same frames with any num_workers
+    (threads, 0 = one per core). The folder appears when it is complete, so several processes may
+    call this at the same time, before every run.
+
+    Raises:
+        ValueError: a parameter is out of range; the message names it.
+        FileExistsError: the folder holds something else, which stays untouched.
     """
     out = Path(out).absolute()
-    parameters = {
-        "num_videos": num_videos,
-        "num_labelled": num_labelled,
-        "num_val": num_val,
-        "num_test": num_test,
-        "num_classes": num_classes,
-        "size": size,
-        "num_frames": num_frames,
-        "fps": fps,
-        "seed": seed,
-    }
-    _check(**parameters)
-    if _is_written(out, parameters):
+    p = Parameters(**parameters)
+    marker = {"format": FORMAT, **asdict(p)}
+    if _is_written(out, marker):
         return out
 
-    # Written beside its place and renamed: a killed run leaves a *.partial-* folder, never half a
-    # set under the final name.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+    # The set is written beside its place and then renamed: a killed run leaves a *.partial-*
+    # folder, but never half a set under the final name.
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
     try:
-        _write_files(partial, num_workers=num_workers, **parameters)
-        marker = {"format": FORMAT, **parameters}
+        _write_files(partial, p, num_workers)
         (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
         try:
             partial.rename(out)
         except OSError:
-            if not _is_written(out, parameters):  # else another process was faster
+            if not _is_written(out, marker):  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
-def _check(
-    num_videos: int,
-    num_labelled: int,
-    num_val: int,
-    num_test: int,
-    num_classes: int,
-    size: int,
-    num_frames: int,
-    fps: int,
-    seed: int,
-) -> None:
-    if not 2 <= num_classes <= len(MOVEMENTS):
-        raise ValueError(f"num_classes must be 2 to {len(MOVEMENTS)}, not {num_classes}")
-    if not 1 <= num_labelled <= num_videos:
-        raise ValueError(f"num_labelled must be 1 to num_videos={num_videos}, not {num_labelled}")
-    if num_val < 1 or num_test < 1:
-        raise ValueError(f"num_val and num_test must be at least 1, not {num_val} and {num_test}")
-    if size < 32 or size % 2:
-        raise ValueError(f"size must be an even number of at least 32 pixels, not {size}")
-    if num_frames < 2 or fps < 1:
-        raise ValueError(f"num_frames must be at least 2 and fps 1, not {num_frames} and {fps}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _is_written(out: Path, parameters: dict[str, int]) -> bool:
-    """Tell whether `out` holds this very set; raise FileExistsError when it holds anything else."""
-    try:
-        found = json.loads((out / MARKER).read_text())
-    except FileNotFoundError:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(
-                f"{out} exists and holds no synthetic data set: choose another folder"
-            ) from None
+def _is_written(out: Path, marker: dict[str, int]) -> bool:
+    """Return whether `out` holds exactly this set; raise FileExistsError if it holds another."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    wanted = {"format": FORMAT, **parameters}
-    if found != wanted:
-        other = ", ".join(
-            f"{name}={found.get(name)} (asked for: {value})"
-            for name, value in wanted.items()
-            if found.get(name) != value
-        )
+    if not (out / MARKER).exists():
+        raise FileExistsError(f"{out} holds no synthetic data set: choose another folder")
+    found = json.loads((out / MARKER).read_text())
+    other = {name: value for name, value in marker.items() if found.get(name) != value}
+    if other:
+        differences = (f"{name}={found.get(name)} (asked for: {other[name]})" for name in other)
+        advice = "remove it or choose another folder"
         raise FileExistsError(
-            f"{out} holds a synthetic data set with {other}: remove it or choose another folder"
+            f"{out} holds a synthetic data set with {', '.join(differences)}: {advice}"
         )
     return True
 
 
-def _write_files(
-    root: Path,
-    *,
-    num_videos: int,
-    num_labelled: int,
-    num_val: int,
-    num_test: int,
-    num_classes: int,
-    size: int,
-    num_frames: int,
-    fps: int,
-    seed: int,
-    num_workers: int,
-) -> None:
-    classes = list(MOVEMENTS)[:num_classes]
+def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
+    """Write the videos, classes.txt and the csvs."""
+    # Folders and names of the classes
+    classes = list(MOVEMENTS)[: p.num_classes]
     for name in ("pretrain", "finetune", *(f"videos/{name}" for name in classes)):
         (root / name).mkdir(parents=True)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-
-    end = math.ceil(num_frames / fps)
+    end = math.ceil(p.num_frames / p.fps)  # seconds, as in the names of Kinetics
 
     def write_one(job: tuple[int, int]) -> str:
-        """Write one video and return its line in a csv. Labels go round: any part is balanced."""
+        """Write one video and return its line in a csv."""
         split, index = job
-        label = index % num_classes
-        rng = np.random.default_rng((seed, split, index))
+        label = index % p.num_classes  # in turn, so that every part of a split is balanced
+        rng = np.random.default_rng((p.seed, split, index))
         path = f"videos/{classes[label]}/{SPLITS[split]}{index:06d}_000000_{end:06d}.mp4"
-        write_video(root / path, render_video(rng, classes[label], size, num_frames), fps)
+        write_video(root / path, render_video(rng, classes[label], p.size, p.num_frames), p.fps)
         return f"../{path} {label}\n"
 
-    counts = (num_videos, num_val, num_test)
+    # Threads are enough: the FFT and the encoder release the interpreter's lock.
+    counts = (p.num_videos, p.num_val, p.num_test)
     jobs = [(split, index) for split, count in enumerate(counts) for index in range(count)]
-    # Threads do: FFT and encoder release the interpreter's lock.
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
         try:
             written = pool.map(write_one, jobs)
-            lines = list(
-                tqdm(written, "Writing synthetic videos", len(jobs), unit="video", mininterval=1)
-            )
+            title = "Writing synthetic videos"
+            lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
+            pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the other videos
             raise
-    train, held_out = lines[:num_videos], lines[num_videos:]
-    for name, part in {
-        "pretrain/train.csv": train,
-        "finetune/train.csv": train[:num_labelled],
-        "finetune/val.csv": held_out[:num_val],
-        "finetune/test.csv": held_out[num_val:],
-    }.items():
-        (root / name).write_text("".join(part))
+
+    train, held_out = lines[: p.num_videos], lines[p.num_videos :]
+    (root / "pretrain/train.csv").write_text("".join(train))
+    (root / "finetune/train.csv").write_text("".join(train[: p.num_labelled]))
+    (root / "finetune/val.csv").write_text("".join(held_out[: p.num_val]))
+    (root / "finetune/test.csv").write_text("".join(held_out[p.num_val :]))
+
+
+# --- runs without --path_to_data_dir ------------------------------------------------------------
+
+
+def synthetic_recipe(name: str) -> Callable[[argparse.Namespace], Sequence[str]]:
+    """Return a function that gives runs without --path_to_data_dir the flags in recipes/NAME."""
+
+    def default_flags(args: argparse.Namespace) -> Sequence[str]:
+        return [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
+
+    return default_flags
+
+
+def data_dir(args: argparse.Namespace, task: str) -> str:
+    """Return the folder of csvs: --path_to_data_dir, or the embedded videos, written if needed.
+
+    Args:
+        task: "pretrain" (all training videos) or "finetune" (the few labelled ones).
+    """
+    if args.path_to_data_dir:
+        return args.path_to_data_dir
+    folder = ROOT / "data" / "synthetic"
+    dist.print0(
+        f"no --path_to_data_dir: using the embedded synthetic videos in {folder}, and "
+        f"recipes/synthetic_{task}.args for flags that are not given"
+    )
+    if dist.is_main():
+        write_dataset(folder)
+    dist.barrier()
+    return str(folder / task)
+
+
+# --- command line -------------------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Build the command line; its defaults are those of `write_dataset`."""
-    default = {name: p.default for name, p in inspect.signature(write_dataset).parameters.items()}
+    """Build the command line: a flag for every field of Parameters."""
     parser = argparse.ArgumentParser(
         prog="python -m util.synthetic",
-        description="Write short H.264 videos whose class can only be told from motion.",
+        description="Write short H.264 videos whose class only the motion tells.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("out", help="folder to create")
-    for name, text in {
-        "num_videos": "training videos, the labelled ones included",
-        "num_labelled": "labelled training videos",
-        "num_val": "held-out videos of finetune/val.csv",
-        "num_test": "held-out videos of finetune/test.csv",
-        "num_classes": f"movements, 2 to {len(MOVEMENTS)}",
-        "size": "height and width in pixels",
-        "num_frames": "frames of a video",
-        "fps": "frames per second",
-        "seed": "seed of every random choice",
-        "num_workers": "threads, 0 = one for every core",
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default[name], metavar="N", help=text)
+    flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Parameters)}
+    flags["num_workers"] = 0, "threads, 0 = one per core"
+    for name, (default, text) in flags.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     return parser
 
 
@@ -387,41 +363,8 @@ def main() -> None:
         out = write_dataset(**vars(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(
-        f"{out} holds {args.num_videos} training videos, {args.num_val} + {args.num_test} held out"
-    )
-
-
-ROOT = Path(__file__).parent.parent
-
-
-def synthetic_recipe(name: str) -> Callable[[Namespace], Sequence[str]]:
-    """Return the default flags of runs without --path_to_data_dir: the embedded videos' recipe."""
-
-    def default_flags(args: Namespace) -> Sequence[str]:
-        return [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
-
-    return default_flags
-
-
-def data_dir(args: Namespace, task: str) -> str:
-    """Return the folder of csvs: --path_to_data_dir, or the synthetic videos, written if needed.
-
-    Args:
-        task: "pretrain" (all videos) or "finetune" (the few labelled ones).
-    """
-    if args.path_to_data_dir:
-        return args.path_to_data_dir
-
-    folder = ROOT / "data" / "synthetic"
-    print0(
-        f"no --path_to_data_dir: using the embedded synthetic videos in {folder}, and "
-        f"recipes/synthetic_{task}.args for flags that are not given"
-    )
-    if dist.is_main():
-        write_dataset(str(folder))
-    dist.barrier()
-    return str(folder / task)
+    held_out = f"{args.num_val} + {args.num_test} held out"
+    print(f"{out} holds {args.num_videos} training videos, {held_out}")
 
 
 if __name__ == "__main__":

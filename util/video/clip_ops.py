@@ -1,12 +1,13 @@
-"""Operations of PIL on the frames of a clip, uint8 [T, H, W, C] in and out, fast in loader workers.
+"""PIL's operations on the frames of a clip, uint8 [T, H, W, C] in and out, fast in loader workers.
 
 Every function does to each frame what Pillow (ImageOps, ImageEnhance, Image.transform) does to an
-image of that frame: equal bit for bit, except that a few warped or blended pixels in 10,000 differ
-by one level. Clips are not changed in place. Meant for frames with a short side of about 256; a
-warp needs 64 times the memory of a frame for 16 frames, and keeps it for the next one.
+image of that frame. The results are equal bit for bit, except that a few in 10,000 warped or
+blended pixels differ by one level. Clips are not changed in place. The functions are meant for
+frames with a short side of about 256: a warp of 16 frames needs 64 times the memory of one frame,
+and keeps it for the next warp.
 
-A crop often follows. Operations on single pixels (POINTWISE) can as well come after it; the others
-take the `box` of the crop, look at the whole frames, and compute no more than the box.
+Often a crop follows. Operations on single pixels may run after the crop. The others take the `box`
+of the crop: they look at whole frames, and compute only what lies in the box.
 
 T frames, H W pixels, C = 3 channels.
 """
@@ -20,23 +21,24 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 
 from util.video.sampling import Box
 
-FILL = 128  # level of pixels that a warp brings in from outside the frame
-# PIL clips to uint8 and truncates, OpenCV rounds: shift down by a half, less what float32 sums may
-# fall short of a whole level.
+FILL = 128  # level of the pixels that a warp moves in from outside the frame
+# PIL truncates to uint8 and OpenCV rounds. Adding this makes OpenCV truncate; it is not quite -0.5,
+# because float32 sums may fall short of a whole level.
 TRUNCATE = -0.49994
-BLOCK = 16384  # pixels that a warp makes at a time, in memory that stays in the caches
+BLOCK = 16384  # pixels that a warp makes at a time, so that its memory stays in the caches
+
+Matrix = tuple[float, float, float, float, float, float]
 
 _free_tables: list[torch.Tensor] = []  # see _scratch_table
 
-cv2.setNumThreads(0)  # loader workers are the parallelism
+cv2.setNumThreads(0)  # see transforms.py
 
 
 def crop(clip: np.ndarray, box: Box | None) -> np.ndarray:
-    """Return the part of a clip inside the box, or all of it; not a copy."""
+    """View the part of a clip inside the box, or all of it."""
     if box is None:
         return clip
     top, left, h, w = box
@@ -86,19 +88,10 @@ def brightness(clip: np.ndarray, factor: float) -> np.ndarray:
 def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
     _, H, W, _ = clip.shape
     top, left, h, w = box or (0, 0, H, W)
-    # one pixel more on the sides where there is one
+    # The filter needs one pixel around the box, where the frame has one.
     y, x = max(top - 1, 0), max(left - 1, 0)
     clip = clip[:, y : top + h + 1, x : left + w + 1]
     return crop(_blend(map(_smooth, clip), clip, factor), (top - y, left - x, h, w))
-
-
-def desaturate(clip: np.ndarray, share: float) -> np.ndarray:
-    return color(clip, 1 - share)
-
-
-def gaussian_blur(clip: np.ndarray, radius: float, box: Box | None = None) -> np.ndarray:
-    blur = ImageFilter.GaussianBlur(radius)  # PIL's own approximation of it
-    return crop(np.stack([np.asarray(Image.fromarray(x).filter(blur)) for x in clip]), box)
 
 
 def shear_x(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
@@ -118,7 +111,7 @@ def translate_y(clip: np.ndarray, share: float, box: Box | None = None) -> np.nd
 
 
 def rotate(clip: np.ndarray, degrees: float, box: Box | None = None) -> np.ndarray:
-    """Rotate counter-clockwise about the centre."""
+    """Rotate counterclockwise about the centre."""
     _, H, W, _ = clip.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x = W / 2 - (cos * W / 2 - sin * H / 2)
@@ -126,19 +119,15 @@ def rotate(clip: np.ndarray, degrees: float, box: Box | None = None) -> np.ndarr
     return warp(clip, (cos, -sin, x, sin, cos, y), box)
 
 
-def warp(
-    clip: np.ndarray,
-    matrix: tuple[float, float, float, float, float, float],
-    box: Box | None = None,
-) -> np.ndarray:
+def warp(clip: np.ndarray, matrix: Matrix, box: Box | None = None) -> np.ndarray:
     """Resample a clip [T, H, W, C] bicubically through PIL's affine matrix (a, b, c, d, e, f).
 
-    The centre (x, y) of an output pixel takes its value from (ax + by + c, dx + ey + f) of the
-    input, or FILL from outside of it. The cubic is PIL's, the one with a = -1.
+    The output pixel with centre (x, y) takes its value from (ax + by + c, dx + ey + f) of the
+    input, or FILL if that lies outside. The cubic is PIL's, with a = -1.
     """
-    # An output pixel is a weighted sum of up to 16 input pixels, the same ones in all frames: an
-    # embedding bag over pixels whose embedding is their T * C values. This is exact where
-    # OpenCV's warp rounds positions to 1/32 pixel and has another cubic, and it is faster.
+    # An output pixel is a weighted sum of up to 16 input pixels, the same ones in all frames. This
+    # is an embedding bag: the embedding of a pixel is its T * C values. It is exact and faster,
+    # while OpenCV's warp rounds positions to 1/32 pixel and uses another cubic.
     T, H, W, C = clip.shape
     top, left, h, w = box or (0, 0, H, W)
     source = _source_rectangle(matrix, (top, left, h, w), H, W)
@@ -158,64 +147,60 @@ def warp(
 
 
 def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.ndarray:
-    """Do what `warp` would do for a move by (dy, dx) pixels, one of them 0.
+    """Shift a clip by (dy, dx) pixels, of which one is 0, as `warp` would.
 
-    All pixels lie alike between their neighbours: this is a convolution with four weights.
+    Every pixel lies alike between its neighbours, so this is a convolution with four weights.
     """
     T, H, W, C = clip.shape
     top, left, h, w = box or (0, 0, H, W)
     out = np.full((T, h, w, C), FILL, np.uint8)
     source, place, border, weights = [], [], [], []
     for first, count, size, offset in ((top, h, H, dy), (left, w, W, dx)):
-        # [start, end) takes its values, at k + 0.5 + offset, from inside of the frame.
+        # Output pixels k in [start, end) take their values, at k + 0.5 + offset, from the frame.
         start = max(first, math.ceil(-0.5 - offset))
         end = min(first + count, math.ceil(size - 0.5 - offset))
         if start >= end:
             return out
         whole = math.floor(offset)
-        low, high = start + whole - 1, end + whole + 2  # neighbours at -1 to +2
+        low, high = start + whole - 1, end + whole + 2  # with neighbours at -1 to +2
         source.append(slice(max(low, 0), high))
         place.append(slice(start - first, end - first))
         border += [max(-low, 0), max(high - size, 0)]
         weights.append(_cubic_weights(np.array([offset - whole], np.float32)))
     kernel = np.outer(*weights)
-    above, below, before, after = border
+    up, down, before, after = border
     part, place = tuple(source), tuple(place)
     for frame, target in zip(clip, out, strict=True):
-        bordered = cv2.copyMakeBorder(
-            frame[part], above, below, before, after, cv2.BORDER_REPLICATE
-        )
+        bordered = cv2.copyMakeBorder(frame[part], up, down, before, after, cv2.BORDER_REPLICATE)
         moved = cv2.filter2D(bordered, -1, kernel, anchor=(1, 1), delta=TRUNCATE)
         target[place] = moved[1:-2, 1:-2]
     return out
 
 
-def _source_rectangle(matrix: tuple[float, ...], box: Box, H: int, W: int) -> Box | None:
-    """Return the pixels that a warp to a box needs, of frames with 2 more on every side."""
+def _source_rectangle(matrix: Matrix, box: Box, H: int, W: int) -> Box | None:
+    """Return what a warp to a box reads, if anything, of frames with a border of 2 pixels."""
     a, b, c, d, e, f = matrix
     top, left, h, w = box
-    x, y = np.array([left, left + w]), np.array([[top], [top + h]])  # corners are extremes
+    x, y = np.array([left, left + w]), np.array([[top], [top + h]])  # the corners are extremes
     u, v = np.clip(a * x + b * y + c, 0, W), np.clip(d * x + e * y + f, 0, H)
-    first_u, last_u, first_v, last_v = (
-        int(np.floor(z)) for z in (u.min() - 0.5, u.max() - 0.5, v.min() - 0.5, v.max() - 0.5)
-    )
-    if u.min() == u.max() or v.min() == v.max():  # all of it comes from outside
+    if u.min() == u.max() or v.min() == v.max():
         return None
-    # Neighbours lie at -1 to +2; the border makes that +1 to +4.
-    first_u, first_v = first_u + 1, first_v + 1
-    last_u, last_v = min(last_u + 4, W + 3), min(last_v + 4, H + 3)
+    # A pixel's neighbours lie at -1 to +2; the border makes that +1 to +4.
+    first_u, first_v = (math.floor(z.min() - 0.5) + 1 for z in (u, v))
+    last_u = min(math.floor(u.max() - 0.5) + 4, W + 3)
+    last_v = min(math.floor(v.max() - 0.5) + 4, H + 3)
     return first_v, first_u, last_v - first_v + 1, last_u - first_u + 1
 
 
 @contextlib.contextmanager
 def _scratch_table(clip: np.ndarray, source: Box) -> Iterator[torch.Tensor]:
-    """Give the pixels of a rectangle of the bordered clip as rows of C * T floats, then FILL."""
+    """Lend a rectangle of the bordered clip as a table: rows of C * T floats, the last one FILL."""
     T, H, W, C = clip.shape
-    top, left, h, w = source[0] - 2, source[1] - 2, *source[2:]  # in the frame
+    top, left, h, w = source[0] - 2, source[1] - 2, *source[2:]  # without the border
     border = max(-top, 0), max(top + h - H, 0), max(-left, 0), max(left + w - W, 0)
     inside = slice(max(top, 0), top + h), slice(max(left, 0), left + w)
     bordered = [cv2.copyMakeBorder(x[inside], *border, cv2.BORDER_REPLICATE) for x in clip]
-    # Fresh memory of this size costs more, in page faults, than what is done with it.
+    # The page faults of fresh memory would cost more than what is done with it.
     memory = _free_tables.pop() if _free_tables else torch.empty(0)
     if len(memory) < (h * w + 1) * C * T:
         memory = torch.empty((h * w + 1) * C * T)
@@ -232,23 +217,23 @@ def _scratch_table(clip: np.ndarray, source: Box) -> Iterator[torch.Tensor]:
 
 
 def _neighbours(
-    matrix: tuple[float, ...], box: Box, source: Box, H: int, W: int
+    matrix: Matrix, box: Box, source: Box, H: int, W: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the table's rows that make up each pixel of a box, with weights: [h w, 1 to 16]."""
+    """Return the rows of the table that each pixel of a box sums, and weights: [h w, 1 to 16]."""
     a, b, c, d, e, f = matrix
     top, left, h, w = box
     x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
-    # Places, less half a pixel. Shears leave columns or rows alike: then u is (1, w), or v (h, 1).
+    # Places less half a pixel. Shears leave u alike in all rows [1, w], or v in all columns [h, 1].
     u, v = (a * x + (c - 0.5))[None], e * y + (f - 0.5)
     if b:
         u = u + b * y
     if d:
         v = v + d * x
-    outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # (h, w)
+    outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # [h, w]
     first_u, first_v = np.floor(u), np.floor(v)
     u_weights = _cubic_weights((u - first_u).astype(np.float32))
     v_weights = _cubic_weights((v - first_v).astype(np.float32))
-    # They also move along one axis: three of four rows or columns weigh nothing.
+    # A shear also moves along one axis only: three of four rows or columns have no weight.
     rows = [i for i in range(4) if d or v_weights[i].any()]
     columns = [i for i in range(4) if b or u_weights[i].any()]
     weights = np.empty((len(rows) * len(columns), h, w), np.float32)
@@ -265,21 +250,21 @@ def _neighbours(
 
 
 def _cubic_weights(d: np.ndarray) -> np.ndarray:
-    """Weigh the four neighbours of points that lie `d` beyond the second one: [4, *d.shape]."""
+    """Return the weights [4, *d.shape] of the neighbours of points that lie `d` past the second."""
     d2 = d * d
     d3 = d2 * d
     return np.stack([2 * d2 - d - d3, 1 - 2 * d2 + d3, d + d2 - d3, d3 - d2])
 
 
 def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
-    # Two dimensions and one channel are what OpenCV looks up fastest.
+    # OpenCV looks up fastest in two dimensions and one channel.
     return cv2.LUT(pixels.reshape(len(pixels), -1), table).reshape(pixels.shape)
 
 
 def _map_channels(
     clip: np.ndarray, make_tables: Callable[[np.ndarray], np.ndarray], box: Box | None
 ) -> np.ndarray:
-    """Map every channel of every frame by the tables [3, 256] made from the whole frame."""
+    """Map each channel of a frame by its row of the tables [3, 256] made from the whole frame."""
     part = crop(clip, box)
     out = np.empty(part.shape, np.uint8)
     for frame, source, target in zip(clip, part, out, strict=True):
@@ -290,14 +275,10 @@ def _map_channels(
 
 def _auto_contrast_tables(frame: np.ndarray) -> np.ndarray:
     H, W, C = frame.shape
-    rows = frame.reshape(H, W * C)  # along rows of this length numpy is fastest
-    levels = np.arange(256)
-    tables = []
-    for low, high in zip(
-        rows.min(0).reshape(W, C).min(0).tolist(),
-        rows.max(0).reshape(W, C).max(0).tolist(),
-        strict=True,
-    ):
+    rows = frame.reshape(H, W * C)  # numpy is fastest along rows of this length
+    lows, highs = rows.min(0).reshape(W, C).min(0), rows.max(0).reshape(W, C).max(0)
+    levels, tables = np.arange(256), []
+    for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
         scale = 255.0 / max(high - low, 1)
         stretched = (levels * scale + -low * scale).astype(np.int64)
         tables.append(stretched if low < high else levels)
@@ -314,13 +295,13 @@ def _equalize_tables(frame: np.ndarray) -> np.ndarray:
 
 
 def _gray(frame: np.ndarray) -> np.ndarray:
-    """Return PIL's luma of a frame: integer weights over 2^16, rounded (exact in float32)."""
+    """Return PIL's luma of a frame: integer weights over 2^16, rounded; float32 is exact here."""
     weights = np.array([[19595, 38470, 7471, 32768]], dtype=np.float32) / 65536
     return cv2.transform(frame.astype(np.float32), weights).astype(np.uint8)
 
 
 def _smooth(frame: np.ndarray) -> np.ndarray:
-    """Apply PIL's SMOOTH filter, which leaves the border as it is."""
+    """Apply PIL's SMOOTH filter, which does not change the pixels at the border."""
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
     out = cv2.filter2D(frame, -1, kernel)
     out[[0, -1]] = frame[[0, -1]]
@@ -329,7 +310,7 @@ def _smooth(frame: np.ndarray) -> np.ndarray:
 
 
 def _blend(start: Iterable[np.ndarray], end: np.ndarray, factor: float) -> np.ndarray:
-    """Go from `start`, given frame by frame, `factor` of the way to `end`, or beyond."""
+    """Go from the frames `start` by `factor` of the way to `end`; above 1 goes beyond it."""
     out = np.empty(end.shape, np.uint8)
     for low, high, target in zip(start, end, out, strict=True):
         cv2.addWeighted(high, factor, low, 1 - factor, TRUNCATE, dst=target)

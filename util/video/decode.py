@@ -1,87 +1,89 @@
-"""Decode the wanted frames of a video exactly and cheaply, and place clips in it.
+"""Decode exactly the wanted frames of a video, and as few others as possible.
 
-A frame's number is its place in presentation order among the frames shown (an edit list may hide
-some). Opening a file reads all its packets and decodes none, so the number of frames, key frames
-and time stamps are what the file holds, whatever its header says. `Video.frames` then decodes as
-little as the wanted frames need. Only files that start within a group of pictures, or change their
-decoder's parameters on the way, are decoded whole, once to count their frames and for every use.
+Frames are numbered in the order in which they are shown; frames that an edit list hides do not
+count. Opening a file reads all its packets and decodes none, so frames, key frames and time stamps
+are those that the file holds, whatever its header says. `Video.frames` then decodes only what the
+wanted frames need. Files that start within a group of pictures, or change their decoder's
+parameters on the way, are decoded in full: once to count their frames and again at every use.
 """
 
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import av
 import numpy as np
+from av import VideoFrame, VideoStream
 from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
-from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 
 from util.video.time_limit import TimeLimit
 
-# width * height: above 8K footage (7680 x 4320), below a decompression bomb
+# Width * height: more than 8K footage has (7680 x 4320), less than a decompression bomb.
 MAX_PIXELS = 8192 * 8192
-# titles in unknown encodings are no reason to refuse a video (the argument is gone in PyAV 19)
+# A title in an unknown encoding does not make a video unusable (PyAV 19 has no such argument).
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
-MAX_HOLD = 8  # frames: the longest hole that the frame before it may fill
+MAX_HOLD = 8  # a frame may stand in for at most so many missing frames after it
+MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
 
-# Decoders that may be told to drop the frames to which no other refers: these formats mark them for
-# certain. (HEVC's mark speaks of one temporal layer only; other decoders ignore the request.)
+# Only these decoders are told to drop the frames to which no other frame refers, because these
+# formats mark such frames reliably. (HEVC's mark is about one temporal layer only; other decoders
+# ignore the request.)
 DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
-MAX_GAP = 10.0  # seconds from frame to frame; a longer one is a jump of the clock
 
-# The least magnitudes of the parts of a display matrix: a stored pixel (x, y) is shown at
-# (a x + c y, b x + d y), rows counted downwards.
+# Signs (a, b, c, d) of a display matrix: the stored pixel (x, y) is shown at (a x + c y, b x + d y)
+# with rows counted downwards.
 Orientation = tuple[int, int, int, int]
 UPRIGHT = (1, 0, 0, 1)
 TURNS = (UPRIGHT, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # by 90 degrees counterclockwise
 
 
 class VideoError(Exception):
-    """A video that cannot be used; its text is 'PATH: reason'."""
+    """A video that cannot be used; the text is 'PATH: reason'."""
 
 
 class Video:
     """Open a local video file for decoding; a context manager.
 
+    All work is done on the calling thread, because loader workers are the parallelism.
+
     Attributes:
         path: the file, as given.
-        num_frames: frames shown, counted (the header is not asked).
+        num_frames: number of shown frames; counted, not taken from the header.
         fps: mean frames per second, a float.
-        height, width: pixels of an upright frame (turned as the metadata says, pixels as stored).
-
-    Everything runs on the calling thread: loader workers are the parallelism.
+        height, width: pixels of an upright frame, after the rotation that the metadata asks for.
 
     Args:
         path: local path.
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
-        time_limit: seconds from now on after which reading and decoding raise; None for no limit.
-            Looked at between packets: a single read that never returns is not interrupted, and
-            what lies between two packets counts for a second at most (see time_limit.py).
+        time_limit: seconds from now after which reading and decoding raise. The clock is checked
+            between packets: a single read that never returns is not interrupted, and the time
+            between two packets counts for at most one second (see time_limit.py).
 
     Raises:
-        VideoError: the file is missing, empty, no video, has no frames, or is above `max_pixels`.
+        VideoError: the file is missing or empty, is not a video, has no frames, or has pictures
+            larger than `max_pixels`.
     """
 
-    def __init__(
-        self, path: str, max_pixels: int = MAX_PIXELS, time_limit: float | None = None
-    ) -> None:
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS, time_limit: float = float("inf")):
         self.path = path
         self._max_pixels = max_pixels
         self._time_limit = time_limit
-        self._left = TimeLimit(float("inf") if time_limit is None else time_limit)
+        self._left = TimeLimit(time_limit)
         self._packets: list[av.Packet] = []
-        self._containers: list[InputContainer] = []
+        self._containers: list[InputContainer] = []  # more than one if it must be reopened
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
         if not os.path.isfile(path):
-            raise VideoError(f"{path}: {_not_a_file(path)}")
+            kind = "a folder" if os.path.isdir(path) else "not a regular file"
+            raise VideoError(f"{path}: {kind if os.path.exists(path) else 'no such file'}")
         try:
-            self._read_packets()
+            stream = self._open_stream()
+            self._read_packets(stream)
+            self._number_frames(stream)
         except BaseException:
             self.close()
             raise
@@ -99,11 +101,11 @@ class Video:
             container.close()
 
     def _open_stream(self) -> VideoStream:
-        """Open the file, once more maybe, and prepare the decoder of its video."""
+        """Open the file, possibly once more, and prepare a decoder for its video stream."""
         path, max_pixels = self.path, self._max_pixels
         try:
-            # An absolute path cannot be read as a protocol ("http:name.mp4"); the whitelist keeps
-            # playlists off the network; decoders obey max_pixels wherever a stream changes size.
+            # An absolute path cannot be read as a protocol ("http:name.mp4"). The whitelist keeps
+            # playlists off the network. Decoders check max_pixels wherever a stream changes size.
             container = av.open(
                 os.path.abspath(path),
                 options={"max_pixels": str(max_pixels)},
@@ -119,43 +121,43 @@ class Video:
         for other in container.streams:
             other.discard = Discard.default if other is stream else Discard.all
         self._decoder = stream.codec_context
-        self._size = self._decoder.height, self._decoder.width  # as stored, before it is turned
-        if self._size[0] * self._size[1] > max_pixels:
-            size = f"{self._size[1]} x {self._size[0]}"
-            raise VideoError(f"{path}: {size} pixels are more than max_pixels {max_pixels}")
-        if not all(self._size):
+        h, w = self._size = self._decoder.height, self._decoder.width  # as stored
+        if h * w > max_pixels:
+            raise VideoError(f"{path}: {w} x {h} pixels are more than max_pixels {max_pixels}")
+        if h * w == 0:
             raise VideoError(f"{path}: the size of its pictures is unknown")
         # Decoders count rows padded to a multiple of 64 pixels.
-        self._decoder.options = {"max_pixels": str(max_pixels + 63 * self._size[0])}
+        self._decoder.options = {"max_pixels": str(max_pixels + 63 * h)}
         self._decoder.thread_type = "NONE"
         self._decoder.thread_count = 1  # dav1d looks at this one only
         return stream
 
-    def _read_packets(self) -> None:
-        """Read all packets and number the frames they hold."""
-        stream, container = self._open_stream(), self._containers[0]
-        # Stamps that the file does not hold must stay unknown: PyAV would have them made up.
+    def _read_packets(self, stream: VideoStream) -> None:
+        container = self._containers[0]
+        # Time stamps that the file does not hold must stay unknown: PyAV would have them made up.
         container.flags &= ~Flags.gen_pts.value
         try:
-            # Empty packets hold no frame, and a decoder takes one for the end of the stream.
             for packet in container.demux(stream):
                 self._check_time()
-                if packet.size:
+                if packet.size:  # an empty packet holds no frame, and ends the stream for a decoder
                     self._packets.append(packet)
         except av.FFmpegError:
-            pass  # a file that breaks off has the packets before the break
+            pass  # a file that breaks off still has the packets before the break
         cut_off = self._packets and self._packets[-1].is_corrupt
         if cut_off and container.format.name.startswith(("mov", "flv")):
             self._packets.pop()
+
+    def _number_frames(self, stream: VideoStream) -> None:
+        """Number the frames that the packets hold, and measure their rate."""
         shown = [k for k, packet in enumerate(self._packets) if not packet.is_discard]
-        if self._decoder.name == "vp8":  # whose frames may be made to refer to, not to be seen
+        if self._decoder.name == "vp8":  # it may have frames that are referred to but never shown
             shown = [k for k in shown if memoryview(self._packets[k])[0] & 0x10]
         if not shown:
             raise VideoError(f"{self.path}: no frames")
         self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
         self._stamps = [packet.pts for packet in self._packets if packet.pts is not None]
         self._number: dict[int | None, int] = {}  # time stamp -> frame number
-        self._timed = self._can_number_by_stamps(shown)
+        self._timed = self._can_number_by_stamps(shown)  # else a full decode numbers the frames
         if self._timed:
             shown.sort(key=self._stamps.__getitem__)
             self._number = {self._stamps[k]: number for number, k in enumerate(shown)}
@@ -163,69 +165,67 @@ class Video:
         self._shown = shown  # frame number -> packet
         self.num_frames = len(shown)
         self.fps = self._mean_rate(stream)
-        if self._reopens:  # then frames are what a decoder gives from the file's start on
+        if self._reopens:  # then a frame's number is its place in a decode from the file's start
             self._timed = False
             self.num_frames = sum(1 for _ in self._delivered())
             if not self.num_frames:
                 raise VideoError(f"{self.path}: no frames")
 
     def _can_number_by_stamps(self, shown: list[int]) -> bool:
-        """Tell if time stamps order the frames; else only a full decode does (AVI, raw streams)."""
+        """Return whether time stamps order the frames; those of AVI and raw streams do not."""
         if len(self._stamps) < len(self._packets):
             return False
         stamps = np.array([self._stamps[k] for k in shown])
         if len(np.unique(stamps)) < len(stamps):
             return False
-        is_key = np.zeros(len(self._packets), dtype=bool)
-        is_key[self._keys] = True
-        if (is_key[shown] & (stamps < np.maximum.accumulate(stamps))).any():
-            return False  # two parts in one file, whose clocks overlap
-        # Where the codec reorders and the stamps never do, a careless writer numbered packets.
+        is_key = np.isin(shown, self._keys)
+        if (is_key & (stamps < np.maximum.accumulate(stamps))).any():
+            return False  # the file consists of two parts whose clocks overlap
+        # If the codec reorders frames and the stamps never do, a careless writer numbered packets.
         return not self._decoder.has_b_frames or bool((np.diff(stamps) < 0).any())
 
     def _starts_within(self, shown: list[int]) -> bool:
-        """Tell if the file starts within a group of pictures: some are not decodable then."""
+        """Return whether the file starts within a group of pictures, so that some do not decode."""
         if not self._keys:
             return False
         first = self._keys[0]
-        leading = self._timed and self._stamps[shown[0]] < self._stamps[first]
-        return leading or min(shown) < first
+        return min(shown) < first or (self._timed and self._stamps[shown[0]] < self._stamps[first])
 
     def _changes_headers(self, stream: VideoStream) -> bool:
-        """Tell if decoding must have passed an earlier packet to have the parameters of a later."""
+        """Return whether some packet decodes only with parameters that an earlier packet brings."""
         if any(self._packets[k].has_sidedata("new_extradata") for k in self._keys if k):
             return True
-        if self._decoder.name not in PARAMETER_SETS:
+        codec = self._decoder.name
+        if codec not in PARAMETER_SETS:
             return False
         extradata = bytes(stream.codec_context.extradata or b"")
-        codec = self._decoder.name
         found = [parameter_sets(self._packets[k], codec, extradata) for k in self._keys]
-        different = {sets for sets in found if sets}
         if b"" not in found:  # every group of pictures brings its own
             return False
+        different = {sets for sets in found if sets}
         return len(different) > 1 or (len(different) == 1 and not found[0])
 
     def _mean_rate(self, stream: VideoStream) -> float:
-        """Return the header's mean rate, or that of the time stamps where they differ much."""
+        """Return the header's mean rate, or that of the time stamps if the two differ much."""
         header = float(stream.average_rate or stream.guessed_rate or 0)
         if self._timed and self.num_frames > 1 and stream.time_base:
             seconds = np.diff([self._stamps[k] for k in self._shown]) * float(stream.time_base)
             steady = seconds[seconds <= MAX_GAP]
             rate = float(1 / steady.mean()) if len(steady) else header
+            # Small differences come from stamps that are rounded to 1 ms (Matroska).
             if abs(rate - header) > 0.05 * rate:
-                return rate  # else the header's: stamps rounded to 1 ms (Matroska) are less exact
+                return rate
         return header or 30.0
 
     @property
     def rotation(self) -> int:
         """Degrees counterclockwise, 0, 90, 180 or 270, that turn a stored frame upright.
 
-        A mirrored one is flipped left to right before. FFmpeg tells it with a frame only: unless
-        one was decoded already, this decodes the first.
+        A mirrored frame is flipped left to right first. FFmpeg gives the rotation together with a
+        decoded frame only. If no frame has been decoded yet, this decodes the first one.
         """
         if self._orientation is None:
-            for _ in self.frames([0]):
-                break
+            next(self.frames([0]))
         a, b, c, d = self._orientation or UPRIGHT
         if a * d - b * c < 0:  # mirrored
             a, b = -a, -b
@@ -240,23 +240,24 @@ class Video:
         return self._size[self.rotation not in (90, 270)]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode the wanted frames once, in ascending order.
+        """Decode the wanted frames, each once, in ascending order.
 
-        Only groups of pictures with a wanted frame are decoded, each up to its last wanted one and
-        without unwanted frames to which no other refers; only wanted frames are converted. The
-        result is bit-exactly that of decoding everything. When this short way does not deliver what
-        the packets promise, the rest comes from decoding everything. A frame that even this does
-        not deliver (a damaged packet, a broken tail) is the one delivered before it, as decoders
-        conceal errors, or at the start the first one; a hole of more than MAX_HOLD frames raises.
+        This decodes only groups of pictures with a wanted frame, each up to its last wanted frame
+        and without unwanted frames to which no other refers, and converts only wanted frames. The
+        result is bit for bit that of decoding everything. If the packets do not deliver what they
+        promise, the remaining frames come from decoding everything. A frame that is missing even
+        then (a damaged packet, a broken tail) is replaced by the one before it, as decoders conceal
+        errors, or at the start by the first one. A gap of more than MAX_HOLD frames raises.
 
         Args:
             wanted: frame numbers in [0, num_frames), in any order; duplicates count once.
 
         Yields:
-            (number, uint8 RGB [height, width, 3]), upright, dense in its last two dimensions, the
-            caller's to keep. Colours as PyAV's `frame.to_ndarray(format="rgb24")`: the stream's
-            matrix and range, BT.601 and limited where it is silent. Frames of another size than the
-            stream's are scaled to it. Finish or drop one iteration before starting the next.
+            (number, uint8 RGB [height, width, 3]): upright, dense in its last two dimensions, and
+            the caller's to keep. Colours are those of PyAV's `frame.to_ndarray(format="rgb24")`:
+            the stream's matrix and range, or BT.601 and limited range if it does not give them.
+            Frames of another size than the stream's are scaled to it. Finish or drop one
+            iteration before starting the next.
 
         Raises:
             IndexError: a number outside the video.
@@ -265,7 +266,7 @@ class Video:
         left = np.unique(np.asarray(wanted, dtype=np.int64)).tolist()
         if left and (left[0] < 0 or left[-1] >= self.num_frames):
             raise IndexError(f"{self.path}: frames {left[0]} to {left[-1]} of {self.num_frames}")
-        left.reverse()  # the next one wanted is left[-1]
+        left.reverse()  # the next wanted frame is left[-1]
         if self._timed:
             for number, frame in self._decode_needed(left):
                 yield number, self._to_rgb(frame)
@@ -273,13 +274,12 @@ class Video:
             yield from self._decode_everything(left)
 
     def _decode_needed(self, left: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """Take wanted frames off `left` as they come, and stop at the first thing unexpected."""
+        """Take wanted frames off `left` as they come, and stop at the first surprise."""
         wanted = {self._shown[number] for number in left}
-        droppable = self._decoder.name in DROPPABLE
         for first, last in self._runs(sorted(wanted)):
-            # Decoding must enter at a key frame by the stream's word, not only the container's.
+            # Decoding must start at a key frame, and the container's word is not enough for that.
             entered = self._packets[first].is_discard
-            for frame in self._decode_run(first, last, wanted, droppable):
+            for frame in self._decode_run(first, last, wanted):
                 number = self._number.get(frame.pts)
                 if number == self._number.get(self._stamps[first]):
                     entered = entered or bool(frame.key_frame)
@@ -291,11 +291,11 @@ class Video:
                 yield number, frame
 
     def _runs(self, wanted: list[int]) -> list[tuple[int, int]]:
-        """Return (first, last) of each stretch of packets that the wanted ones need."""
+        """Return the (first, last) packet of every stretch that the wanted packets need."""
         runs: list[tuple[int, int]] = []
         for packet in wanted:
             key = bisect_right(self._keys, packet) - 1
-            # A frame shown before its key frame (open GOP) refers to the group before, too.
+            # A frame shown before its key frame (open GOP) also refers to the group before.
             while key > 0 and self._stamps[packet] < self._stamps[self._keys[key]]:
                 key -= 1
             first = self._keys[key] if key >= 0 else 0
@@ -304,42 +304,41 @@ class Video:
             runs.append((first, packet))
         return runs
 
-    def _decode_run(
-        self, first: int, last: int, wanted: set[int], droppable: bool
-    ) -> Iterator[VideoFrame]:
-        """Yield frames of packets first to last: all wanted ones, unless there is an error."""
+    def _decode_run(self, first: int, last: int, wanted: set[int]) -> Iterator[VideoFrame]:
+        """Yield frames of packets first to last, the wanted ones and others; end at an error."""
         decoder = self._restarted_decoder()
+        droppable = decoder.name in DROPPABLE
         try:
             for k in range(first, last + 1):
                 self._check_time()
                 if droppable:
                     decoder.skip_frame = "DEFAULT" if k in wanted else "NONREF"
                 yield from decoder.decode(self._packets[k])
-            yield from decoder.decode(None)  # what the decoder still holds back
+            yield from decoder.decode(None)  # the frames that the decoder still holds back
         except av.FFmpegError:
             return
 
     def _decode_everything(self, left: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the frames left from a decode of all packets, filling holes as `frames` says."""
-        last, held = -1, None  # the frame delivered last
-        for number, frame in self._delivered():
+        """Yield the frames in `left` from a decode of all packets; fill gaps as `frames` says."""
+        last, held = -1, None  # number and picture of the frame that came last
+        for number, frame in chain(self._delivered(), [(self.num_frames, None)]):
             if number < last:
                 raise VideoError(f"{self.path}: frames come out of the order of their time stamps")
             while left and left[-1] < number:
-                hole = number - left[-1] if held is None else left[-1] - last
-                yield self._fill(left.pop(), hole, held or frame)
-            if left and left[-1] == number:
-                left.pop()
-                yield number, self._to_rgb(frame)
+                gap = number - left[-1] if held is None else left[-1] - last
+                picture = held or frame
+                if picture is None or gap > MAX_HOLD:
+                    which = f"frame {left[-1]} of {self.num_frames}"
+                    raise VideoError(f"{self.path}: {which} cannot be decoded")
+                yield left.pop(), self._to_rgb(picture)
+            if frame and left and left[-1] == number:
+                yield left.pop(), self._to_rgb(frame)
             if not left:
                 return
             last, held = number, frame
-        while left:
-            hole = left[-1] - last
-            yield self._fill(left.pop(), hole, held)
 
     def _delivered(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Decode all packets, passing over those that fail, and number the frames that come."""
+        """Decode all packets but those that fail, and number the frames that come."""
         decoder = self._restarted_decoder()
         count = 0
         for packet in [*self._packets, None]:
@@ -359,56 +358,48 @@ class Video:
             raise VideoError(f"{self.path}: not read within {self._time_limit:g} seconds")
 
     def _restarted_decoder(self) -> av.VideoCodecContext:
-        if self._reopens and self._decoder.is_open:  # it would keep the headers it met last
+        if self._reopens and self._decoder.is_open:  # it would keep the last headers it met
             self._open_stream()
         self._decoder.flush_buffers()
         self._decoder.skip_frame = "DEFAULT"
         return self._decoder
 
-    def _fill(self, number: int, hole: int, frame: VideoFrame | None) -> tuple[int, np.ndarray]:
-        if frame is None or hole > MAX_HOLD:
-            raise VideoError(f"{self.path}: frame {number} of {self.num_frames} cannot be decoded")
-        return number, self._to_rgb(frame)
-
     def _to_rgb(self, frame: VideoFrame) -> np.ndarray:
-        """Return uint8 RGB [H, W, 3], upright."""
+        """Return a frame as uint8 RGB [H, W, 3], upright."""
         if self._orientation is None:
             self._orientation = orientation(frame)
         height, width = self._size
-        # PyAV starts a thread pool per call unless told not to.
         try:
+            # PyAV starts a pool of threads at every call unless told not to.
             rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
         except (av.FFmpegError, ValueError, MemoryError) as error:
             reason = f"its {frame.format.name} frames cannot be converted ({_reason(error)})"
             raise VideoError(f"{self.path}: {reason}") from error
-        if rgb is frame:  # was RGB already: the decoder's memory, rows maybe bottom up
+        if rgb is frame:  # was RGB already: the memory is the decoder's, and may run bottom up
             image = rgb.to_ndarray()
-        else:
-            plane = rgb.planes[0]
-            strides = (plane.line_size, 3, 1)
-            # no copy
-            image = np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=strides)
+        else:  # a view; nothing is copied
+            strides = (rgb.planes[0].line_size, 3, 1)
+            image = np.ndarray((height, width, 3), np.uint8, memoryview(rgb.planes[0]), 0, strides)
         if self._orientation == UPRIGHT:
             return image
         return np.ascontiguousarray(turn(image, self._orientation))
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
-    """Return the video to watch: no cover picture; the default one, or else the first."""
+    """Return the default video stream, else the first one; cover pictures do not count."""
     streams = [
         stream
         for stream in container.streams.video
         if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
     ]
-    default = (stream for stream in streams if stream.disposition & Disposition.default)
-    return next(default, streams[0] if streams else None)
+    return max(streams, key=lambda x: bool(x.disposition & Disposition.default), default=None)
 
 
 def orientation(frame: VideoFrame) -> Orientation:
-    """Read how a frame is to be shown, in steps of 90 degrees, mirrored or not."""
+    """Read how a frame is to be shown: turned by a multiple of 90 degrees, mirrored or not."""
     try:
         side_data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV has no name for another kind (Exif, in MJPEG)
+    except ValueError:  # there is side data of a kind that PyAV cannot name (Exif, in MJPEG)
         return TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
         return UPRIGHT
@@ -426,7 +417,8 @@ def turn(image: np.ndarray, orientation: Orientation) -> np.ndarray:
     return image[:: b + d, :: a + c]
 
 
-# How headers within a stream are told: bits of a unit's kind, kinds of parameter sets and pictures.
+# How to find parameter sets within a stream: shift and mask give a unit's kind, from its first
+# byte; then come the kinds that are parameter sets and the kinds that are pictures.
 PARAMETER_SETS = {
     "h264": (0, 0x1F, {7, 8}, {1, 2, 3, 4, 5}),
     "hevc": (1, 0x3F, {32, 33, 34}, set(range(32))),
@@ -434,11 +426,11 @@ PARAMETER_SETS = {
 
 
 def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
-    """Return the parameter sets of H.264 or HEVC that stand before the picture of a packet."""
-    shift, bits, sets, pictures = PARAMETER_SETS[codec]
+    """Return the parameter sets of H.264 or HEVC that come before the picture of a packet."""
+    shift, mask, sets, pictures = PARAMETER_SETS[codec]
     found = b""
     for unit in _units(bytes(packet), codec, extradata):
-        kind = unit[0] >> shift & bits
+        kind = unit[0] >> shift & mask
         if kind in pictures:
             break
         found += unit if kind in sets else b""
@@ -446,29 +438,17 @@ def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
 
 
 def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
-    """Cut a packet into its units: each behind its length (MP4, Matroska) or a start code."""
-    if extradata[:1] == b"\1":
-        digits = (extradata[4 if codec == "h264" else 21] & 3) + 1
-        place = 0
-        while place + digits < len(data):
-            end = place + digits + int.from_bytes(data[place : place + digits], "big")
-            yield data[place + digits : end] or b"\0"
-            place = end
-    else:
-        starts = re.finditer(rb"\x00\x00\x01(?=.)", data, re.DOTALL)
-        place = next(starts, None)
-        while place is not None:
-            following = next(starts, None)
-            yield (
-                data[place.end() : following.start() if following else None].rstrip(b"\0") or b"\0"
-            )
-            place = following
-
-
-def _not_a_file(path: str) -> str:
-    if os.path.isdir(path):
-        return "a folder"
-    return "not a regular file" if os.path.exists(path) else "no such file"
+    """Cut a packet into units, each preceded by its length (MP4, Matroska) or a start code."""
+    if extradata[:1] != b"\1":
+        for unit in data.split(b"\0\0\1")[1:]:
+            yield unit.rstrip(b"\0") or b"\0"
+        return
+    digits = (extradata[4 if codec == "h264" else 21] & 3) + 1
+    place = 0
+    while place + digits < len(data):
+        end = place + digits + int.from_bytes(data[place : place + digits], "big")
+        yield data[place + digits : end] or b"\0"
+        place = end
 
 
 def _reason(error: Exception) -> str:

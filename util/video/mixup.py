@@ -3,23 +3,25 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from torch import Tensor
 
-from util.video.sampling import Box
+from util.video.sampling import Box, place_box
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """Mix every clip of a batch with its partner, the clip as far from the other end.
+    """Mix every clip of a batch with its partner: the first with the last, and so on.
 
-    One draw holds for the whole batch and for all frames. Unlike timm.data.Mixup, whose boxes
-    differ by a pixel between versions, this takes batches of any size and draws from a Generator.
+    One draw decides for the whole batch and all frames. Unlike timm.data.Mixup, whose boxes differ
+    by a pixel between versions, this takes batches of any size and draws from a Generator.
 
     Args:
-        mixup_alpha, cutmix_alpha: of the Beta distribution of the share a clip keeps; 0 is never.
-        cutmix_minmax: draw the sides of the box as shares of the frame from this range instead.
-        prob: that a batch is mixed at all.
-        switch_prob: that it is cutmix, where both are possible.
+        mixup_alpha, cutmix_alpha: parameter of the share that a clip keeps, drawn from
+            Beta(alpha, alpha); 0 turns mixup or cutmix off.
+        cutmix_minmax: instead, range of the sides of cutmix's box, as shares of the frame's.
+        prob: probability that a batch is mixed at all.
+        switch_prob: probability of cutmix if both are on.
         smoothing: share of a label that is spread evenly over all classes.
     """
 
@@ -31,9 +33,7 @@ class Mixup:
     switch_prob: float = 0.5
     smoothing: float = 0.1
 
-    def __call__(
-        self, clips: Tensor, labels: Tensor, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, clips: Tensor, labels: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
         """Mix clips [N, C, T, H, W] in place and return them with soft labels [N, classes]."""
         lam = 1.0  # the share that a clip keeps
         if rng.random() < self.prob:
@@ -51,8 +51,8 @@ class Mixup:
         targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
         return clips, targets * lam + targets.flip(0) * (1 - lam)
 
-    def _cut(self, clips: Tensor, rng: np.random.Generator) -> float:
-        """Paste a box of every partner in place; return the share of pixels left alone."""
+    def _cut(self, clips: Tensor, rng: Generator) -> float:
+        """Paste a box of its partner into every clip; return the share of pixels outside it."""
         H, W = clips.shape[-2:]
         if self.cutmix_minmax is not None:
             top, left, h, w = minmax_box(H, W, self.cutmix_minmax, rng)
@@ -64,20 +64,16 @@ class Mixup:
         return 1 - h * w / (H * W)
 
 
-def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) -> Box:
-    """Draw a box about 1 - `lam` of the frame in area, clipped where it sticks out."""
-    half_h = int(height * np.sqrt(1 - lam)) // 2
-    half_w = int(width * np.sqrt(1 - lam)) // 2
+def cutmix_box(height: int, width: int, lam: float, rng: Generator) -> Box:
+    """Draw a box of about 1 - `lam` of the frame's area, centred anywhere, clipped to the frame."""
+    half_h, half_w = int(height * np.sqrt(1 - lam)) // 2, int(width * np.sqrt(1 - lam)) // 2
     y, x = int(rng.integers(0, height)), int(rng.integers(0, width))
     top, left = max(y - half_h, 0), max(x - half_w, 0)
     return top, left, min(y + half_h, height) - top, min(x + half_w, width) - left
 
 
-def minmax_box(
-    height: int, width: int, share: tuple[float, float], rng: np.random.Generator
-) -> Box:
-    """Draw a box inside the frame, its sides between the two shares of the frame's."""
+def minmax_box(height: int, width: int, share: tuple[float, float], rng: Generator) -> Box:
+    """Draw a box inside the frame whose sides are between two shares of the frame's sides."""
     h = int(rng.integers(int(height * share[0]), int(height * share[1]) + 1))
     w = int(rng.integers(int(width * share[0]), int(width * share[1]) + 1))
-    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-    return top, left, h, w
+    return place_box(height, width, h, w, rng)

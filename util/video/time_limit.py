@@ -1,7 +1,6 @@
-"""Calls that are given up when they take too long, a read that never returns included.
+"""Calls that are given up when they take too long, even a read that never returns.
 
-A process can be stopped as a whole: by SIGSTOP, by a scheduler that suspends its job, with its
-machine. That time is not the file's fault, and does not count.
+While the whole process is stopped (SIGSTOP, a suspended job or machine), no time is counted.
 """
 
 import os
@@ -11,35 +10,35 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-LONGEST = 1.0  # seconds; what lies between two looks at the clock counts for no more
+LONGEST = 1.0  # seconds; a longer time between two looks at the clock counts only this much
 
 
 class TimeLimit:
-    """Seconds of running that are left, as long as somebody looks at least once in LONGEST."""
+    """Seconds of running time that are left, if `is_over` is called at least every LONGEST."""
 
     def __init__(self, seconds: float):
         self.left = seconds
         self._last = time.monotonic()
 
     def is_over(self) -> bool:
-        """Count the time since the last look, and tell if none is left."""
+        """Count the time since the last call, and return whether none is left."""
         now = time.monotonic()
-        elapsed, self._last = now - self._last, now
-        self.left -= elapsed if elapsed < LONGEST else LONGEST
+        self.left -= min(now - self._last, LONGEST)
+        self._last = now
         return self.left <= 0
 
 
 def call_within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Return function(), or raise TimeoutError when it has not come back after so many seconds.
+    """Return function(), or raise TimeoutError if it has not returned after so many seconds.
 
-    It runs in another thread, for no signal ends a system call inside of a library. A call given up
-    goes on in that thread for as long as it takes, so it must own what it writes to.
+    It runs in another thread, because no signal ends a system call inside a library. A call that is
+    given up goes on in that thread, so nobody else may use what it writes to.
     """
     thread = _idle.pop() if _idle else _Thread()
     try:
         result, error = thread.call(seconds, function)
     except BaseException:
-        thread.calls.put(None)  # it ends, if the call ever does
+        thread.calls.put(None)  # ends the thread once the call returns, if it ever does
         raise
     _idle.append(thread)
     if error is not None:
@@ -48,11 +47,11 @@ def call_within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 class _Thread:
-    """A thread kept for calls: a new one for every call would grow and give back memory anew."""
+    """A thread that serves many calls; a new one for each would allocate and free memory anew."""
 
     def __init__(self) -> None:
         self.calls: SimpleQueue = SimpleQueue()
-        # a daemon, for a hung one must not keep the process
+        # A daemon, so that a hung call does not keep the process from ending.
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -62,7 +61,7 @@ class _Thread:
                 outcome.put((function(), None))
             except BaseException as error:
                 outcome.put((None, error))
-            del call, function, outcome  # and what they refer to
+            del call, function, outcome  # frees what they refer to
 
     def call(self, seconds: float, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """Return the function's result, or the error it raised; raise TimeoutError."""
@@ -78,4 +77,4 @@ class _Thread:
 
 
 _idle: list[_Thread] = []
-os.register_at_fork(after_in_child=_idle.clear)  # a fork has the list and none of the threads
+os.register_at_fork(after_in_child=_idle.clear)  # a forked process has none of these threads
