@@ -45,6 +45,7 @@ from util.video.rand_augment import RandAugment
 from util.video.sampling import Box, random_erasing_box, short_side_size, uniform_crop_box
 from util.video.transforms import MEAN, STD
 
+resize = partial(F.interpolate, mode="bilinear")  # a float clip, to a size
 Methods = dict[str, Callable[[], Any]]
 Speeds = dict[str, dict[str, float]]  # of our items, {work: {compared with: times as fast}}
 
@@ -135,16 +136,11 @@ def crop(clip: Tensor, box: Box) -> Tensor:
     return clip[..., top : top + h, left : left + w]
 
 
-def resize(clip: Tensor, height: int = SIZE, width: int = SIZE) -> Tensor:
-    """Interpolate a float clip."""
-    return F.interpolate(clip, (height, width), mode="bilinear")
-
-
 def textbook(path: str, frames: np.ndarray, boxes: list[Box]) -> Tensor:
     """Decode everything; normalise, crop and interpolate each clip in float."""
     everything = decode_all(path)
     clips = [to_float([everything[n] for n in numbers]) for numbers in frames]
-    return torch.stack([resize(crop(*pair)) for pair in zip(clips, boxes, strict=True)])
+    return torch.stack([resize(crop(*pair), SIZE) for pair in zip(clips, boxes, strict=True)])
 
 
 def decode_again(path: str, frames: list[np.ndarray], num_crops: int) -> None:
@@ -155,7 +151,7 @@ def decode_again(path: str, frames: list[np.ndarray], num_crops: int) -> None:
             clip = to_float([everything[n] for n in numbers])
             height, width = short_side_size(clip.shape[-2], clip.shape[-1], SIZE)
             box = uniform_crop_box(height, width, SIZE, s, num_crops)
-            crop(resize(clip, height, width), box).contiguous()
+            crop(resize(clip, (height, width)), box).contiguous()
 
 
 def lists_of_images(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) -> Tensor:
@@ -173,7 +169,7 @@ def lists_of_images(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) 
             operation = NAME_TO_OP[name + "Rel" if name.startswith("Translate") else name]
             images = [operation(image, *arguments, **how) for image in images]
         clip = to_float([np.asarray(image) for image in images])
-        clip = resize(crop(clip, dataset._random_box(clip.shape[-2], clip.shape[-1], rng)))
+        clip = resize(crop(clip, dataset._random_box(clip.shape[-2], clip.shape[-1], rng)), SIZE)
         if rng.random() < 0.5:
             clip = clip.flip(-1)
         crop(clip, random_erasing_box(SIZE, SIZE, rng, dataset.reprob)).normal_()

@@ -219,13 +219,16 @@ def peak_resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def peak_memory(row: Row, variant: str, device: torch.device) -> float:
+def peak_memory(row: Row, variant: str, device: torch.device, alone: bool = False) -> float:
     """Take two steps, as the optimiser's state comes with the first; return the peak, GiB."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         free_memory()
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        if not alone:  # nothing else counts in a process of its own
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(peak_memory, row, variant, device, alone=True).result()
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what the process holds now
     before = torch.cuda.memory_allocated(device) if on_gpu else peak_resident()
     step = Step(row, variant, device)
@@ -233,14 +236,6 @@ def peak_memory(row: Row, variant: str, device: torch.device) -> float:
     step.run()
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident()
     return (peak - before) / 2**30
-
-
-def peak_memory_alone(row: Row, variant: str, device: torch.device) -> float:
-    """Measure the peak where nothing else counts: on a CPU in a process of its own."""
-    if device.type == "cuda":
-        return peak_memory(row, variant, device)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_memory, row, variant, device).result()
 
 
 def matrix_rate(device: torch.device, precision: str, repeats: int = 5) -> float:
@@ -302,7 +297,7 @@ def measure(
     steps.clear()
     free_memory()
 
-    memory = {variant: peak_memory_alone(row, variant, device) for variant in times}
+    memory = {variant: peak_memory(row, variant, device) for variant in times}
     work = 1e9 * gflops(row) * row.batch * (1 if row.task == "test" else 3)
     results = {}
     for variant, turns in times.items():
@@ -314,18 +309,6 @@ def measure(
             compute, whole, speedup, memory[variant], share, rate_share=work / compute / rate
         )
     return results
-
-
-def print_row(row: Row, results: dict[str, Result]) -> None:
-    """Print one line per variant."""
-    print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
-    for variant, r in results.items():
-        print(
-            f"  {variant:<9} {1e3 * r.compute:9.1f} ms  {1e3 * r.whole:9.1f} ms with optimiser  "
-            f"{row.batch / r.whole:8.2f} clips/s  {r.speedup:5.2f} x plain  "
-            f"{r.memory:6.2f} GiB ({r.memory_share:.2f})  {r.rate_share:4.0%} of the matrix rate",
-            flush=True,
-        )
 
 
 def check(all_results: dict[Row, dict[str, Result]], device: torch.device) -> list[str]:
@@ -414,7 +397,15 @@ def main(argv: list[str] | None = None) -> None:
             clip = args.input_size, args.num_frames
             row = Row(task, size, args.batch_size, mask_ratio, precision, decoder, *clip)
             results[row] = measure(row, args.variants, device, args.repeats, rates[precision])
-            print_row(row, results[row])
+            print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
+            for variant, r in results[row].items():
+                print(
+                    f"  {variant:<9} {1e3 * r.compute:9.1f} ms  {1e3 * r.whole:9.1f} ms with "
+                    f"optimiser  {row.batch / r.whole:8.2f} clips/s  {r.speedup:5.2f} x plain  "
+                    f"{r.memory:6.2f} GiB ({r.memory_share:.2f})  {r.rate_share:4.0%} of the "
+                    "matrix rate",
+                    flush=True,
+                )
     for row, unmasked in results.items():
         masked = results.get(replace(row, mask_ratio=0.9), {}).get("ours")
         if row.task == "pretrain" and not row.mask_ratio and masked and "ours" in unmasked:

@@ -134,7 +134,7 @@ def test_grad_checkpointing_saves_memory():
 
 @pytest.mark.slow
 def test_compiled_scripts_train_alike(videos, tmp_path):
-    """Compilation changes weights by rounding alone and no name; it prints the first step's time."""
+    """Compilation changes weights by rounding only; it prints the first step's time."""
     states = {}
     for ranks, accumulation in ((1, 2), (2, 1)):
         flags = [*PRETRAIN, "--epochs", 1, "--path_to_data_dir", videos]
