@@ -20,22 +20,11 @@ from torch.utils.data import Dataset
 
 from util.errors import UserError
 from util.file_io import ADDRESSES, is_remote, local_path, open_file
+from util.video import sampling
 from util.video.decode import MAX_PIXELS, Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.rand_augment import apply as augment
-from util.video.sampling import (
-    NO_BOX,
-    Box,
-    clip_length,
-    clip_start,
-    frame_indices,
-    random_erasing_box,
-    random_resized_crop_box,
-    random_start,
-    segment_indices,
-    short_side_size,
-    uniform_crop_box,
-)
+from util.video.sampling import NO_BOX, Box
 from util.video.time_limit import call_within
 from util.video.transforms import resize_frame
 
@@ -55,12 +44,8 @@ class VideoIndex:
     strings would be copied into every worker, because reading a string changes its reference count.
 
     Args:
-        csv_path: path or address.
-        path_prefix: folder of relative paths; empty for the csv's own.
+        path_prefix: folder of relative paths, if not that of the csv.
         num_classes: labels must be below it; None allows rows without a label (pre-training).
-
-    Raises:
-        UserError: no such file, no rows, or a malformed line (the message gives its number).
     """
 
     def __init__(self, csv_path: str, path_prefix: str = "", num_classes: int | None = None):
@@ -102,7 +87,7 @@ class VideoIndex:
 
 
 def _parse_row(line: str) -> tuple[str, int]:
-    """Split a csv line at its last separator into path and label (NO_LABEL if it has none)."""
+    """Split a csv line at its last separator into path and label."""
     cut = max(line.rfind(separator) for separator in " ,\t")
     path, label = line, NO_LABEL
     if re.fullmatch("[+-]?[0-9]+", line[cut + 1 :]):
@@ -133,9 +118,7 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
     return f"label {label} is not below --num_classes {num_classes}" if label >= num_classes else ""
 
 
-class Sample(NamedTuple):
-    """What a loader worker makes of one video."""
-
+class Sample(NamedTuple):  # what a loader worker makes of one video
     clips: Tensor  # uint8 [R, T, H, W, C]
     flip: Tensor  # bool [R], clips to mirror on the device
     erase: Tensor  # int64 [R, 4], boxes to erase on the device; an empty box erases nothing
@@ -151,8 +134,7 @@ def cut_views(
 
     Args:
         frames: int64 [V, T], frame numbers.
-        draw_boxes: maps the frame's height and width to V boxes. It is called when the first frame
-            has been decoded, because only then the frame's rotation is known.
+        draw_boxes: maps the frame's height and width to V boxes, once the first frame is decoded.
         out: uint8 [V, T, h, w, C], written; each box is resized to h x w.
         side: scale frames to this short side before the boxes are cut.
     """
@@ -163,11 +145,12 @@ def cut_views(
     targets, boxes = out.numpy(), None
     for number, frame in video.frames(sorted(places)):
         if side is not None:
-            if math.prod(short_side_size(frame.shape[0], frame.shape[1], side)) > MAX_PIXELS:
+            H, W, _ = frame.shape
+            if math.prod(sampling.short_side_size(H, W, side)) > MAX_PIXELS:
                 raise VideoError(f"{video.path}: frames are too narrow to scale to {side} pixels")
             frame = _scale(frame, side)
         if boxes is None:
-            boxes = draw_boxes(frame.shape[0], frame.shape[1])
+            boxes = draw_boxes(*frame.shape[:2])
         for v, t in places[number]:
             top, left, h, w = boxes[v]
             resize_frame(frame[top : top + h, left : left + w], targets[v, t])
@@ -189,8 +172,8 @@ def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
 
 def _scale(frame: np.ndarray, side: int) -> np.ndarray:
     """Resize a frame [H, W, C] to a short side."""
-    height, width, channels = frame.shape
-    out = np.empty((*short_side_size(height, width, side), channels), np.uint8)
+    H, W, C = frame.shape
+    out = np.empty((*sampling.short_side_size(H, W, side), C), np.uint8)
     resize_frame(frame, out)
     return out
 
@@ -203,14 +186,12 @@ class Kinetics(Dataset):
         "pretrain": `repeat_aug` clips, each with its own start, crop and flip (the paper's
             repeated sampling).
         "finetune": one random clip, augmented `repeat_aug` times.
-        "test": `num_clips` x `num_crops` views without randomness, all crops of the first clip
-            first. Validation uses 1 x 1, the centre.
+        "test": `num_clips` x `num_crops` views, all crops of the first clip first.
 
-    Every random choice comes from a generator seeded by (seed, epoch, row, repeat), so that clips
-    depend neither on the number of workers nor on the step at which a run was resumed.
-
-    In training, a video that cannot be read, or not in time, is replaced by another one, the same
-    in every run. In testing, its row comes back with zeros and an error.
+    Every random choice comes from a generator seeded by (seed, epoch, row, repeat): it depends on
+    neither the number of workers nor the step at which a run was resumed. In training, a video that
+    cannot be read, or not in time, is replaced by another one, the same in every run. In testing,
+    its row comes back with zeros and an error.
     """
 
     index: VideoIndex
@@ -227,22 +208,14 @@ class Kinetics(Dataset):
     reprob: float = 0.0  # probability of random erasing in fine-tuning
     num_clips: int = 1
     num_crops: int = 1
-    sampling: str = "dense"  # or "segments", see `_random_frames`
+    sampling: str = "dense"  # or "segments": a frame from each of equal parts of the video
     max_pixels: int = MAX_PIXELS  # videos with larger frames (width * height) are unreadable
     item_timeout: float = 60.0  # seconds that reading a video may take
 
-    @property
-    def training(self) -> bool:
-        return self.mode != "test"
-
-    @property
-    def views(self) -> int:  # of a sample
-        return self.repeat_aug if self.training else self.num_clips * self.num_crops
-
-    @property
-    def clips_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape [R, T, H, W, C] of the clips of a sample."""
-        return self.views, self.num_frames, self.input_size, self.input_size, 3
+    def __post_init__(self) -> None:
+        size, self.training = self.input_size, self.mode != "test"
+        self.views = self.repeat_aug if self.training else self.num_clips * self.num_crops
+        self.clips_shape = self.views, self.num_frames, size, size, 3  # [R, T, H, W, C] of a sample
 
     def __len__(self) -> int:
         return len(self.index)
@@ -281,69 +254,63 @@ class Kinetics(Dataset):
 
     def _load(self, path: str, rngs: Generators, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Write the clips of a video; return which to flip and what to erase on the device."""
-        modes = {"pretrain": self._pretrain, "finetune": self._finetune, "test": self._test}
+        flip, erase, size = [False] * self.views, [NO_BOX] * self.views, self.input_size
         with Video(local_path(path), self.max_pixels, self.item_timeout) as video:
-            modes[self.mode](video, rngs, clips)
-        flip, erase = [False] * self.views, [NO_BOX] * self.views
+            if self.training:
+                self._cut_random_clips(video, rngs, clips)
+            else:
+                self._cut_test_clips(video, clips)
         if self.training:
             flip = [bool(rng.random() < 0.5) and self.hflip for rng in rngs]
         if self.mode == "finetune":
-            size = self.input_size
-            erase = [random_erasing_box(size, size, rng, self.reprob) for rng in rngs]
+            erase = [sampling.random_erasing_box(size, size, rng, self.reprob) for rng in rngs]
         return torch.tensor(flip), torch.tensor(erase)
 
-    def _pretrain(self, video: Video, rngs: Generators, clips: Tensor) -> None:
-        frames = np.stack([self._random_frames(video, rng) for rng in rngs])
-        cut_views(video, frames, partial(self._random_boxes, rngs), clips)
-
-    def _finetune(self, video: Video, rngs: Generators, clips: Tensor) -> None:
-        frames = self._random_frames(video, rngs[0])
-        if self.rand_augment is None:
-            repeated = np.stack([frames] * len(rngs))
-            cut_views(video, repeated, partial(self._random_boxes, rngs), clips)
+    def _cut_random_clips(self, video: Video, rngs: Generators, clips: Tensor) -> None:
+        if self.mode == "pretrain":
+            frames = [self._random_frames(video, rng) for rng in rngs]
+        else:
+            frames = [self._random_frames(video, rngs[0])] * len(rngs)
+        if self.mode == "pretrain" or self.rand_augment is None:
+            cut_views(video, np.stack(frames), partial(self._random_boxes, rngs), clips)
             return
-        whole = read_clip(video, frames, AUGMENT_SIDE)
+        whole = read_clip(video, frames[0], AUGMENT_SIDE)
         for rng, out in zip(rngs, clips.numpy(), strict=True):
             drawn = self.rand_augment.draw(rng)
             box = self._random_box(whole.shape[1], whole.shape[2], rng)
             for frame, target in zip(augment(whole, drawn, box), out, strict=True):
                 resize_frame(frame, target)
 
-    def _test(self, video: Video, _: Generators, clips: Tensor) -> None:
-        """Cut all views from frames that are decoded, and scaled to the crop's size, once."""
-        views = [(clip, crop) for clip in range(self.num_clips) for crop in range(self.num_crops)]
+    def _cut_test_clips(self, video: Video, clips: Tensor) -> None:
+        size, crops = self.input_size, self.num_crops
+        views = [(clip, crop) for clip in range(self.num_clips) for crop in range(crops)]
         frames = np.stack([self._test_frames(video, clip) for clip, _ in views])
 
-        def draw_boxes(height: int, width: int) -> list[Box]:
-            size, crops = self.input_size, self.num_crops
-            return [uniform_crop_box(height, width, size, crop, crops) for _, crop in views]
+        def boxes(H: int, W: int) -> list[Box]:
+            return [sampling.uniform_crop_box(H, W, size, crop, crops) for _, crop in views]
 
-        cut_views(video, frames, draw_boxes, clips, side=self.input_size)
+        cut_views(video, frames, boxes, clips, side=size)
 
     def _random_frames(self, video: Video, rng: np.random.Generator) -> np.ndarray:
-        """Draw the frame numbers int64 [T] of a training clip.
-
-        A dense clip starts at random. "segments" are `num_frames` equal parts of the video; one
-        frame is drawn from each.
-        """
-        total = video.num_frames
+        """Draw the frame numbers int64 [T] of a training clip."""
+        total, T = video.num_frames, self.num_frames
         if self.sampling == "segments":
-            return segment_indices(total, self.num_frames, rng.random(self.num_frames))
-        length = clip_length(self.num_frames, self.sampling_rate, video.fps)
-        start = random_start(total, length, rng)
-        return frame_indices(start, length, self.num_frames, total)
+            return sampling.segment_indices(total, T, rng.random(T))
+        length = sampling.clip_length(T, self.sampling_rate, video.fps)
+        start = sampling.random_start(total, length, rng)
+        return sampling.frame_indices(start, length, T, total)
 
     def _test_frames(self, video: Video, clip: int) -> np.ndarray:
-        """Return the frames of a test clip; clips are spread evenly, a single one is centred."""
-        total = video.num_frames
+        """Return the frame numbers of a test clip; several are spread evenly, one is centred."""
+        total, T = video.num_frames, self.num_frames
         if self.sampling == "segments":
-            return segment_indices(total, self.num_frames, (clip + 0.5) / self.num_clips)
-        length = clip_length(self.num_frames, self.sampling_rate, video.fps)
-        start = clip_start(total, length, clip, self.num_clips)
-        return frame_indices(start, length, self.num_frames, total)
+            return sampling.segment_indices(total, T, (clip + 0.5) / self.num_clips)
+        length = sampling.clip_length(T, self.sampling_rate, video.fps)
+        start = sampling.clip_start(total, length, clip, self.num_clips)
+        return sampling.frame_indices(start, length, T, total)
 
     def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
-        return random_resized_crop_box(height, width, self.scales, self.ratios, rng)
+        return sampling.random_resized_crop_box(height, width, self.scales, self.ratios, rng)
 
     def _random_boxes(self, rngs: Generators, height: int, width: int) -> list[Box]:
         return [self._random_box(height, width, rng) for rng in rngs]

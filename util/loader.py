@@ -1,12 +1,8 @@
 """Batches of a data set of videos, from the order of its rows to their copies on the device.
 
-The parts stand in the order in which a batch passes them:
-    EpochSampler    the rows of an epoch that this rank reads
-    BatchMemory     memory that workers write to and this process reads
-    _BatchRequests  asks for batches: their rows, and the place in the memory to write them to
-    _BatchReader    makes the batches, in worker processes
-    VideoLoader     puts these together, hands out the batches, counts unreadable videos
-    prefetch        copies batches to a CUDA device ahead of their use
+EpochSampler orders the rows of an epoch, and _BatchRequests asks for batches of them. Worker
+processes run _BatchReader, which writes to the slots of a BatchMemory. VideoLoader puts these
+together and hands out the batches; prefetch copies them to a CUDA device ahead of their use.
 
 Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 """
@@ -22,6 +18,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,24 +35,28 @@ from util.signals import STOP_SIGNALS, child_signal_kept, signals_blocked
 
 PREFETCH = 2  # batches that a worker makes ahead
 Request = tuple[int | None, list[tuple[int, int]]]  # slot and (epoch, row) keys of a batch
+# What a worker makes of it: slot; clips, if the slot does not hold them; other arrays; errors.
+Made = tuple[int | None, Tensor | None, list[np.ndarray], list[dict[str, str]]]
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Deal the rows of an epoch to the ranks as (epoch, row); (seed, epoch) alone decides.
 
-    In training the order is shuffled and cut to whole batches of all ranks, and step s of the
-    joint batch holds the same rows however many ranks share it. In testing every row comes once,
-    on one rank.
+    In training the order is shuffled and cut to whole batches of all ranks, and the joint batch of
+    a step holds the same rows however many ranks share it. In testing every row comes once.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, training: bool, seed: int):
-        self.num_rows = num_rows
-        self.training = training
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0  # rows of this rank to skip when an epoch is continued
-        joint = batch_size * world_size()
-        self.used_rows = num_rows // joint * joint if training else num_rows
+    num_rows: int
+    batch_size: int
+    training: bool
+    seed: int
+    epoch: int = 0
+    start: int = 0  # rows of this rank to skip when an epoch is continued
+
+    def __post_init__(self) -> None:
+        joint = self.batch_size * world_size()
+        self.used_rows = self.num_rows // joint * joint if self.training else self.num_rows
 
     def __len__(self) -> int:
         return len(range(rank(), self.used_rows, world_size()))
@@ -73,17 +74,12 @@ class BatchMemory:
 
     A slot is reserved by `take`, which names it to a worker, then handed out as a tensor by
     `lease`, and free again when the last tensor that uses it is gone. Workers call only `view`.
-
-    Args:
-        slots: their number; no memory is allocated before it is written to.
-        page_lock: lock a slot's pages at its first lease, for copies to CUDA in the background.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], page_lock: bool):
-        self.shape = shape
-        self.page_lock = page_lock
-        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]
-        self.capacity = slots
+        self.capacity, self.shape = slots, shape
+        self.page_lock = page_lock  # lock a slot's pages at its first lease, for copies to CUDA
+        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]  # allocated when written
         self.free = list(range(slots))  # a stack: the slot used last is still in the caches
         self.taken: set[int] = set()
 
@@ -107,10 +103,6 @@ class BatchMemory:
         array = np.frombuffer(self.maps[slot], np.uint8).reshape(self.shape)
         weakref.finalize(array, self.free.append, slot).atexit = False
         return torch.from_numpy(array)  # this tensor and all its views keep the array alive
-
-    def abandon(self, slot: int) -> None:
-        """Never use a taken slot again, because a worker's hung read may still write to it."""
-        self.taken.remove(slot)
 
     def reclaim(self) -> None:
         """Free the slots of batches that nobody waits for any more, once all workers are idle."""
@@ -145,54 +137,41 @@ class _Mapping(mmap.mmap):
             cuda.cudaHostUnregister(self.address)
 
 
+@dataclass
 class _BatchRequests:
     """Group the keys of a sampler into batches, each with the slot to write it to."""
 
-    def __init__(self, sampler: EpochSampler, batch_size: int, memory: BatchMemory):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.memory = memory
+    sampler: EpochSampler
+    memory: BatchMemory
 
     def __iter__(self) -> Iterator[Request]:
         self.memory.reclaim()  # when DataLoader starts to iterate here, its workers are idle
         keys = iter(self.sampler)
-        while batch := list(islice(keys, self.batch_size)):
+        while batch := list(islice(keys, self.sampler.batch_size)):
             yield self.memory.take(), batch
 
 
-class _MadeBatch(NamedTuple):
-    """A batch as a worker sends it."""
-
-    slot: int | None  # that was set aside for its clips
-    clips: Tensor | None  # None if the slot holds them
-    arrays: tuple[np.ndarray, ...]  # flip, erase, label and row, as in `Batch`
-    errors: list[dict[str, str]]
-
-
+@dataclass(eq=False)
 class _BatchReader(Dataset):
     """Make the batches that are requested; runs in the workers."""
 
-    def __init__(self, dataset: Kinetics, memory: BatchMemory):
-        self.dataset = dataset
-        self.memory = memory
+    dataset: Kinetics
+    memory: BatchMemory
 
-    def __getitem__(self, request: Request) -> _MadeBatch:
+    def __getitem__(self, request: Request) -> Made:
         slot, keys = request
         shape = len(keys), *self.dataset.clips_shape
         clips = torch.empty(shape, dtype=torch.uint8) if slot is None else self.memory.view(slot)
         places = list(clips[: len(keys)])
         samples = [self.dataset.read(*key, place) for key, place in zip(keys, places, strict=True)]
-        in_place = all(x.clips is place for x, place in zip(samples, places, strict=True))
-        if not in_place:
+        if any(x.clips is not place for x, place in zip(samples, places, strict=True)):
             clips = torch.stack([x.clips for x in samples])
-        arrays = (
-            np.stack([x.flip.numpy() for x in samples]),
-            np.stack([x.erase.numpy() for x in samples]),
-            np.array([x.label for x in samples]),
-            np.array([x.row for x in samples]),
-        )
-        sent = None if in_place and slot is not None else clips
-        return _MadeBatch(slot, sent, arrays, [x.errors for x in samples])
+        elif slot is not None:
+            clips = None
+        flip = np.stack([x.flip.numpy() for x in samples])
+        erase = np.stack([x.erase.numpy() for x in samples])
+        label, row = np.array([x.label for x in samples]), np.array([x.row for x in samples])
+        return slot, clips, [flip, erase, label, row], [x.errors for x in samples]
 
 
 def default_num_workers() -> int:
@@ -222,26 +201,21 @@ def _cpu_quota() -> float:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
-    # Launchers send these signals to every process they find. The trainer still needs its workers
-    # for the step it ends with. It tells them when to go, and they go by themselves if it dies.
+    # Launchers send these signals to every process they find, but the trainer needs its workers for
+    # the step it ends with. It tells them when to go, and they go by themselves if it dies.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill the workers of loaders that something still refers to at exit, such as a traceback.
-
-    multiprocessing sends them a SIGTERM at exit, which they ignore, and then waits for them.
-    """
+    """Kill the workers that are left, for they ignore the SIGTERM that multiprocessing sends."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
-class Batch(NamedTuple):
-    """The fields of B samples, as the loader gives them."""
-
+class Batch(NamedTuple):  # the fields of B samples
     clips: Tensor  # uint8 [B, R, T, H, W, C]
     flip: Tensor  # bool [B, R]
     erase: Tensor  # int64 [B, R, 4]
@@ -250,33 +224,18 @@ class Batch(NamedTuple):
     errors: list[dict[str, str]]
 
 
+@dataclass(eq=False)
 class VideoLoader:
-    """Batches of a data set for this rank, with a record of unreadable videos.
+    """Batches of a data set for this rank, with a record of unreadable videos."""
 
-    On CUDA, the next batch is copied to the device, on a stream of its own, while the caller works
-    on the current one.
+    dataset: Kinetics
+    batch_size: int  # videos per batch of this rank
+    num_workers: int | None  # None: as many processes as the CPUs allow
+    max_bad_share: float  # training stops when more than this share of the csv cannot be read
+    device: torch.device
 
-    Args:
-        batch_size: videos per batch of this rank.
-        num_workers: processes; None takes what the CPUs allow.
-        max_bad_share: training stops when more than this share of the csv cannot be read.
-
-    Raises:
-        UserError: fewer videos than one batch of all ranks; when iterating, too many unreadable.
-    """
-
-    def __init__(
-        self,
-        dataset: Kinetics,
-        batch_size: int,
-        num_workers: int | None,
-        max_bad_share: float,
-        device: torch.device,
-    ):
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.max_bad_share = max_bad_share
-        self.device = device
+    def __post_init__(self) -> None:
+        dataset, batch_size = self.dataset, self.batch_size
         self.bad: dict[str, str] = {}  # path -> "PATH: reason"; includes other ranks' at each epoch
         self.sampler = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
         if dataset.training and self.sampler.used_rows == 0:
@@ -284,17 +243,16 @@ class VideoLoader:
                 f"{dataset.index.csv_path} lists {len(dataset)} videos, fewer than one batch of "
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
-        workers = default_num_workers() if num_workers is None else num_workers
+        workers = default_num_workers() if self.num_workers is None else self.num_workers
         # Only forked workers see the memory of this process. There are slots for the batches asked
         # for ahead, the one on its way to the device, the one in use, and a spare one.
         shared = workers == 0 or multiprocessing.get_start_method() == "fork"
-        slots = workers * PREFETCH + 3 if shared else 0
-        shape = (batch_size, *dataset.clips_shape)
-        self.memory = BatchMemory(slots, shape, page_lock=device.type == "cuda")
+        slots, shape = workers * PREFETCH + 3 if shared else 0, (batch_size, *dataset.clips_shape)
+        self.memory = BatchMemory(slots, shape, page_lock=self.device.type == "cuda")
         self.loader = DataLoader(
             _BatchReader(dataset, self.memory),
             batch_size=None,  # a request is for a whole batch
-            sampler=_BatchRequests(self.sampler, batch_size, self.memory),
+            sampler=_BatchRequests(self.sampler, self.memory),
             collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
@@ -306,10 +264,7 @@ class VideoLoader:
         return -(-len(self.sampler) // self.batch_size)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the step it starts at.
-
-        All ranks call this together, because they exchange the unreadable videos met so far.
-        """
+        """Choose the next epoch and its first step; all ranks call this, to share bad videos."""
         for others in gather_objects(self.bad):
             self.bad = others | self.bad
         self._refuse_bad_share()
@@ -322,28 +277,20 @@ class VideoLoader:
             batches = map(self._receive, self.loader)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _receive(self, made: _MadeBatch) -> Batch:
-        """Make tensors of what a worker sent."""
-        if made.clips is None:
-            assert made.slot is not None
-            clips = self.memory.lease(made.slot)[: len(made.errors)]
-        else:
-            clips = made.clips
-            if made.slot is not None:
-                self.memory.abandon(made.slot)
-        flip, erase, label, row = map(torch.from_numpy, made.arrays)
-        batch = Batch(clips, flip, erase, label, row, made.errors)
-        self._record(batch)
-        return batch
-
-    def _record(self, batch: Batch) -> None:
-        """Report every unreadable video once, and stop training when there are too many."""
-        for errors in batch.errors:
-            for path, error in errors.items():
-                if path not in self.bad:
-                    self.bad[path] = error
-                    print(f"unreadable video ({len(self.bad)} so far): {error}", flush=True)
-        lost = [batch.errors[i] for i in (batch.row < 0).nonzero()]  # only in training
+    def _receive(self, made: Made) -> Batch:
+        """Make tensors of what a worker sent, and report every unreadable video once."""
+        slot, clips, arrays, errors = made
+        if clips is None:
+            assert slot is not None
+            clips = self.memory.lease(slot)[: len(errors)]
+        elif slot is not None:  # never use it again: a hung read may still write to it
+            self.memory.taken.remove(slot)
+        flip, erase, label, row = map(torch.from_numpy, arrays)
+        for path, error in [item for tried in errors for item in tried.items()]:
+            if path not in self.bad:
+                self.bad[path] = error
+                print(f"unreadable video ({len(self.bad)} so far): {error}", flush=True)
+        lost = [errors[i] for i in (row < 0).nonzero()]  # only in training
         if lost:
             raise UserError(
                 f"{MAX_REPLACEMENTS} videos in a row of {self.dataset.index.csv_path} could not be "
@@ -351,12 +298,13 @@ class VideoLoader:
                 status=1,
             )
         self._refuse_bad_share()
+        return Batch(clips, flip, erase, label, row, errors)
 
     def _refuse_bad_share(self) -> None:
-        csv_path = self.dataset.index.csv_path
-        if self.dataset.training and len(self.bad) > self.max_bad_share * len(self.dataset):
+        dataset, bad = self.dataset, len(self.bad)
+        if dataset.training and bad > self.max_bad_share * len(dataset):
             raise UserError(
-                f"{len(self.bad)} of {len(self.dataset)} videos of {csv_path} cannot be read, more "
+                f"{bad} of {len(dataset)} videos of {dataset.index.csv_path} cannot be read, more "
                 f"than --max_bad_share {self.max_bad_share}; they are listed above",
                 status=1,
             )
@@ -377,7 +325,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     def arrive(batch: Batch, host: Batch, copied: torch.Event) -> Iterator[Batch]:
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for tensor in (batch.clips, batch.flip, batch.erase, batch.label):
+        for tensor in batch[:4]:  # the row is on the host
             tensor.record_stream(current)
         yield batch
         copied.synchronize()  # happened long ago; from here on workers may overwrite `host`
@@ -385,12 +333,9 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     waiting = None
     for host in batches:
         with torch.cuda.stream(stream):
-            batch = host._replace(
-                clips=host.clips.to(device, non_blocking=True),
-                flip=host.flip.pin_memory().to(device, non_blocking=True),
-                erase=host.erase.pin_memory().to(device, non_blocking=True),
-                label=host.label.pin_memory().to(device, non_blocking=True),
-            )
+            pinned = [host.clips, *(x.pin_memory() for x in (host.flip, host.erase, host.label))]
+            clips, flip, erase, label = (x.to(device, non_blocking=True) for x in pinned)
+            batch = Batch(clips, flip, erase, label, host.row, host.errors)
             copied = stream.record_event()
         if waiting is not None:
             yield from arrive(*waiting)

@@ -1,26 +1,22 @@
 """PIL's operations on the frames of a clip, uint8 [T, H, W, C] in and out, fast in loader workers.
 
-Every function does to each frame what Pillow (ImageOps, ImageEnhance, Image.transform) does to an
-image of that frame. The results are equal bit for bit, except that a few in 10,000 warped or
-blended pixels differ by one level. Clips are not changed in place. The functions are meant for
-frames with a short side of about 256: a warp of 16 frames needs 64 times the memory of one frame,
-and keeps it for the next warp.
+The results are equal bit for bit to those of Pillow (ImageOps, ImageEnhance, Image.transform),
+except that a few in 10,000 warped or blended pixels differ by one level. A warp of 16 frames needs
+64 times the memory of one frame, and keeps it for the next warp.
 
-Often a crop follows. Operations on single pixels may run after the crop. The others take the `box`
-of the crop: they look at whole frames, and compute only what lies in the box.
-
-T frames, H W pixels, C = 3 channels.
+Operations on single pixels may run after a crop. The others take the `box` of the crop that
+follows: they look at whole frames, and compute only what lies in the box.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import product
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from util.video.sampling import Box
 
@@ -31,17 +27,14 @@ TRUNCATE = -0.49994
 BLOCK = 16384  # pixels that a warp makes at a time, so that its memory stays in the caches
 
 Matrix = tuple[float, float, float, float, float, float]
-
-_free_tables: list[torch.Tensor] = []  # see _scratch_table
-
+_levels = np.arange(256, dtype=np.uint8)
+_free_tables: list[Tensor] = []  # see _make_table
 cv2.setNumThreads(0)  # see transforms.py
 
 
 def crop(clip: np.ndarray, box: Box | None) -> np.ndarray:
     """View the part of a clip inside the box, or all of it."""
-    if box is None:
-        return clip
-    top, left, h, w = box
+    top, left, h, w = box or (0, 0, *clip.shape[1:3])
     return clip[:, top : top + h, left : left + w]
 
 
@@ -62,13 +55,11 @@ def posterize(clip: np.ndarray, bits: int) -> np.ndarray:
 
 
 def solarize(clip: np.ndarray, threshold: int) -> np.ndarray:
-    levels = np.arange(256, dtype=np.uint8)
-    return _look_up(clip, np.where(levels < threshold, levels, 255 - levels))
+    return _look_up(clip, np.where(_levels < threshold, _levels, 255 - _levels))
 
 
 def solarize_add(clip: np.ndarray, amount: int) -> np.ndarray:
-    levels = np.arange(256)
-    return _look_up(clip, np.where(levels < 128, levels + amount, levels).astype(np.uint8))
+    return _look_up(clip, np.where(_levels < 128, _levels + np.uint8(amount), _levels))
 
 
 def color(clip: np.ndarray, factor: float) -> np.ndarray:
@@ -88,8 +79,7 @@ def brightness(clip: np.ndarray, factor: float) -> np.ndarray:
 def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
     _, H, W, _ = clip.shape
     top, left, h, w = box or (0, 0, H, W)
-    # The filter needs one pixel around the box, where the frame has one.
-    y, x = max(top - 1, 0), max(left - 1, 0)
+    y, x = max(top - 1, 0), max(left - 1, 0)  # the filter needs a pixel around the box
     clip = clip[:, y : top + h + 1, x : left + w + 1]
     return crop(_blend(map(_smooth, clip), clip, factor), (top - y, left - x, h, w))
 
@@ -114,8 +104,7 @@ def rotate(clip: np.ndarray, degrees: float, box: Box | None = None) -> np.ndarr
     """Rotate counterclockwise about the centre."""
     _, H, W, _ = clip.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x = W / 2 - (cos * W / 2 - sin * H / 2)
-    y = H / 2 - (sin * W / 2 + cos * H / 2)
+    x, y = W / 2 - (cos * W / 2 - sin * H / 2), H / 2 - (sin * W / 2 + cos * H / 2)
     return warp(clip, (cos, -sin, x, sin, cos, y), box)
 
 
@@ -131,18 +120,17 @@ def warp(clip: np.ndarray, matrix: Matrix, box: Box | None = None) -> np.ndarray
     T, H, W, C = clip.shape
     top, left, h, w = box or (0, 0, H, W)
     source = _source_rectangle(matrix, (top, left, h, w), H, W)
-    out = np.empty((T, h, w, C), np.uint8)
     if source is None:
-        out[...] = FILL
-        return out
-    with _scratch_table(clip, source) as table:
-        rows = max(1, BLOCK // w)
-        for y in range(0, h, rows):
-            part = top + y, left, min(rows, h - y), w
-            index, weights = _neighbours(matrix, part, source, H, W)
-            pixels = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights).numpy()
-            levels = cv2.addWeighted(pixels, 1, pixels, 0, TRUNCATE, dtype=cv2.CV_8U)  # (h w, C T)
-            out[:, y : y + rows] = cv2.transpose(levels.reshape(-1, T)).reshape(T, -1, w, C)
+        return np.full((T, h, w, C), FILL, np.uint8)
+    out, table = np.empty((T, h, w, C), np.uint8), _make_table(clip, source)
+    rows = max(1, BLOCK // w)
+    for y in range(0, h, rows):
+        part = top + y, left, min(rows, h - y), w
+        index, weights = _neighbours(matrix, part, source, H, W)
+        pixels = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights).numpy()
+        levels = cv2.addWeighted(pixels, 1, pixels, 0, TRUNCATE, dtype=cv2.CV_8U)  # (h w, C T)
+        out[:, y : y + rows] = cv2.transpose(levels.reshape(-1, T)).reshape(T, -1, w, C)
+    _free_tables.append(table)
     return out
 
 
@@ -167,13 +155,11 @@ def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.nd
         place.append(slice(start - first, end - first))
         border += [max(-low, 0), max(high - size, 0)]
         weights.append(_cubic_weights(np.array([offset - whole], np.float32)))
-    kernel = np.outer(*weights)
-    up, down, before, after = border
-    part, place = tuple(source), tuple(place)
-    for frame, target in zip(clip, out, strict=True):
-        bordered = cv2.copyMakeBorder(frame[part], up, down, before, after, cv2.BORDER_REPLICATE)
+    kernel, (up, down, before, after) = np.outer(*weights), border
+    for frame, target in zip(clip[(slice(None), *source)], out, strict=True):
+        bordered = cv2.copyMakeBorder(frame, up, down, before, after, cv2.BORDER_REPLICATE)
         moved = cv2.filter2D(bordered, -1, kernel, anchor=(1, 1), delta=TRUNCATE)
-        target[place] = moved[1:-2, 1:-2]
+        target[tuple(place)] = moved[1:-2, 1:-2]
     return out
 
 
@@ -187,48 +173,36 @@ def _source_rectangle(matrix: Matrix, box: Box, H: int, W: int) -> Box | None:
         return None
     # A pixel's neighbours lie at -1 to +2; the border makes that +1 to +4.
     first_u, first_v = (math.floor(z.min() - 0.5) + 1 for z in (u, v))
-    last_u = min(math.floor(u.max() - 0.5) + 4, W + 3)
-    last_v = min(math.floor(v.max() - 0.5) + 4, H + 3)
-    return first_v, first_u, last_v - first_v + 1, last_u - first_u + 1
+    end_u, end_v = (min(math.floor(z.max() - 0.5) + 5, n + 4) for z, n in ((u, W), (v, H)))
+    return first_v, first_u, end_v - first_v, end_u - first_u
 
 
-@contextlib.contextmanager
-def _scratch_table(clip: np.ndarray, source: Box) -> Iterator[torch.Tensor]:
-    """Lend a rectangle of the bordered clip as a table: rows of C * T floats, the last one FILL."""
+def _make_table(clip: np.ndarray, source: Box) -> Tensor:
+    """Return a rectangle of the bordered clip as rows of C * T floats, and a last row of FILL."""
     T, H, W, C = clip.shape
     top, left, h, w = source[0] - 2, source[1] - 2, *source[2:]  # without the border
     border = max(-top, 0), max(top + h - H, 0), max(-left, 0), max(left + w - W, 0)
     inside = slice(max(top, 0), top + h), slice(max(left, 0), left + w)
     bordered = [cv2.copyMakeBorder(x[inside], *border, cv2.BORDER_REPLICATE) for x in clip]
     # The page faults of fresh memory would cost more than what is done with it.
-    memory = _free_tables.pop() if _free_tables else torch.empty(0)
-    if len(memory) < (h * w + 1) * C * T:
-        memory = torch.empty((h * w + 1) * C * T)
-    table = memory[: (h * w + 1) * C * T].view(-1, C * T)
+    table = (_free_tables.pop() if _free_tables else torch.empty(0)).resize_(h * w + 1, C * T)
     rows = max(1, BLOCK // w)
     for y in range(0, h, rows):
-        end = min(y + rows, h)
-        pixels = np.stack([x[y:end] for x in bordered])
+        pixels = np.stack([x[y : y + rows] for x in bordered])
         values = torch.from_numpy(cv2.transpose(pixels.reshape(T, -1)))
-        table[y * w : end * w].view(-1, T).copy_(values)
+        table[y * w : min(y + rows, h) * w].view(-1, T).copy_(values)
     table[-1] = FILL
-    yield table
-    _free_tables.append(memory)
+    return table
 
 
-def _neighbours(
-    matrix: Matrix, box: Box, source: Box, H: int, W: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _neighbours(matrix: Matrix, box: Box, source: Box, H: int, W: int) -> tuple[Tensor, Tensor]:
     """Return the rows of the table that each pixel of a box sums, and weights: [h w, 1 to 16]."""
     a, b, c, d, e, f = matrix
     top, left, h, w = box
     x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
     # Places less half a pixel. Shears leave u alike in all rows [1, w], or v in all columns [h, 1].
     u, v = (a * x + (c - 0.5))[None], e * y + (f - 0.5)
-    if b:
-        u = u + b * y
-    if d:
-        v = v + d * x
+    u, v = u + b * y if b else u, v + d * x if d else v
     outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # [h, w]
     first_u, first_v = np.floor(u), np.floor(v)
     u_weights = _cubic_weights((u - first_u).astype(np.float32))
@@ -261,15 +235,12 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(pixels.reshape(len(pixels), -1), table).reshape(pixels.shape)
 
 
-def _map_channels(
-    clip: np.ndarray, make_tables: Callable[[np.ndarray], np.ndarray], box: Box | None
-) -> np.ndarray:
-    """Map each channel of a frame by its row of the tables [3, 256] made from the whole frame."""
-    part = crop(clip, box)
-    out = np.empty(part.shape, np.uint8)
-    for frame, source, target in zip(clip, part, out, strict=True):
+def _map_channels(clip: np.ndarray, make_tables: Callable, box: Box | None) -> np.ndarray:
+    """Map each channel by its row of the tables [3, 256] that are made from the whole frame."""
+    out = crop(clip, box).copy()
+    for frame, part in zip(clip, out, strict=True):
         tables = np.clip(make_tables(frame), 0, 255).astype(np.uint8)
-        target[...] = cv2.LUT(source, np.ascontiguousarray(tables.T)[None])
+        part[...] = cv2.LUT(part, np.ascontiguousarray(tables.T)[None])
     return out
 
 
@@ -318,6 +289,5 @@ def _blend(start: Iterable[np.ndarray], end: np.ndarray, factor: float) -> np.nd
 
 
 def _blend_table(start: int, factor: float) -> np.ndarray:
-    levels = np.arange(256, dtype=np.uint8)
-    mixed = np.float32(start) + (levels - np.float32(start)) * np.float32(factor)
+    mixed = np.float32(start) + (_levels - np.float32(start)) * np.float32(factor)
     return np.clip(mixed, 0, 255).astype(np.uint8)

@@ -1,10 +1,9 @@
 """Decode exactly the wanted frames of a video, and as few others as possible.
 
 Frames are numbered in the order in which they are shown; frames that an edit list hides do not
-count. Opening a file reads all its packets and decodes none, so frames, key frames and time stamps
-are those that the file holds, whatever its header says. `Video.frames` then decodes only what the
-wanted frames need. Files that start within a group of pictures, or change their decoder's
-parameters on the way, are decoded in full: once to count their frames and again at every use.
+count. Opening a file reads all its packets, because its header may be wrong, and decodes none.
+Files that start within a group of pictures, or change their decoder's parameters on the way, are
+decoded in full, once to count their frames and again at every use.
 """
 
 import os
@@ -28,10 +27,8 @@ MAX_PIXELS = 8192 * 8192
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # a frame may stand in for at most so many missing frames after it
 MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
-
-# Only these decoders are told to drop the frames to which no other frame refers, because these
-# formats mark such frames reliably. (HEVC's mark is about one temporal layer only; other decoders
-# ignore the request.)
+# Only these formats reliably mark the frames to which no other refers, which decoders may drop.
+# (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
 DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
 
 # Signs (a, b, c, d) of a display matrix: the stored pixel (x, y) is shown at (a x + c y, b x + d y)
@@ -46,26 +43,16 @@ class VideoError(Exception):
 
 
 class Video:
-    """Open a local video file for decoding; a context manager.
+    """Open a local video file for decoding on the calling thread; a context manager.
 
-    All work is done on the calling thread, because loader workers are the parallelism.
-
-    Attributes:
-        path: the file, as given.
-        num_frames: number of shown frames; counted, not taken from the header.
-        fps: mean frames per second, a float.
-        height, width: pixels of an upright frame, after the rotation that the metadata asks for.
+    `num_frames` is counted, not taken from the header; `fps` is the mean rate; `height` and `width`
+    are those of an upright frame, after the rotation that the metadata asks for. Raise VideoError
+    if the file cannot be used.
 
     Args:
-        path: local path.
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
         time_limit: seconds from now after which reading and decoding raise. The clock is checked
-            between packets: a single read that never returns is not interrupted, and the time
-            between two packets counts for at most one second (see time_limit.py).
-
-    Raises:
-        VideoError: the file is missing or empty, is not a video, has no frames, or has pictures
-            larger than `max_pixels`.
+            between packets: a single read that never returns is not interrupted.
     """
 
     def __init__(self, path: str, max_pixels: int = MAX_PIXELS, time_limit: float = float("inf")):
@@ -74,7 +61,7 @@ class Video:
         self._time_limit = time_limit
         self._left = TimeLimit(time_limit)
         self._packets: list[av.Packet] = []
-        self._containers: list[InputContainer] = []  # more than one if it must be reopened
+        self._containers: list[InputContainer] = []  # several if the file must be reopened
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
         if not os.path.isfile(path):
@@ -95,7 +82,7 @@ class Video:
         self.close()
 
     def close(self) -> None:
-        """Close the file and free its packets."""
+        """Close the file and free its memory."""
         self._packets = []
         for container in self._containers:
             container.close()
@@ -152,8 +139,6 @@ class Video:
         shown = [k for k, packet in enumerate(self._packets) if not packet.is_discard]
         if self._decoder.name == "vp8":  # it may have frames that are referred to but never shown
             shown = [k for k in shown if memoryview(self._packets[k])[0] & 0x10]
-        if not shown:
-            raise VideoError(f"{self.path}: no frames")
         self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
         self._stamps = [packet.pts for packet in self._packets if packet.pts is not None]
         self._number: dict[int | None, int] = {}  # time stamp -> frame number
@@ -161,15 +146,15 @@ class Video:
         if self._timed:
             shown.sort(key=self._stamps.__getitem__)
             self._number = {self._stamps[k]: number for number, k in enumerate(shown)}
-        self._reopens = self._starts_within(shown) or self._changes_headers(stream)
+        self._reopens = self._depends_on_start(stream, shown)
         self._shown = shown  # frame number -> packet
         self.num_frames = len(shown)
         self.fps = self._mean_rate(stream)
         if self._reopens:  # then a frame's number is its place in a decode from the file's start
             self._timed = False
             self.num_frames = sum(1 for _ in self._delivered())
-            if not self.num_frames:
-                raise VideoError(f"{self.path}: no frames")
+        if not self.num_frames:
+            raise VideoError(f"{self.path}: no frames")
 
     def _can_number_by_stamps(self, shown: list[int]) -> bool:
         """Return whether time stamps order the frames; those of AVI and raw streams do not."""
@@ -184,26 +169,21 @@ class Video:
         # If the codec reorders frames and the stamps never do, a careless writer numbered packets.
         return not self._decoder.has_b_frames or bool((np.diff(stamps) < 0).any())
 
-    def _starts_within(self, shown: list[int]) -> bool:
-        """Return whether the file starts within a group of pictures, so that some do not decode."""
-        if not self._keys:
+    def _depends_on_start(self, stream: VideoStream, shown: list[int]) -> bool:
+        """Return whether frames must be decoded from the start of the file to be right."""
+        if not self._keys or not shown:
             return False
         first = self._keys[0]
-        return min(shown) < first or (self._timed and self._stamps[shown[0]] < self._stamps[first])
-
-    def _changes_headers(self, stream: VideoStream) -> bool:
-        """Return whether some packet decodes only with parameters that an earlier packet brings."""
+        if min(shown) < first or (self._timed and self._stamps[shown[0]] < self._stamps[first]):
+            return True  # the file starts within a group of pictures: some may not decode
+        # Otherwise look for packets that need parameters which an earlier packet brings.
         if any(self._packets[k].has_sidedata("new_extradata") for k in self._keys if k):
             return True
-        codec = self._decoder.name
+        codec, extradata = self._decoder.name, bytes(stream.codec_context.extradata or b"")
         if codec not in PARAMETER_SETS:
             return False
-        extradata = bytes(stream.codec_context.extradata or b"")
         found = [parameter_sets(self._packets[k], codec, extradata) for k in self._keys]
-        if b"" not in found:  # every group of pictures brings its own
-            return False
-        different = {sets for sets in found if sets}
-        return len(different) > 1 or (len(different) == 1 and not found[0])
+        return b"" in found and any(sets not in (b"", found[0]) for sets in found)
 
     def _mean_rate(self, stream: VideoStream) -> float:
         """Return the header's mean rate, or that of the time stamps if the two differ much."""
@@ -219,12 +199,8 @@ class Video:
 
     @property
     def rotation(self) -> int:
-        """Degrees counterclockwise, 0, 90, 180 or 270, that turn a stored frame upright.
-
-        A mirrored frame is flipped left to right first. FFmpeg gives the rotation together with a
-        decoded frame only. If no frame has been decoded yet, this decodes the first one.
-        """
-        if self._orientation is None:
+        """Degrees counterclockwise that turn a frame upright; a mirrored one is flipped first."""
+        if self._orientation is None:  # FFmpeg gives it together with a decoded frame only
             next(self.frames([0]))
         a, b, c, d = self._orientation or UPRIGHT
         if a * d - b * c < 0:  # mirrored
@@ -240,28 +216,19 @@ class Video:
         return self._size[self.rotation not in (90, 270)]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode the wanted frames, each once, in ascending order.
+        """Yield the number and picture of each wanted frame once, in ascending order.
 
-        This decodes only groups of pictures with a wanted frame, each up to its last wanted frame
-        and without unwanted frames to which no other refers, and converts only wanted frames. The
-        result is bit for bit that of decoding everything. If the packets do not deliver what they
-        promise, the remaining frames come from decoding everything. A frame that is missing even
-        then (a damaged packet, a broken tail) is replaced by the one before it, as decoders conceal
-        errors, or at the start by the first one. A gap of more than MAX_HOLD frames raises.
+        The result is bit for bit that of decoding everything, but only groups of pictures with a
+        wanted frame are decoded, each up to its last wanted frame and without unwanted frames to
+        which no other refers. If the packets do not deliver what they promise, the remaining frames
+        come from decoding everything. A frame that is missing even then (a damaged packet, a broken
+        tail) is replaced by the one before it, as decoders conceal errors, or at the start by the
+        first one. Raise VideoError for a gap of more than MAX_HOLD frames.
 
-        Args:
-            wanted: frame numbers in [0, num_frames), in any order; duplicates count once.
-
-        Yields:
-            (number, uint8 RGB [height, width, 3]): upright, dense in its last two dimensions, and
-            the caller's to keep. Colours are those of PyAV's `frame.to_ndarray(format="rgb24")`:
-            the stream's matrix and range, or BT.601 and limited range if it does not give them.
-            Frames of another size than the stream's are scaled to it. Finish or drop one
-            iteration before starting the next.
-
-        Raises:
-            IndexError: a number outside the video.
-            VideoError: a wanted frame cannot be decoded.
+        Pictures, uint8 RGB [height, width, 3], are upright, scaled to the size of the stream, dense
+        in their last two dimensions, and the caller's to keep. Colours are those of PyAV's
+        `frame.to_ndarray(format="rgb24")`: the stream's matrix and range, or BT.601 and limited
+        range if it does not give them. Finish or drop one iteration before starting the next.
         """
         left = np.unique(np.asarray(wanted, dtype=np.int64)).tolist()
         if left and (left[0] < 0 or left[-1] >= self.num_frames):
@@ -305,7 +272,7 @@ class Video:
         return runs
 
     def _decode_run(self, first: int, last: int, wanted: set[int]) -> Iterator[VideoFrame]:
-        """Yield frames of packets first to last, the wanted ones and others; end at an error."""
+        """Yield the wanted frames of packets first to last, and others; end at an error."""
         decoder = self._restarted_decoder()
         droppable = decoder.name in DROPPABLE
         try:
@@ -328,8 +295,8 @@ class Video:
                 gap = number - left[-1] if held is None else left[-1] - last
                 picture = held or frame
                 if picture is None or gap > MAX_HOLD:
-                    which = f"frame {left[-1]} of {self.num_frames}"
-                    raise VideoError(f"{self.path}: {which} cannot be decoded")
+                    missing = f"frame {left[-1]} of {self.num_frames}"
+                    raise VideoError(f"{self.path}: {missing} cannot be decoded")
                 yield left.pop(), self._to_rgb(picture)
             if frame and left and left[-1] == number:
                 yield left.pop(), self._to_rgb(frame)
@@ -339,8 +306,7 @@ class Video:
 
     def _delivered(self) -> Iterator[tuple[int, VideoFrame]]:
         """Decode all packets but those that fail, and number the frames that come."""
-        decoder = self._restarted_decoder()
-        count = 0
+        decoder, count = self._restarted_decoder(), 0
         for packet in [*self._packets, None]:
             self._check_time()
             try:
@@ -373,8 +339,8 @@ class Video:
             # PyAV starts a pool of threads at every call unless told not to.
             rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
         except (av.FFmpegError, ValueError, MemoryError) as error:
-            reason = f"its {frame.format.name} frames cannot be converted ({_reason(error)})"
-            raise VideoError(f"{self.path}: {reason}") from error
+            kind = f"{frame.format.name} frames cannot be converted ({_reason(error)})"
+            raise VideoError(f"{self.path}: its {kind}") from error
         if rgb is frame:  # was RGB already: the memory is the decoder's, and may run bottom up
             image = rgb.to_ndarray()
         else:  # a view; nothing is copied
@@ -382,21 +348,21 @@ class Video:
             image = np.ndarray((height, width, 3), np.uint8, memoryview(rgb.planes[0]), 0, strides)
         if self._orientation == UPRIGHT:
             return image
-        return np.ascontiguousarray(turn(image, self._orientation))
+        a, b, c, d = self._orientation
+        if b:
+            image = image.transpose(1, 0, 2)  # its rows were columns
+        return np.ascontiguousarray(image[:: b + d, :: a + c])
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
     """Return the default video stream, else the first one; cover pictures do not count."""
-    streams = [
-        stream
-        for stream in container.streams.video
-        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
-    ]
-    return max(streams, key=lambda x: bool(x.disposition & Disposition.default), default=None)
+    streams = [x for x in container.streams.video if x.codec_context is not None]
+    films = [x for x in streams if not x.disposition & Disposition.attached_pic]
+    return max(films, key=lambda x: bool(x.disposition & Disposition.default), default=None)
 
 
 def orientation(frame: VideoFrame) -> Orientation:
-    """Read how a frame is to be shown: turned by a multiple of 90 degrees, mirrored or not."""
+    """Return how a frame is to be shown: turned by a multiple of 90 degrees, mirrored or not."""
     try:
         side_data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # there is side data of a kind that PyAV cannot name (Exif, in MJPEG)
@@ -409,27 +375,22 @@ def orientation(frame: VideoFrame) -> Orientation:
     return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
 
 
-def turn(image: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """View a stored image [H, W, C] as it is to be shown."""
-    a, b, c, d = orientation
-    if b:
-        image = image.transpose(1, 0, 2)  # its rows were columns
-    return image[:: b + d, :: a + c]
-
-
-# How to find parameter sets within a stream: shift and mask give a unit's kind, from its first
-# byte; then come the kinds that are parameter sets and the kinds that are pictures.
+# How to find parameter sets: the place in the extradata of the number of bytes of a unit's length;
+# the shift and mask that give a unit's kind, from its first byte; the kinds that are parameter sets
+# and the kinds that are pictures.
 PARAMETER_SETS = {
-    "h264": (0, 0x1F, {7, 8}, {1, 2, 3, 4, 5}),
-    "hevc": (1, 0x3F, {32, 33, 34}, set(range(32))),
+    "h264": (4, 0, 0x1F, {7, 8}, {1, 2, 3, 4, 5}),
+    "hevc": (21, 1, 0x3F, {32, 33, 34}, set(range(32))),
 }
 
 
 def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
     """Return the parameter sets of H.264 or HEVC that come before the picture of a packet."""
-    shift, mask, sets, pictures = PARAMETER_SETS[codec]
+    place, shift, mask, sets, pictures = PARAMETER_SETS[codec]
+    # A unit's length precedes it in MP4 and Matroska, a start code in other formats.
+    digits = (extradata[place] & 3) + 1 if extradata[:1] == b"\1" else 0
     found = b""
-    for unit in _units(bytes(packet), codec, extradata):
+    for unit in _units(bytes(packet), digits):
         kind = unit[0] >> shift & mask
         if kind in pictures:
             break
@@ -437,13 +398,11 @@ def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
     return found
 
 
-def _units(data: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
-    """Cut a packet into units, each preceded by its length (MP4, Matroska) or a start code."""
-    if extradata[:1] != b"\1":
-        for unit in data.split(b"\0\0\1")[1:]:
-            yield unit.rstrip(b"\0") or b"\0"
+def _units(data: bytes, digits: int) -> Iterator[bytes]:
+    """Cut a packet into units, each preceded by its length in so many bytes, or a start code."""
+    if not digits:
+        yield from (unit.rstrip(b"\0") or b"\0" for unit in data.split(b"\0\0\1")[1:])
         return
-    digits = (extradata[4 if codec == "h264" else 21] & 3) + 1
     place = 0
     while place + digits < len(data):
         end = place + digits + int.from_bytes(data[place : place + digits], "big")

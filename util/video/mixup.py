@@ -15,23 +15,15 @@ class Mixup:
 
     One draw decides for the whole batch and all frames. Unlike timm.data.Mixup, whose boxes differ
     by a pixel between versions, this takes batches of any size and draws from a Generator.
-
-    Args:
-        mixup_alpha, cutmix_alpha: parameter of the share that a clip keeps, drawn from
-            Beta(alpha, alpha); 0 turns mixup or cutmix off.
-        cutmix_minmax: instead, range of the sides of cutmix's box, as shares of the frame's.
-        prob: probability that a batch is mixed at all.
-        switch_prob: probability of cutmix if both are on.
-        smoothing: share of a label that is spread evenly over all classes.
     """
 
     num_classes: int
-    mixup_alpha: float = 0.8
-    cutmix_alpha: float = 1.0
-    cutmix_minmax: tuple[float, float] | None = None
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    smoothing: float = 0.1
+    mixup_alpha: float = 0.8  # a clip keeps a share drawn from Beta(alpha, alpha); 0: no mixup
+    cutmix_alpha: float = 1.0  # the same for cutmix
+    cutmix_minmax: tuple[float, float] | None = None  # instead, bounds of the box's sides (shares)
+    prob: float = 1.0  # that a batch is mixed at all
+    switch_prob: float = 0.5  # probability of cutmix if both are on
+    smoothing: float = 0.1  # share of a label that is spread evenly over all classes
 
     def __call__(self, clips: Tensor, labels: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
         """Mix clips [N, C, T, H, W] in place and return them with soft labels [N, classes]."""

@@ -1,7 +1,6 @@
 """RandAugment (arXiv 1909.13719) of whole clips, with the grammar and the operations of timm.
 
-Everything is drawn once for a clip and then done to all of its frames: which operations, whether
-each happens, how strongly and in which direction.
+All frames of a clip share what is drawn: operations, whether each happens, strength and direction.
 """
 
 import math
@@ -17,27 +16,19 @@ from util.video import clip_ops
 Drawn = tuple[str, tuple[float, ...]]  # the name of an operation, and its arguments
 
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
-    "AutoContrast": clip_ops.auto_contrast,
-    "Equalize": clip_ops.equalize,
-    "Invert": clip_ops.invert,
-    "Rotate": clip_ops.rotate,
-    "Posterize": clip_ops.posterize,
-    "Solarize": clip_ops.solarize,
-    "SolarizeAdd": clip_ops.solarize_add,
-    "Color": clip_ops.color,
-    "Contrast": clip_ops.contrast,
-    "Brightness": clip_ops.brightness,
-    "Sharpness": clip_ops.sharpness,
-    "ShearX": clip_ops.shear_x,
-    "ShearY": clip_ops.shear_y,
-    "TranslateX": clip_ops.translate_x,
-    "TranslateY": clip_ops.translate_y,
-}
+    "AutoContrast": clip_ops.auto_contrast, "Equalize": clip_ops.equalize,
+    "Invert": clip_ops.invert, "Rotate": clip_ops.rotate, "Posterize": clip_ops.posterize,
+    "Solarize": clip_ops.solarize, "SolarizeAdd": clip_ops.solarize_add,
+    "Color": clip_ops.color, "Contrast": clip_ops.contrast,
+    "Brightness": clip_ops.brightness, "Sharpness": clip_ops.sharpness,
+    "ShearX": clip_ops.shear_x, "ShearY": clip_ops.shear_y,
+    "TranslateX": clip_ops.translate_x, "TranslateY": clip_ops.translate_y,
+}  # fmt: skip
 # Operations on single pixels: the result is the same before and after a crop.
 POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
-
-# timm's weights for operations that are not drawn equally often.
-WEIGHTS = {
+# Arguments at magnitude 10, in either direction: degrees, shears, shares of the width or height.
+SPANS = {"Rotate": 30, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45}
+WEIGHTS = {  # timm's, for operations that are not drawn equally often
     "Rotate": 3.0,
     **dict.fromkeys(["ShearX", "ShearY"], 2.0),
     **dict.fromkeys(["TranslateX", "TranslateY"], 1.0),
@@ -51,9 +42,7 @@ OPERATION_SETS = {  # section of the config -> weights
 }
 
 
-class Config(NamedTuple):
-    """The meaning of a config string."""
-
+class Config(NamedTuple):  # the meaning of a config string
     weights: dict[str, float]  # how often each operation is drawn, relative to the others
     replace: bool  # whether one operation may be drawn twice for a clip
     increasing: bool  # whether a larger magnitude makes every operation stronger
@@ -69,15 +58,13 @@ def parse_config(config: str) -> Config:
 
     Sections after "rand", in any order: m magnitude (default 10), n number of operations (2), p
     probability of each (0.5), mstd deviation of the magnitude (0; above 100: uniform in [0, m]),
-    mmax bound of the magnitude (10), inc1 for increasing operations, w0 or tweights to draw
-    operations by timm's weights, none of them twice. As in the reference, inc0 means the same as
-    inc1. Raise UserError for anything else.
+    mmax bound of the magnitude (10), inc1 for increasing operations (inc0 means the same, as in the
+    reference), w0 or tweights to draw operations by timm's weights, none of them twice.
     """
     policy, *sections = config.split("-")
     if policy != "rand":
         raise UserError(f"RandAugment config {config!r} does not start with 'rand'")
-    numbers = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "mmax": 10.0}
-    chosen = ""
+    numbers, chosen = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "mmax": 10.0}, ""
     for section in sections:
         match = re.fullmatch(r"(m|p|mstd|mmax|(?:n|inc)(?=\d+$))(\d+\.?\d*)", section)
         if match:
@@ -107,7 +94,7 @@ def parse_config(config: str) -> Config:
 
 
 class RandAugment:
-    """Draw operations for clips, as a config string says; `apply` applies them."""
+    """Draw operations for clips, as a config string says."""
 
     def __init__(self, config: str):
         self.config = parse_config(config)
@@ -130,8 +117,7 @@ class RandAugment:
                 magnitude = rng.uniform(0, magnitude)
             elif c.magnitude_std > 0:
                 magnitude = rng.normal(magnitude, c.magnitude_std)
-            magnitude = min(max(magnitude, 0.0), c.magnitude_max)
-            name = self.names[i]
+            name, magnitude = self.names[i], min(max(magnitude, 0.0), c.magnitude_max)
             drawn.append((name, operation_arguments(name, magnitude, sign, c.increasing)))
         return drawn
 
@@ -155,12 +141,8 @@ def operation_arguments(
     `sign` draws 1 or -1; it is called only for operations that have two directions.
     """
     level = magnitude / 10
-    if name == "Rotate":
-        return (level * 30 * sign(),)  # degrees
-    if name in ("ShearX", "ShearY"):
-        return (level * 0.3 * sign(),)
-    if name in ("TranslateX", "TranslateY"):
-        return (level * 0.45 * sign(),)  # share of the width or height
+    if name in SPANS:
+        return (level * SPANS[name] * sign(),)
     if name in ("Color", "Contrast", "Brightness", "Sharpness"):
         return (max(0.1, 1 + level * 0.9 * sign()) if increasing else level * 1.8 + 0.1,)
     if name == "Posterize":

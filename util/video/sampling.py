@@ -1,10 +1,6 @@
 """Where a clip lies in a video: its frames in time, its boxes in space.
 
-Time: `clip_length` says how many frames of the video a clip spans, `random_start` or `clip_start`
-where it starts, `frame_indices` which frames it takes; `segment_indices` instead takes one frame
-from each of equal parts of the video. Frame numbers are int64 [num_frames].
-
-Space: a box is (top, left, height, width) in pixels, and holds for all frames of its clip.
+Frame numbers are int64 [num_frames]. A box holds for all frames [H, W] of its clip.
 """
 
 import math
@@ -14,9 +10,8 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # top, left, height, width; pixels
 Range = Sequence[float]  # lowest and highest value
-
 NO_BOX = (0, 0, 0, 0)
 
 
@@ -48,38 +43,30 @@ def frame_indices(start: float, clip_len: float, num_frames: int, total: int) ->
 def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> np.ndarray:
     """Return the numbers of frames of which one lies in each of `num_frames` equal segments.
 
-    `place` in [0, 1) says where in its segment a frame lies: one number for all, or one for each.
+    `place` in [0, 1), for all or for each, says where in its segment a frame lies.
     """
     numbers = (np.arange(num_frames) + place) * (total / num_frames)
     return np.minimum(numbers.astype(np.int64), total - 1)
 
 
-def random_resized_crop_box(
-    height: int, width: int, scale: Range, ratio: Range, rng: Generator
-) -> Box:
-    """Draw the box of a random resized crop by the rule of torchvision's RandomResizedCrop.
+def random_resized_crop_box(H: int, W: int, scale: Range, ratio: Range, rng: Generator) -> Box:
+    """Draw a box by the rule of torchvision's RandomResizedCrop.
 
-    `scale` bounds the area as a share of the frame, `ratio` the aspect (width / height), drawn
-    log-uniformly. If ten draws do not fit, return the largest centred box whose aspect lies within
-    `ratio`.
+    `scale` bounds the area as a share of the frame, `ratio` the aspect (width / height). If ten
+    draws do not fit, return the largest centred box whose aspect lies within `ratio`.
     """
     for _ in range(10):
-        w, h = _draw_sides(height * width, scale, ratio, rng)
-        if 0 < h <= height and 0 < w <= width:
-            return place_box(height, width, h, w, rng)
-    h, w = height, width
-    if width / height < min(ratio):
-        h = round(width / min(ratio))
-    elif width / height > max(ratio):
-        w = round(height * max(ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
+        w, h = _draw_sides(H * W, scale, ratio, rng)
+        if 0 < h <= H and 0 < w <= W:
+            return place_box(H, W, h, w, rng)
+    h, w = min(H, round(W / min(ratio))), min(W, round(H * max(ratio)))
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
 def random_erasing_box(height: int, width: int, rng: Generator, probability: float = 0.25) -> Box:
-    """Draw the box that random erasing (arXiv 1708.04896) removes from a clip.
+    """Draw the box, smaller than the frame, that random erasing (arXiv 1708.04896) removes.
 
-    It is always smaller than the frame. Return NO_BOX with probability 1 - `probability`, and in
-    the rare case that 100 draws do not fit.
+    Return NO_BOX with probability 1 - `probability`, and in the rare case that no draw fits.
     """
     if rng.random() > probability:
         return NO_BOX
@@ -102,23 +89,20 @@ def place_box(height: int, width: int, h: int, w: int, rng: Generator) -> Box:
     return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
 
 
-def uniform_crop_box(
-    height: int, width: int, size: int, position: int, num_positions: int = 3
-) -> Box:
+def uniform_crop_box(H: int, W: int, size: int, position: int, num_positions: int = 3) -> Box:
     """Return the square test crop number `position` of `num_positions` along the longer side.
 
-    Crops run from left to right, or from top to bottom if the frame is taller than wide. They are
-    spaced evenly from edge to edge, with offsets rounded up; a single one lies in the centre.
-    Raise ValueError if there is no such crop or it does not fit.
+    Crops run from left to right or from top to bottom, evenly spaced from edge to edge, with
+    offsets rounded up; a single one is centred.
     """
     if not 0 <= position < num_positions:
         raise ValueError(f"crop position {position} is not in 0..{num_positions - 1}")
-    if size > min(height, width):
-        raise ValueError(f"a crop of {size} does not fit into a frame of {height} x {width}")
-    top, left = -(-(height - size) // 2), -(-(width - size) // 2)  # rounded up
+    if size > min(H, W):
+        raise ValueError(f"a crop of {size} does not fit into a frame of {H} x {W}")
+    top, left = -(-(H - size) // 2), -(-(W - size) // 2)  # rounded up
     if num_positions > 1:
-        offset = -(-(max(height, width) - size) * position // (num_positions - 1))
-        top, left = (offset, left) if height > width else (top, offset)
+        offset = -(-(max(H, W) - size) * position // (num_positions - 1))
+        top, left = (offset, left) if H > W else (top, offset)
     return top, left, size, size
 
 

@@ -34,47 +34,43 @@ def call_within(seconds: float, function: Callable[[], Any]) -> Any:
     It runs in another thread, because no signal ends a system call inside a library. A call that is
     given up goes on in that thread, so nobody else may use what it writes to.
     """
-    thread = _idle.pop() if _idle else _Thread()
+    calls, outcome = _idle.pop() if _idle else _start_thread(), SimpleQueue()
+    calls.put((function, outcome))
+    limit = TimeLimit(seconds)
     try:
-        result, error = thread.call(seconds, function)
+        while True:
+            try:
+                result, error = outcome.get(timeout=min(limit.left, LONGEST / 2))
+                break
+            except Empty:
+                if limit.is_over():
+                    raise TimeoutError from None
     except BaseException:
-        thread.calls.put(None)  # ends the thread once the call returns, if it ever does
+        calls.put(None)  # ends the thread once the call returns, if it ever does
         raise
-    _idle.append(thread)
+    _idle.append(calls)
     if error is not None:
         raise error
     return result
 
 
-class _Thread:
-    """A thread that serves many calls; a new one for each would allocate and free memory anew."""
-
-    def __init__(self) -> None:
-        self.calls: SimpleQueue = SimpleQueue()
-        # A daemon, so that a hung call does not keep the process from ending.
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while (call := self.calls.get()) is not None:
-            function, outcome = call
-            try:
-                outcome.put((function(), None))
-            except BaseException as error:
-                outcome.put((None, error))
-            del call, function, outcome  # frees what they refer to
-
-    def call(self, seconds: float, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """Return the function's result, or the error it raised; raise TimeoutError."""
-        outcome: SimpleQueue = SimpleQueue()
-        self.calls.put((function, outcome))
-        limit = TimeLimit(seconds)
-        while True:
-            try:
-                return outcome.get(timeout=min(limit.left, LONGEST / 2))
-            except Empty:
-                if limit.is_over():
-                    raise TimeoutError from None
+def _start_thread() -> SimpleQueue:
+    """Return the queue of a thread for many calls; one for each would allocate memory anew."""
+    calls: SimpleQueue = SimpleQueue()
+    # A daemon, so that a hung call does not keep the process from ending.
+    threading.Thread(target=_serve, args=[calls], daemon=True).start()
+    return calls
 
 
-_idle: list[_Thread] = []
+def _serve(calls: SimpleQueue) -> None:
+    while (call := calls.get()) is not None:
+        function, outcome = call
+        try:
+            outcome.put((function(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+        del call, function, outcome  # frees what they refer to
+
+
+_idle: list[SimpleQueue] = []  # the queues of threads that serve no call now
 os.register_at_fork(after_in_child=_idle.clear)  # a forked process has none of these threads

@@ -1,8 +1,5 @@
 """The pixels of clips: resizing in loader workers; flips, normalisation and erasing on the device.
 
-Workers keep clips as uint8 [T, H, W, C]. Float arithmetic is left to the accelerator, where
-`augment_on_device` handles a whole batch.
-
 N clips, T frames, H W pixels, C channels.
 """
 
@@ -15,17 +12,15 @@ from torch import Tensor
 MEAN = 0.45  # of every RGB channel in [0, 1], as is customary for Kinetics
 STD = 0.225
 
-# Loader workers are the parallelism, and threads in each would only compete for the same cores.
-# Besides, OpenCV's pool of threads does not survive the fork of a worker.
+# Loader workers are the parallelism, and OpenCV's pool of threads does not survive their fork.
 cv2.setNumThreads(0)
 
 
 def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
     """Resize a uint8 frame [H, W, C], or a view of a crop, bilinearly into `out` [h, w, C].
 
-    Pixels have half-pixel centres. Up to a reduction by 2 there is no antialiasing, and the result
-    is within one level of float bilinear interpolation. For larger reductions that would skip
-    pixels and flicker from frame to frame, so the filter widens with the reduction.
+    Up to a reduction by 2 there is no antialiasing, and the result is within one level of float
+    interpolation. Larger reductions would skip pixels and flicker, so there the filter widens.
     """
     (H, W), (h, w) = frame.shape[:2], out.shape[:2]
     if (h, w) == (H, W):
@@ -41,8 +36,7 @@ def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
 
 def normalize(clips: Tensor) -> Tensor:
     """Turn uint8 clips [N, T, H, W, C] into normalised float32 [N, C, T, H, W], contiguous."""
-    x = clips.permute(0, 4, 1, 2, 3)
-    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    x = clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
     return x.div_(255).sub_(MEAN).div_(STD)
 
 
@@ -50,8 +44,8 @@ def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) 
     """Flip, normalise and erase uint8 clips [N, T, H, W, C] into float32 [N, C, T, H, W].
 
     `flip` is bool [N]: which clips to mirror left to right. `erase` is int64 [N, 4]: the box of
-    each flipped clip whose pixels become standard normal noise, different for every frame. Both
-    lie on the device of `clips`. The host reads none of their values, so it need not wait for them.
+    each flipped clip whose pixels become standard normal noise, different for every frame. The host
+    reads none of their values, so it need not wait for the device.
     """
     if flip is not None:
         clips = torch.where(flip[:, None, None, None, None], clips.flip(3), clips)
@@ -64,8 +58,7 @@ def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) 
 def _box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """Mark the pixels inside boxes, int64 [N, 4], in a mask, bool [N, 1, 1, H, W]."""
     top, left, h, w = boxes[:, :, None].unbind(1)  # each (N, 1)
-    rows = torch.arange(height, device=boxes.device)
-    cols = torch.arange(width, device=boxes.device)
+    rows, cols = (torch.arange(size, device=boxes.device) for size in (height, width))
     in_rows = (rows >= top) & (rows < top + h)  # (N, H)
     in_cols = (cols >= left) & (cols < left + w)  # (N, W)
     return in_rows[:, None, None, :, None] & in_cols[:, None, None, None, :]
