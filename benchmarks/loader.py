@@ -8,8 +8,8 @@
 Everything but the table of workers runs in one process on one thread. The methods take turns on
 every video, with the same random choices, so that what slows the machine for a while slows them
 all; ratios are medians over videos of the ratio within a pair. Times are CPU times of the process,
-which other work on the machine disturbs less. "bare" opens the file, reads its packets and decodes
-those that are needed, and converts nothing: no loader can be faster.
+which other work on the machine disturbs less. "bare" opens the file, reads its packets, decodes
+those that are needed and converts nothing: no loader can be faster.
 """
 
 import argparse
@@ -18,10 +18,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import av
 import numpy as np
@@ -30,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 import util.kinetics
 from util.args import positive_int
@@ -39,48 +42,43 @@ from util.loader import VideoLoader
 from util.prepare_kinetics import find_videos, transcode
 from util.video.decode import Video
 from util.video.rand_augment import RandAugment
-from util.video.sampling import (
-    clip_start,
-    frame_indices,
-    random_erasing_box,
-    short_side_size,
-    uniform_crop_box,
-)
+from util.video.sampling import Box, random_erasing_box, short_side_size, uniform_crop_box
 from util.video.transforms import MEAN, STD
 
-SIZE, NUM_FRAMES, SAMPLING_RATE = 224, 16, 4
-SHAPE: dict[str, Any] = {
-    "input_size": SIZE,
-    "num_frames": NUM_FRAMES,
-    "sampling_rate": SAMPLING_RATE,
-}
-RAND_AUGMENT = "rand-m7-mstd0.5-inc1"
+resize = partial(F.interpolate, mode="bilinear")  # a float clip, to a size
+Methods = dict[str, Callable[[], Any]]
+Speeds = dict[str, dict[str, float]]  # of our items, {work: {compared with: times as fast}}
 
+SIZE = 224
+RECIPES: dict[str, dict[str, Any]] = {
+    "pretrain": {"repeat_aug": 4},
+    "test": {"num_clips": 10, "num_crops": 3},
+    "finetune": {"repeat_aug": 2, "scales": (0.08, 1.0), "reprob": 0.25},
+}
 TARGETS = [  # work, its speed relative to (1 = as fast), at least
-    ("pretrain", "bare", 0.75),
-    ("pretrain", "textbook", 3.5),
-    ("test", "bare", 1 / 2.1),
-    ("test", "again", 15.0),
-    ("finetune", "bare", 0.55),
-    ("finetune", "PIL", 2.5),
-]
+    ("pretrain", "bare", 0.75), ("pretrain", "textbook", 3.5),
+    ("test", "bare", 1 / 2.1), ("test", "again", 15.0),
+    ("finetune", "bare", 0.55), ("finetune", "PIL", 2.5),
+]  # fmt: skip
+BATCH_SIZE = 4  # videos, of the loaders
 TURNS = 5  # on every video; its time is their median
 MAX_TRANSPORT_MS = 2.0  # CPU from worker to trainer, per video
-
-
-# --- clips --------------------------------------------------------------------------------------
+PARTS = [  # what is timed apart, and its name in the table
+    (Video, "__init__", "open"), (Video, "close", "open"), (Video, "_to_rgb", "convert"),
+    (util.kinetics, "resize_frame", "crop+resize"), (util.kinetics, "augment", "augment"),
+    (util.kinetics, "cut_views", "decode"), (util.kinetics, "read_clip", "decode"),
+]  # fmt: skip
 
 
 def write_synthetic_clips(folder: Path, count: int) -> None:
     """Write clips in Kinetics form: 340 x 256, 10 s, 30 fps, H.264, a key frame every 250."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     for i in range(count):
-        rng = np.random.default_rng(i)
         with av.open(str(folder / f"synthetic{i:02d}_000000_000010.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=30, options={"crf": "23"})
             stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
             stream.codec_context.gop_size = 250
-            for frame in moving_texture(rng):
+            for frame in moving_texture(np.random.default_rng(i)):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode(None))
 
@@ -89,12 +87,8 @@ def moving_texture(rng: np.random.Generator, num_frames: int = 300) -> Iterator[
     """Draw frames of a texture that pans over another one, with a little noise as cameras have."""
     layers = []
     for _ in range(2):
-        coarse = rng.normal(0, 1, (3, 24, 32))
-        fine = rng.normal(0, 0.5, (3, 96, 128))
-        up = [
-            F.interpolate(torch.from_numpy(x)[None], (768, 1024), mode="bicubic")[0]
-            for x in (coarse, fine)
-        ]
+        noise = rng.normal(0, 1, (1, 3, 24, 32)), rng.normal(0, 0.5, (1, 3, 96, 128))
+        up = [F.interpolate(torch.from_numpy(x), (768, 1024), mode="bicubic")[0] for x in noise]
         layers.append(((up[0] + up[1]) * 40 + 120).permute(1, 2, 0).numpy())
     speed = rng.uniform(-1.2, 1.2, (2, 2))
     mask = np.hypot(*np.mgrid[-128:128, -170:170]) < rng.uniform(60, 110)
@@ -103,21 +97,9 @@ def moving_texture(rng: np.random.Generator, num_frames: int = 300) -> Iterator[
         for layer, (dy, dx) in zip(layers, speed, strict=True):
             y, x = int(256 + dy * t * 0.7) % 512, int(340 + dx * t) % 680
             views.append(layer[y : y + 256, x : x + 340])
-        shift = int(60 * np.sin(t / 25))
-        frame = np.where(np.roll(mask, shift, axis=1)[..., None], views[1], views[0])
+        inside = np.roll(mask, int(60 * np.sin(t / 25)), axis=1)[..., None]
+        frame = np.where(inside, views[1], views[0])
         yield np.clip(frame + rng.normal(0, 1.5, frame.shape), 0, 255).astype(np.uint8)
-
-
-def with_short_gops(videos: list[str], folder: Path) -> list[str]:
-    """Re-encode clips with 30-frame groups of pictures, else as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    targets = [str(folder / f"{Path(path).stem}.mp4") for path in videos]
-    for path, target in zip(videos, targets, strict=True):
-        transcode(path, target, short_side=None, gop=30, tune=None)
-    return targets
-
-
-# --- the usual ways -----------------------------------------------------------------------------
 
 
 def bare_decode(path: str, runs: list[tuple[int, int]], wanted: set[int]) -> None:
@@ -135,13 +117,6 @@ def bare_decode(path: str, runs: list[tuple[int, int]], wanted: set[int]) -> Non
             decoder.decode(None)
 
 
-def plan(path: str, numbers: np.ndarray) -> tuple[list[tuple[int, int]], set[int]]:
-    """Return what bare_decode needs to decode frames of these numbers."""
-    with Video(path) as video:
-        wanted = {video._shown[number] for number in np.unique(numbers)}
-        return video._runs(sorted(wanted)), wanted
-
-
 def decode_all(path: str) -> list[np.ndarray]:
     """Decode every frame to RGB [H, W, 3]."""
     with av.open(path) as container:
@@ -155,161 +130,115 @@ def to_float(frames: list[np.ndarray] | np.ndarray) -> Tensor:
     return clip.sub_(MEAN).div_(STD).permute(0, 3, 1, 2)
 
 
-def textbook_pretrain(path: str, frames: np.ndarray, boxes: list) -> Tensor:
+def crop(clip: Tensor, box: Box) -> Tensor:
+    """Return the view of a float clip inside a box."""
+    top, left, h, w = box
+    return clip[..., top : top + h, left : left + w]
+
+
+def textbook(path: str, frames: np.ndarray, boxes: list[Box]) -> Tensor:
     """Decode everything; normalise, crop and interpolate each clip in float."""
     everything = decode_all(path)
-    clips = []
-    for numbers, (top, left, h, w) in zip(frames, boxes, strict=True):
-        clip = to_float([everything[n] for n in numbers])[:, :, top : top + h, left : left + w]
-        clips.append(F.interpolate(clip, (SIZE, SIZE), mode="bilinear"))
-    return torch.stack(clips)
+    clips = [to_float([everything[n] for n in numbers]) for numbers in frames]
+    return torch.stack([resize(crop(*pair), SIZE) for pair in zip(clips, boxes, strict=True)])
 
 
-def test_again_per_view(path: str, num_clips: int, num_crops: int) -> None:
+def decode_again(path: str, frames: list[np.ndarray], num_crops: int) -> None:
     """Make the views of a test one by one, each from a decode of its own."""
-    for k in range(num_clips):
+    for numbers in frames:
         for s in range(num_crops):
             everything = decode_all(path)
-            start = clip_start(len(everything), NUM_FRAMES * SAMPLING_RATE, k, num_clips)
-            length = NUM_FRAMES * SAMPLING_RATE
-            numbers = frame_indices(start, length, NUM_FRAMES, len(everything))
             clip = to_float([everything[n] for n in numbers])
             height, width = short_side_size(clip.shape[-2], clip.shape[-1], SIZE)
-            clip = F.interpolate(clip, (height, width), mode="bilinear")
-            top, left, h, w = uniform_crop_box(height, width, SIZE, s, num_crops)
-            clip[:, :, top : top + h, left : left + w].contiguous()
+            box = uniform_crop_box(height, width, SIZE, s, num_crops)
+            crop(resize(clip, (height, width)), box).contiguous()
 
 
-def pil_finetune(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) -> Tensor:
+def lists_of_images(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) -> Tensor:
     """Make a fine-tuning sample with lists of PIL images, from the same cheap decode as ours."""
-    rngs = [np.random.default_rng(seed) for seed in seeds]
     assert dataset.rand_augment is not None
+    rngs = [np.random.default_rng(seed) for seed in seeds]
     with Video(path) as video:
         numbers = dataset._random_frames(video, rngs[0])
         found = {n: Image.fromarray(frame) for n, frame in video.frames(numbers)}
-    images = [found[n] for n in numbers.tolist()]
+    how = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
     clips = []
     for rng in rngs:
-        augmented = images
+        images = [found[n] for n in numbers.tolist()]
         for name, arguments in dataset.rand_augment.draw(rng):
             operation = NAME_TO_OP[name + "Rel" if name.startswith("Translate") else name]
-            how = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
-            augmented = [operation(image, *arguments, **how) for image in augmented]
-        clip = to_float([np.asarray(image) for image in augmented])
-        top, left, h, w = dataset._random_box(clip.shape[-2], clip.shape[-1], rng)
-        clip = F.interpolate(
-            clip[..., top : top + h, left : left + w], (SIZE, SIZE), mode="bilinear"
-        )
+            images = [operation(image, *arguments, **how) for image in images]
+        clip = to_float([np.asarray(image) for image in images])
+        clip = resize(crop(clip, dataset._random_box(clip.shape[-2], clip.shape[-1], rng)), SIZE)
         if rng.random() < 0.5:
             clip = clip.flip(-1)
-        top, left, h, w = random_erasing_box(SIZE, SIZE, rng, dataset.reprob)
-        clip[..., top : top + h, left : left + w] = torch.randn(*clip.shape[:2], h, w)
+        crop(clip, random_erasing_box(SIZE, SIZE, rng, dataset.reprob)).normal_()
         clips.append(clip)
     return torch.stack(clips)
 
 
-# --- measuring ----------------------------------------------------------------------------------
+def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None:
+    """Call a function; add the CPU time of its parts, each without the parts inside of it."""
+    current, since = "pack", time.process_time()
 
+    def switch(label: str) -> str:
+        nonlocal current, since
+        before, now = current, time.process_time()
+        seconds[before] += now - since
+        current, since = label, now
+        return before
 
-class Split:
-    """Time spent in parts of the pipeline, each without the parts inside of it."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.inside = [0.0]
-
-    def timed(self, name: str, function: Callable) -> Callable:
+    def timed(label: str, part: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            self.inside.append(0.0)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                elapsed = time.process_time() - start
-                self.seconds[name] += elapsed - self.inside.pop()
-                self.inside[-1] += elapsed
+            before = switch(label)
+            result = part(*args, **kwargs)
+            switch(before)
+            return result
 
         return call
 
-    def watch(self, function: Callable) -> Callable:
-        """Return `function` with its parts timed while it runs."""
-        places = [
-            (Video, "__init__", "open"),
-            (Video, "close", "open"),
-            (Video, "_to_rgb", "convert"),
-            (util.kinetics, "resize_frame", "crop+resize"),
-            (util.kinetics, "augment", "augment"),
-            (util.kinetics, "cut_views", "decode"),
-            (util.kinetics, "read_clip", "decode"),
-        ]
-
-        def call(*args: Any) -> Any:
-            kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-            for owner, name, label in places:
-                setattr(owner, name, self.timed(label, getattr(owner, name)))
-            try:
-                return self.timed("pack", function)(*args)
-            finally:
-                for owner, name, value in kept:
-                    setattr(owner, name, value)
-
-        return call
-
-
-Methods = dict[str, Callable[[], Any]]
+    with ExitStack() as stack:
+        for owner, name, label in PARTS:
+            stack.enter_context(patch.object(owner, name, timed(label, getattr(owner, name))))
+        function()
+        switch("pack")
 
 
 def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor) -> Methods:
     """Return the ways to do a piece of work on a video, with the same random choices."""
     path = dataset.index.path(row)
-    rngs = [np.random.default_rng((0, epoch, row, r)) for r in range(dataset.repeat_aug)]
     seeds = [(0, epoch, row, r) for r in range(dataset.repeat_aug)]
-    ours = lambda: dataset.read(epoch, row, out)  # noqa: E731
+    rngs = [np.random.default_rng(seed) for seed in seeds]
     with Video(path) as video:
         if work == "test":
-            everything = plan(path, np.arange(video.num_frames))
-            return {
-                "ours": ours,
-                "bare": lambda: bare_decode(path, *everything),
-                "again": lambda: test_again_per_view(path, dataset.num_clips, dataset.num_crops),
-            }
-        if work == "finetune":
-            needed = plan(path, dataset._random_frames(video, rngs[0]))
-            return {
-                "ours": ours,
-                "bare": lambda: bare_decode(path, *needed),
-                "PIL": lambda: pil_finetune(dataset, path, seeds),
-            }
-        frames = np.stack([dataset._random_frames(video, rng) for rng in rngs])
-        boxes = dataset._random_boxes(rngs, video.height, video.width)
-        needed = plan(path, frames)
-    return {
-        "ours": ours,
-        "bare": lambda: bare_decode(path, *needed),
-        "textbook": lambda: textbook_pretrain(path, frames, boxes),
-    }
+            numbers = np.arange(video.num_frames)
+            views = [dataset._test_frames(video, k) for k in range(dataset.num_clips)]
+            usual = {"again": partial(decode_again, path, views, dataset.num_crops)}
+        elif work == "finetune":
+            numbers = dataset._random_frames(video, rngs[0])
+            usual = {"PIL": partial(lists_of_images, dataset, path, seeds)}
+        else:
+            numbers = np.stack([dataset._random_frames(video, rng) for rng in rngs])
+            boxes = dataset._random_boxes(rngs, video.height, video.width)
+            usual = {"textbook": partial(textbook, path, numbers, boxes)}
+        wanted = {video._shown[number] for number in np.unique(numbers)}
+        bare = partial(bare_decode, path, video._runs(sorted(wanted)), wanted)
+    return {"ours": partial(dataset.read, epoch, row, out), "bare": bare, **usual}
 
 
 def data_set(work: str, csv_path: str) -> Kinetics:
     """Build the data set of the paper's recipe for a piece of work."""
-    index = VideoIndex(csv_path)
-    if work == "pretrain":
-        return Kinetics(index, "pretrain", **SHAPE, repeat_aug=4)
-    if work == "test":
-        return Kinetics(index, "test", **SHAPE, num_clips=10, num_crops=3)
-    return Kinetics(
-        index, "finetune", **SHAPE, repeat_aug=2, scales=(0.08, 1.0), reprob=0.25,
-        rand_augment=RandAugment(RAND_AUGMENT),
-    )  # fmt: skip
+    augment = RandAugment("rand-m7-mstd0.5-inc1") if work == "finetune" else None
+    return Kinetics(VideoIndex(csv_path), work, SIZE, 16, 4, rand_augment=augment, **RECIPES[work])
 
 
 def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
     """Time the methods of a piece of work, print its lines, and return our relative speeds."""
     dataset = data_set(work, csv_path)
     out = torch.zeros(dataset.clips_shape, dtype=torch.uint8)
-    times: defaultdict[str, list[float]] = defaultdict(list)
-    split = Split()
-    methods_for(work, dataset, 0, 0, out)["ours"]()  # warm up
+    times: defaultdict[str, list[float]] = defaultdict(list)  # ms, by epoch and video
+    parts: defaultdict[str, float] = defaultdict(float)
+    dataset.read(0, 0, out)  # warm up
     for epoch in range(rounds):
         for row in range(len(dataset)):
             methods = methods_for(work, dataset, row, epoch, out)
@@ -323,123 +252,96 @@ def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
                     turns[name].append(1000 * (time.process_time() - start))
             for name, values in turns.items():
                 times[name].append(median(values))
-            split.watch(methods["ours"])()
-    speed = {
-        name: median(t / ours for t, ours in zip(values, times["ours"], strict=False))
-        for name, values in times.items()
-        if name != "ours"
-    }
-    others = [name for name in times if name not in ("ours", "bare")]
+            add_parts(parts, methods["ours"])
+
+    def speed(name: str, other: str) -> float:
+        return median(b / a for a, b in zip(times[name], times[other], strict=False))
+
+    usual = list(times)[-1]
     for name, values in times.items():
-        to_bare = median(b / t for b, t in zip(times["bare"], values, strict=False))
-        to_other = median(o / t for o, t in zip(times[others[0]], values, strict=False))
+        clips = f"{1000 * dataset.views / median(values):9.0f} clips/s" if name == "ours" else ""
         print(
-            f"  {work:9} {name:9} {median(values):8.1f} ms {to_bare:9.2f} x bare "
-            f"{to_other:9.2f} x {others[0]:9}"
-            + (f"{1000 * dataset.views / median(values):9.0f} clips/s" if name == "ours" else "")
+            f"  {work:9} {name:9} {median(values):8.1f} ms {speed(name, 'bare'):9.2f} x bare "
+            f"{speed(name, usual):9.2f} x {usual:9}{clips}"
         )
-    count = rounds * len(dataset)
-    parts = {name: 1000 * seconds / count for name, seconds in split.seconds.items()}
-    print("  " + " " * 10 + "ours, ms: " + "  ".join(f"{n} {t:.1f}" for n, t in parts.items()))
-    return speed
-
-
-# --- from worker to trainer ---------------------------------------------------------------------
+    scale = 1000 / (rounds * len(dataset))
+    print(" " * 12 + "ours, ms: " + "  ".join(f"{k} {scale * v:.1f}" for k, v in parts.items()))
+    return {other: speed("ours", other) for other in ("bare", usual)}
 
 
 class Ready(Kinetics):
     """A data set whose clips cost nothing to make: what remains is their way to the trainer."""
+
+    def __len__(self) -> int:
+        return 1000
 
     def read(self, epoch: int, row: int, clips: Tensor) -> Sample:
         flip = torch.zeros(self.views, dtype=torch.bool)
         return Sample(clips, flip, torch.zeros((self.views, 4), dtype=torch.int64), 0, row, {})
 
 
-class ReadySamples(Dataset):
-    """The same as tensors for PyTorch's default collate."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
-        self.clips = torch.zeros(shape, dtype=dtype)
-
-    def __len__(self) -> int:
-        return 10**9
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return self.clips, row
-
-
-def cpu_per_video(loader: DataLoader, batches: Iterator, batch_size: int, count: int) -> float:
+def cpu_per_video(loader: DataLoader, batches: Iterator, count: int) -> float:
     """Return the CPU ms per video that this process and one worker spend on `count` batches."""
     for _ in range(8):  # every slot has been touched
         next(batches)
     worker: Any = loader._iterator
-    clocks = [time.CLOCK_PROCESS_CPUTIME_ID, time.CLOCK_PROCESS_CPUTIME_ID]
-    clocks[1] = (~worker._workers[0].pid << 3) | 2  # Linux: the CPU clock of another process
-    start = [time.clock_gettime(clock) for clock in clocks]
+    pid = worker._workers[0].pid
+    clocks = time.CLOCK_PROCESS_CPUTIME_ID, (~pid << 3) | 2  # Linux: another process's CPU clock
+    start = sum(map(time.clock_gettime, clocks))
     for _ in range(count):
         next(batches)
-    spent = sum(time.clock_gettime(clock) for clock in clocks) - sum(start)
-    return 1000 * spent / (count * batch_size)
+    spent = sum(map(time.clock_gettime, clocks)) - start
+    return 1000 * spent / (count * BATCH_SIZE)
 
 
-def measure_transport(csv_path: str, batch_size: int = 4, count: int = 50) -> float:
-    """Print and return the CPU time that a pre-training sample takes from worker to trainer."""
-    index = VideoIndex(csv_path)
-    index._ends = np.resize(index._ends, batch_size * (count + 16))  # as many rows as needed
-    index.labels = np.zeros(len(index._ends), dtype=np.int64)
-    ready = Ready(index, "pretrain", **SHAPE, repeat_aug=4)
-    ours = VideoLoader(ready, batch_size, 1, 1.0, torch.device("cpu"))
-    result = cpu_per_video(ours.loader, iter(ours), batch_size, count)
+def measure_transport(csv_path: str) -> float:
+    """Print and return the CPU ms that a pre-training sample takes from worker to trainer."""
+    ready = Ready(VideoIndex(csv_path), "pretrain", SIZE, 16, 4, repeat_aug=4)
+    ours = VideoLoader(ready, BATCH_SIZE, 1, 1.0, torch.device("cpu"))
+    result = cpu_per_video(ours.loader, iter(ours), 50)
     line = f"  worker to trainer, CPU ms per video: ours {result:.2f}"
-    for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
-        usual = DataLoader(
-            ReadySamples(ready.clips_shape, dtype), batch_size, num_workers=1,
-            collate_fn=default_collate, persistent_workers=True,
-        )  # fmt: skip
-        batches = iter(usual)
-        line += f"  default collate {name} {cpu_per_video(usual, batches, batch_size, 20):.1f}"
+    for dtype in (torch.uint8, torch.float32):
+        samples: Any = [(torch.zeros(ready.clips_shape, dtype=dtype), 0)] * 1000
+        usual = DataLoader(samples, BATCH_SIZE, num_workers=1, persistent_workers=True)
+        spent = cpu_per_video(usual, iter(usual), 20)
+        line += f"  default collate {str(dtype).removeprefix('torch.')} {spent:.1f}"
     print(line)
     return result
 
 
-def measure_workers(csv_path: str, counts: list[int], clips_per_second: float) -> None:
+def measure_workers(csv_path: str, count: int, clips_per_second: float) -> None:
     """Print the clips per second of a pre-training loader with so many workers."""
-    for count in counts:
-        dataset = data_set("pretrain", csv_path)
-        batch_size = min(4, len(dataset))
-        loader = VideoLoader(dataset, batch_size, count, 1.0, torch.device("cpu"))
-        clips, start = 0, 0.0
-        for epoch in range(5):
-            if epoch == 1:  # workers have started
-                start = time.perf_counter()
-            loader.set_epoch(epoch)
-            for batch in loader:
-                clips += batch.clips.shape[0] * batch.clips.shape[1] if epoch else 0
-        rate = clips / (time.perf_counter() - start)
-        need = clips_per_second / rate * count
-        print(
-            f"  {count} workers: {rate:6.0f} clips/s, {rate / count:5.0f} per worker; at this rate "
-            f"{need:.0f} cores feed {clips_per_second:.0f} clips/s"
-        )
+    dataset = data_set("pretrain", csv_path)
+    loader = VideoLoader(dataset, min(BATCH_SIZE, len(dataset)), count, 1.0, torch.device("cpu"))
+    clips, start = 0, 0.0
+    for epoch in range(5):
+        if epoch == 1:  # workers have started
+            clips, start = 0, time.perf_counter()
+        loader.set_epoch(epoch)
+        clips += sum(batch.clips.shape[0] * batch.clips.shape[1] for batch in loader)
+    rate = clips / (time.perf_counter() - start)
+    print(
+        f"  {count} workers: {rate:6.0f} clips/s, {rate / count:5.0f} per worker; at this rate "
+        f"{clips_per_second / rate * count:.0f} cores feed {clips_per_second:.0f} clips/s"
+    )
 
 
-def plot(measured: dict[str, dict[str, dict[str, float]]], path: str) -> None:
-    """Draw the speeds, {videos: {work: {compared with: times as fast}}}, beside their targets."""
+def plot(measured: dict[str, Speeds], path: str) -> None:
+    """Draw the speeds on each kind of videos beside their targets."""
     from matplotlib.figure import Figure  # an extra: only this needs it
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    pairs = [pair for pair in TARGETS if all(pair[0] in speeds for speeds in measured.values())]
-    width = 0.8 / len(measured)
+    targets = [row for row in TARGETS if all(row[0] in speeds for speeds in measured.values())]
+    places, width = np.arange(len(targets)), 0.8 / len(measured)
     for number, (kind, speeds) in enumerate(measured.items()):
-        places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(pairs))]
-        values = [speeds[work][other] for work, other, _ in pairs]
-        bars = axes.bar(places, values, width, label=f"videos {kind}")
+        shift = (number - (len(measured) - 1) / 2) * width
+        values = [speeds[work][other] for work, other, _ in targets]
+        bars = axes.bar(places + shift, values, width, label=f"videos {kind}")
         axes.bar_label(bars, fmt="%.2g", fontsize="small")
-    for i, (_, _, least) in enumerate(pairs):
-        label = "target" if i == 0 else ""
-        axes.hlines(least, i - 0.45, i + 0.45, color="black", linewidth=1, label=label)
-    axes.set_xticks(range(len(pairs)), [f"{work}\nvs {other}" for work, other, _ in pairs])
+    least = [target for _, _, target in targets]
+    axes.hlines(least, places - 0.45, places + 0.45, color="black", linewidth=1, label="target")
+    axes.set_xticks(places, [f"{work}\nvs {other}" for work, other, _ in targets])
     axes.set(yscale="log", ylabel="times as fast", title="Speed of the data pipeline")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
@@ -447,34 +349,31 @@ def plot(measured: dict[str, dict[str, dict[str, float]]], path: str) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the tables; returns 1 when --check finds a target missed."""
+    """Print the tables; return 1 when --check finds a target missed."""
     if args.plot and find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     torch.set_num_threads(1)
     misses, measured = [], {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.videos
-        if not folder:
-            folder = f"{scratch}/clips"
-            write_synthetic_clips(Path(folder), args.num_videos)
-        videos = find_videos(folder)[: args.num_videos]
-        kinds = {"as given": videos, "30-frame GOPs": with_short_gops(videos, Path(scratch, "gop"))}
-        for kind, paths in kinds.items():
-            csv_path = str(Path(scratch, "train.csv"))
-            Path(csv_path).write_text("".join(f"{Path(p).resolve()} 0\n" for p in paths))
+        if not args.videos:
+            write_synthetic_clips(Path(scratch, "clips"), args.num_videos)
+        videos = find_videos(args.videos or f"{scratch}/clips")[: args.num_videos]
+        recoded = [f"{scratch}/{Path(video).stem}.mp4" for video in videos]
+        for video, target in zip(videos, recoded, strict=True):
+            transcode(video, target, short_side=None, gop=30, tune=None)
+        for kind, paths in (("as given", videos), ("30-frame GOPs", recoded)):
+            csv_path = f"{scratch}/train.csv"
+            Path(csv_path).write_text("".join(f"{Path(path).resolve()} 0\n" for path in paths))
             print(f"{len(paths)} videos, {kind}; one process, one thread; medians over videos")
             speeds = {work: measure(work, csv_path, args.rounds) for work in args.work}
             measured[kind] = speeds
             for work, other, least in TARGETS:
-                if work in speeds and speeds[work][other] < least:
-                    misses.append(
-                        f"{kind}: {work} at {speeds[work][other]:.2f} of {other}, below {least:.2f}"
-                    )
-            transport = measure_transport(csv_path)
-            if transport > MAX_TRANSPORT_MS:
+                if work in speeds and (speed := speeds[work][other]) < least:
+                    misses.append(f"{kind}: {work} at {speed:.2f} of {other}, below {least:.2f}")
+            if (transport := measure_transport(csv_path)) > MAX_TRANSPORT_MS:
                 misses.append(f"{transport:.1f} ms from worker to trainer")
-            if args.workers:
-                measure_workers(csv_path, args.workers, args.clips_per_second)
+            for count in args.workers:
+                measure_workers(csv_path, count, args.clips_per_second)
     for miss in misses:
         print(f"target missed: {miss}")
     if args.plot:
@@ -484,22 +383,17 @@ def main(args: argparse.Namespace) -> int:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader",
-        description="Measure the data pipeline",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--videos", default="", help="folder of videos; empty: synthetic clips")
-    parser.add_argument("--num_videos", type=positive_int, default=12, help="at most so many")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="over all videos")
-    works = ["pretrain", "test", "finetune"]
-    parser.add_argument("--work", nargs="+", choices=works, default=works)
-    parser.add_argument("--workers", nargs="*", type=positive_int, default=[1, 2, 4])
-    parser.add_argument(
-        "--clips_per_second", type=float, default=1000, help="that the cores are counted for"
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 below the targets")
-    parser.add_argument("--plot", default="", metavar="FILE", help="also draw the speeds, as PNG")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.loader", formatter_class=style)
+    add = parser.add_argument
+    add("--videos", default="", help="folder of videos; empty: synthetic clips")
+    add("--num_videos", type=positive_int, default=12, help="at most so many")
+    add("--rounds", type=positive_int, default=3, help="over all videos")
+    add("--work", nargs="+", choices=RECIPES, default=list(RECIPES))
+    add("--workers", nargs="*", type=positive_int, default=[1, 2, 4])
+    add("--clips_per_second", type=float, default=1000, help="that the cores are counted for")
+    add("--check", action="store_true", help="exit 1 below the targets")
+    add("--plot", default="", metavar="FILE", help="also draw the speeds, as PNG")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Tests of util/checkpoint.py: saving, resuming, pruning, and what it refuses."""
+"""Test util/checkpoint.py: saving, resuming, pruning, and the checkpoints that it refuses."""
 
 import argparse
 import contextlib
@@ -83,7 +83,7 @@ class Training:
         return self.checkpoints.progress
 
     def state(self):
-        """Everything as one flat dict of tensors."""
+        """Return everything as one flat dict of tensors."""
         flat = dict(self.model.state_dict())
         for number, values in self.optimizer.state_dict()["state"].items():
             flat |= {f"{number}/{name}": value for name, value in values.items()}
@@ -140,7 +140,7 @@ def test_checkpoint_is_of_the_moment_of_save_though_training_goes_on(tmp_path, m
     write = file_io.write_atomically
 
     def slow_write(path, writer):
-        training.train(1)  # in the writing thread: certainly between copy and write
+        training.train(1)  # in the writing thread, so between copy and write
         write(path, writer)
 
     monkeypatch.setattr("util.checkpoint.write_atomically", slow_write)
@@ -164,7 +164,7 @@ def test_a_step_waits_for_the_copy_that_is_under_way(tmp_path, monkeypatch):
     training.checkpoints.progress = Progress(4)
     began = time.monotonic()
     training.checkpoints.save()
-    assert time.monotonic() - began < 0.2  # the caller goes on at once
+    assert time.monotonic() - began < 0.2  # the caller does not wait
     training.train(1)
     training.checkpoints.wait()
     resumed = Training(init=1)
@@ -181,7 +181,7 @@ def test_checkpoint_has_the_keys_of_the_family_and_plain_flags(tmp_path, trained
 
 
 def test_resuming_reads_the_reference_training_files(tmp_path, trained):
-    """Their args are an argparse.Namespace; they count no steps and may hold no scaler state."""
+    """Its args are an argparse.Namespace; it counts no steps and may hold no scaler state."""
     checkpoint = {
         "model": trained.model.state_dict(),
         "optimizer": trained.optimizer.state_dict(),
@@ -190,7 +190,7 @@ def test_resuming_reads_the_reference_training_files(tmp_path, trained):
         "args": argparse.Namespace(model="mae_tiny", lr=1e-3),
     }
     for group in checkpoint["optimizer"]["param_groups"]:
-        group["fused"] = None  # not their optimiser's
+        group["fused"] = None  # their optimiser has no such option
     torch.save(checkpoint, tmp_path / "checkpoint-00007.pth")
     resumed = Training(init=1)
     assert resumed.resume(tmp_path / "checkpoint-00007.pth") == Progress(epoch=8)
@@ -264,7 +264,7 @@ def test_newest_checkpoint(tmp_path):
     assert newest_checkpoint(str(tmp_path / "missing")) is None
     assert newest_checkpoint(str(tmp_path)) is None
     names = ["checkpoint-00009.pth", "checkpoint-00010.pth", "checkpoint-00002.pth"]
-    names += ["checkpoint-00010-00000900.pth"]  # of that epoch, not after it
+    names += ["checkpoint-00010-00000900.pth"]  # in that epoch, not after it
     others = ["checkpoint-00011.pth.tmp77", "checkpoint-best.pth", "old-checkpoint-00099.pth"]
     for name in names + others:
         (tmp_path / name).write_bytes(b"")
@@ -277,7 +277,7 @@ def test_newest_checkpoint(tmp_path):
 
 
 def flip_byte_of_a_weight(path):
-    """Change one bit where only the checksum can tell."""
+    """Change one bit that only the checksum can detect."""
     data = bytearray(path.read_bytes())
     weight = torch.load(path)["model"]["mask_token"].numpy().tobytes()
     data[data.index(weight)] ^= 1
@@ -316,7 +316,7 @@ def bytes_read():
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("main, times", [(True, 1.0), (False, 0.0)])
 def test_resuming_reads_the_newest_file_once(tmp_path, trained, monkeypatch, main, times):
-    """The main rank checks every byte of it; the others map it into their memory."""
+    """The main rank checks every byte of the file; the others map it into memory."""
     trained.save(tmp_path, epoch=3)
     newest = str(trained.save(tmp_path, epoch=4))
     resumed = Training(init=1, output_dir=str(tmp_path))
@@ -331,7 +331,7 @@ def test_resuming_reads_the_newest_file_once(tmp_path, trained, monkeypatch, mai
 
 def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, trained):
     start = str(trained.save(tmp_path, epoch=4))
-    trained.save(tmp_path, epoch=8)  # of an earlier command, without --resume
+    trained.save(tmp_path, epoch=8)  # by an earlier command, without --resume
     args = flags(output_dir=str(tmp_path), resume=start)
     assert latest(args) == start
     again = Training(init=0, resume=start)
@@ -364,9 +364,9 @@ def test_superfluous_checkpoints():
     assert superfluous(paths, paths[-1], 0, 0, None) == []
     assert superfluous(paths, paths[-1], 1, 0, None) == paths[:3]
     assert superfluous(paths, paths[-1], 2, 0, None) == paths[:2]
-    assert superfluous(paths, paths[-1], 1, 0, 1) == [paths[0], paths[2]]  # never the best
+    assert superfluous(paths, paths[-1], 1, 0, 1) == [paths[0], paths[2]]  # the best one stays
     assert superfluous(paths, paths[-1], 1, 2, None) == [paths[0], paths[2]]  # epochs 2, 4, ...
-    assert superfluous(paths, paths[2], 1, 0, None) == paths[:2]  # none of the future
+    assert superfluous(paths, paths[2], 1, 0, None) == paths[:2]  # later ones stay
     middle = names("00003", "00004-00000010", "00004-00000020", "00004-00000030")
     assert superfluous(middle, middle[-1], 1, 0, None) == middle[1:2]
     assert superfluous(middle, middle[-2], 0, 0, None) == []
@@ -394,7 +394,7 @@ def test_keep_last_and_every_and_best_in_a_run(tmp_path):
     for epoch in range(10):
         record = {"epoch": epoch, "val_acc1": 40.0 if epoch == 4 else 20.0}
         training.checkpoints.finish_epoch(record, steps=3, metric="val_acc1")
-        if epoch == 6:  # as after a kill: the best must be known again
+        if epoch == 6:  # as after a kill: the best epoch must come from the checkpoint
             resumed = Training(init=0, **vars(training.args))
             training.checkpoints.wait()
             resumed.resume(newest_checkpoint(str(tmp_path)))
@@ -422,7 +422,7 @@ def test_log_txt_has_a_json_line_per_epoch(tmp_path):
 
 
 def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path):
-    """JSON has no NaN; a run whose fp16 validation overflows goes on, and resumes."""
+    """JSON has no NaN; a run whose fp16 validation overflows goes on and can be resumed."""
     training = Training(init=0, output_dir=str(tmp_path))
     record = {"epoch": 0, "val_loss": float("nan"), "val_acc1": 12.5}
     training.train(0)
@@ -439,7 +439,7 @@ def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(free_bytes=5000):
-    """Let files grow no larger than this, so that the system refuses the write."""
+    """Limit the size of files, so that the system refuses to write more."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, limits[1]))
     try:
@@ -466,7 +466,7 @@ def test_a_failing_write_warns_and_leaves_the_old_file(tmp_path, trained, capsys
     out = capsys.readouterr().out
     assert f"WARNING: could not save {path}: " in out and "saved" not in out
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]  # neither a half-written one nor a temporary file
+    assert os.listdir(tmp_path) == [path.name]  # no half-written and no temporary file
 
 
 def test_a_lost_folder_warns(tmp_path, trained, capsys):

@@ -1,4 +1,4 @@
-"""Faults around a run: workers that are killed, ranks that hang or die, ports, bad flags."""
+"""Test faults around a run: killed workers, ranks that hang or die, taken ports, bad flags."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from tests.test_scripts import PRETRAIN, ROOT, assert_same_weights, finish, spaw
 
 
 def loader_workers(pid: int) -> list[int]:
-    """Find the loader's workers: forked, they have the command line of their parent."""
+    """Find the loader's workers: as forks they have the command line of their parent."""
     own = Path(f"/proc/{pid}/cmdline").read_bytes()
     return [p for p in children(pid) if Path(f"/proc/{p}/cmdline").read_bytes() == own]
 
@@ -32,7 +32,7 @@ def loader_workers(pid: int) -> list[int]:
     "number", [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)]
 )
 def test_a_killed_loader_worker_ends_in_one_sentence(videos, tmp_path, number):
-    """SIGKILL is what the OOM killer sends, SIGBUS what a full /dev/shm gives."""
+    """The OOM killer sends SIGKILL; a full /dev/shm causes SIGBUS."""
     flags = argv("main_pretrain.py", videos, tmp_path, 1, 2)
     flags[flags.index("--epochs") + 1] = 500
     process = spawn("main_pretrain.py", *flags)
@@ -55,7 +55,7 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout(videos, tmp_path):
         out = wait_for_line(process, "--dist_timeout")
         assert time.monotonic() - began < 60
         assert re.search(r"rank 0.*error: another rank did not answer", out), out
-        # torchrun ends the other rank: by SIGKILL after 30 s, as a stopped one cannot do it
+        # torchrun kills the other rank after 30 s, because a stopped process cannot exit
         process.communicate(timeout=120)
         assert process.returncode == 1
     finally:
@@ -76,7 +76,7 @@ def main(args):
     device = dist.get_device({device!r})
     dist.init_distributed(device.type, 30)
     dist.barrier()
-    if device.type == "cpu":  # NCCL waits for the others to leave their collectives
+    if device.type == "cpu":  # as NCCL, wait for the others to leave their collectives
         torch.distributed.destroy_process_group = lambda: time.sleep(1000)
     if dist.rank() == 1:
         threading.Thread(target=save, name=dist.SAVING).start()
@@ -101,7 +101,7 @@ run.run(main, lambda argv: None)
     ],
 )
 def test_a_rank_that_fails_alone_leaves_at_once(tmp_path, device):
-    """The others wait for it in a collective: it must not wait for them, but for its save."""
+    """The other ranks wait for it in a collective: it must wait for its save, but not for them."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS_ALONE.format(device=device))
     began = time.monotonic()
@@ -128,7 +128,7 @@ def test_nothing_listens_on_a_port(videos, tmp_path):
         own = set()
         for pid in [process.pid, *children(process.pid)]:
             for fd in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # it was closed in the meantime
                     own.add(os.readlink(fd))
         listening = []
         for table in ("tcp", "tcp6"):
@@ -142,7 +142,7 @@ def test_nothing_listens_on_a_port(videos, tmp_path):
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -151,7 +151,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_loader_workers_die_with_the_trainer(videos, tmp_path):
-    """They ignore what launchers send, but nobody tells them to go when the trainer is killed."""
+    """Workers ignore launchers' signals, so they must notice themselves that the trainer died."""
     flags = argv("main_pretrain.py", videos, tmp_path, 1, 2)
     flags[flags.index("--epochs") + 1] = 500
     process = spawn("main_pretrain.py", *flags)
@@ -188,7 +188,7 @@ def test_help_of_the_launchers_shows_the_flags_of_script_and_job(capsys):
 
 @pytest.mark.slow
 def test_a_local_job_of_two_tasks(videos, tmp_path):
-    """Without Slurm: two CPU tasks, checkpoints in the job's own folder."""
+    """Submit two CPU tasks without Slurm; checkpoints go to the job's own folder."""
     out = finish(
         spawn(
             "submitit_pretrain.py", *PRETRAIN, "--epochs", 1, "--path_to_data_dir", videos,
@@ -217,7 +217,7 @@ def test_a_local_job_that_fails_says_so_in_a_sentence(tmp_path):
 
 
 def wait_until(what: Callable[[], object], printed: Callable[[], str], seconds=120.0) -> None:
-    """Poll until something is so; else fail with what the processes printed."""
+    """Poll until a condition holds; after the timeout fail with what the processes printed."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, printed()
@@ -236,7 +236,7 @@ def ip(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Join two network namespaces by a cable; each knows both names."""
+    """Connect two network namespaces; each can look up both host names."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     try:
@@ -265,7 +265,7 @@ def hosts():
 
 
 def torchrun_on(host: str, log: Path, *flags: object) -> subprocess.Popen:
-    """Start torchrun with one rank on a host, under the host's own name, printing to a file."""
+    """Start torchrun with one rank on a host, under the host's name, and print to a file."""
     command = [
         "ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c",
         f'hostname {host}; exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run",
@@ -284,7 +284,7 @@ def torchrun_on(host: str, log: Path, *flags: object) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_two_hosts_restart_by_themselves_after_a_kill(hosts, videos, tmp_path):
-    """A rank is killed by SIGKILL; torchrun starts both anew, from the newest checkpoint."""
+    """After SIGKILL to a rank, torchrun restarts both ranks from the newest checkpoint."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     flags = [*PRETRAIN, "--epochs", 12, "--batch_size", 1, "--path_to_data_dir", videos]
     flags += ["--checkpoint_minutes", 1e-6, "--dist_timeout", 1, "--keep_last", 2]

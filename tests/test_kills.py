@@ -1,4 +1,4 @@
-"""Kills and signals at random moments: a resumed run is bitwise the run that would have been."""
+"""Kill and signal runs at random moments: a resumed run must equal an undisturbed one, bitwise."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ LAST = f"checkpoint-{EPOCHS - 1:05d}.pth"
 
 
 def argv(script: str, videos: Path, out: Path, ranks: int, workers: int) -> list[object]:
-    """Return flags of a run of 6 videos: 6 steps an epoch of one rank, 3 of two; a save in each."""
+    """Return flags for 6 videos: one rank takes 6 steps per epoch, two take 3; every step saves."""
     return [
         *SCRIPTS[script], "--path_to_data_dir", videos, "--output_dir", out,
         "--batch_size", 1, "--num_workers", workers, "--checkpoint_minutes", 1e-6,
@@ -44,12 +44,12 @@ def children(pid: int) -> list[int]:
 
 
 def family(pid: int) -> list[int]:
-    """List a process and all its descendants: torchrun's ranks lead sessions of their own."""
+    """List a process and all its descendants, as torchrun's ranks have their own sessions."""
     return [pid] + [p for child in children(pid) for p in family(child)]
 
 
 def kill_all(process: subprocess.Popen) -> str:
-    """Kill a run with its ranks and workers; return what it had still printed."""
+    """Kill a run with its ranks and workers; return what it printed until then."""
     for pid in family(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -76,7 +76,7 @@ _whole: dict[tuple[str, int], tuple[Path, float]] = {}
 
 @pytest.fixture
 def uninterrupted(videos, tmp_path_factory):
-    """Return a function: the folder of an undisturbed run and the seconds of its training."""
+    """Return a function that gives the folder of an undisturbed run and its training's seconds."""
 
     def run(script: str, ranks: int) -> tuple[Path, float]:
         if (script, ranks) not in _whole:
@@ -96,7 +96,7 @@ MOMENTS = ("step", "save", "epoch")
 
 
 def kill_at(process: subprocess.Popen, out: Path, moment: str, rng: np.random.Generator) -> str:
-    """Kill a run at the moment named; return what it had printed. It may have ended before."""
+    """Kill a run at the named moment and return what it had printed; it may end before that."""
     epoch = rng.integers(EPOCHS - 1)
     if moment == "save":  # a temporary file is there while a checkpoint is written
         while process.poll() is None and not list(out.glob("*.tmp*")):
@@ -110,7 +110,7 @@ def kill_at(process: subprocess.Popen, out: Path, moment: str, rng: np.random.Ge
 
 
 def kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed) -> None:
-    """Kill a run at each moment in turn, then let it end: it must be the uninterrupted one."""
+    """Kill a run at each moment in turn, then let it end: it must equal the uninterrupted run."""
     rng = np.random.default_rng(seed)
     whole, _ = uninterrupted(script, ranks)
     flags = argv(script, videos, tmp_path, ranks, workers)
@@ -118,7 +118,7 @@ def kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed
         process = spawn(script, *flags, ranks=ranks)
         if number == 0:
             out = kill_at(process, tmp_path, moment, rng)
-        else:  # the epochs may be over by now: anywhere after the start
+        else:  # a random time after the start; the epochs may be over by then
             wait_for_line(process, "resumed from|WARNING|Epoch")
             time.sleep(rng.uniform(0, 0.5))
             out = kill_all(process)
@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_bitwise(videos, uninterrupted, tmp_path, script, m
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_twenty_kills(videos, uninterrupted, tmp_path, script, ranks, workers):
-    """Twenty kills in all: 2 scripts x (1, 2 ranks) x (0, 2 workers), two or three in each."""
+    """Kill 20 times: 2 scripts x (1, 2 ranks) x (0, 2 workers), two or three kills in each."""
     case = [*SCRIPTS].index(script) * 4 + (ranks - 1) * 2 + workers // 2
     moments = [MOMENTS[case % 3], "anywhere"] + ["anywhere"] * (case % 2)
     kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed=case)
@@ -170,17 +170,17 @@ def rank_pid(process: subprocess.Popen, rank: int) -> int:
         pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGUSR2, marks=pytest.mark.slow),
-        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),  # torchrun hands it on
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),  # torchrun forwards it
         pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     videos, uninterrupted, tmp_path, ranks, number
 ):
-    """Launchers, schedulers and `timeout` send signals to loader workers just the same."""
+    """Launchers, schedulers and `timeout` also send signals to loader workers."""
     whole, _ = uninterrupted("main_pretrain.py", ranks)
     flags = argv("main_pretrain.py", videos, tmp_path, ranks, 2)
-    flags[flags.index("--checkpoint_minutes") + 1] = 0  # the signal alone saves within an epoch
+    flags[flags.index("--checkpoint_minutes") + 1] = 0  # only the signal saves within an epoch
     process = spawn("main_pretrain.py", *flags, ranks=ranks, start_new_session=True)
     out = wait_for_line(process, rf"Epoch \[1/4\]  \[1/{6 // ranks}\]")
     os.killpg(process.pid, number)
@@ -191,7 +191,7 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     if ranks == 1:
         assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS)
         assert "Traceback" not in out
-    else:  # torchrun's own end is a traceback, but it must not have to kill: it waits for 30 s
+    else:  # torchrun ends with a traceback; it must not need to kill, for which it waits 30 s
         assert process.returncode != 0
         assert "forcefully exiting" not in out
         assert time.monotonic() - began < 30

@@ -1,4 +1,4 @@
-"""Tests of util/meters.py: averages, errors, printed lines and TensorBoard."""
+"""Test util/meters.py: averages, errors, printed lines and TensorBoard."""
 
 import math
 import os
@@ -34,10 +34,10 @@ def test_meters_average_every_step_once():
         (0, {"loss": 1.0, "lr": 0.5}),
         (1, {"loss": 2.0, "lr": 0.25, "grad_norm": 8.0}),
     ]
-    assert meters.flush() == []  # nothing is read twice
+    assert meters.flush() == []  # each value is read once
     meters.update(2, rows(2), loss=torch.tensor(6.0), lr=0.0)
     assert meters.flush() == [(2, {"loss": 6.0, "lr": 0.0})]
-    assert meters.latest == {"loss": 6.0, "lr": 0.0, "grad_norm": 8.0}  # of the last update
+    assert meters.latest == {"loss": 6.0, "lr": 0.0, "grad_norm": 8.0}  # those of the last update
     assert meters.means() == {"loss": 3.0, "lr": 0.25, "grad_norm": 8.0}
 
 
@@ -47,7 +47,7 @@ def test_a_value_that_is_not_finite_names_its_step_and_batch(name, bad):
     meters = Meters(CPU)
     for step in range(4):
         values = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
-        if step in (1, 3):  # the first one counts
+        if step in (1, 3):  # the first one is reported
             values[name] = torch.tensor(bad)
         meters.update(step, rows(10 * step, 10 * step + 1), **values)
     with pytest.raises(NonFiniteError, match="gradient of step 1 is not finite") as caught:
@@ -75,7 +75,7 @@ def test_topk_correct():
     labels = torch.tensor([1, 2, 0])
     counts = [topk_correct(logits, labels, k).item() for k in (1, 2, 3, 4)]
     assert counts == [1, 1, 2, 3]
-    assert topk_correct(logits, labels, 5).item() == 3  # four classes: all are among the top five
+    assert topk_correct(logits, labels, 5).item() == 3  # with four classes, all are in the top five
 
 
 def test_memory_is_that_of_this_process():
@@ -92,7 +92,7 @@ def run_log(log_dir="", print_freq=2, **options):
 
 
 def run_epoch(log, steps, epoch=0, repeat_aug=1):
-    """Note loss = step + epoch in every step, as the engines do."""
+    """Record loss = step + epoch in every step, as the engines do."""
     seen, progress = [], Progress(epoch=epoch)
     batches = [f"batch {i}" for i in range(steps)]
     log.repeat_aug = repeat_aug
@@ -107,7 +107,7 @@ def test_plain_lines_where_there_is_no_terminal(capfd):
     means = run_epoch(run_log(), steps=5)
     assert means == {"loss": 2.0, "lr": 0.5}
     out, err = capfd.readouterr()
-    assert err == ""  # no bar
+    assert err == ""  # no progress bar
     *lines, last = out.splitlines()
     assert len(lines) == 3
     for line, (done, loss) in zip(lines, [(2, 1), (4, 3), (5, 4)], strict=True):

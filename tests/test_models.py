@@ -1,4 +1,4 @@
-"""Tests of models_mae.py, models_vit.py and util/video_vit.py against the golden numbers."""
+"""Compare models_mae.py, models_vit.py and util/video_vit.py with golden numbers."""
 
 import math
 
@@ -47,7 +47,7 @@ def load_mae(case, state=None, **overrides):
 
 
 def formula_video(case):
-    """Compute the full-size video that is given by a formula, and check its checksum."""
+    """Compute the full-size video from its formula and check its checksum."""
     c, t, h, w = np.ix_(*(np.arange(n) for n in (3, 16, 224, 224)))
     v = 37 * c + 11 * t + 7 * h + 13 * w + (h * w) % 29 + (3 * t * h) % 17 + (c * w * t) % 23
     v = (v % 256).astype(np.uint8)
@@ -122,7 +122,7 @@ def test_mae_loss_and_gradients(name, norm_pix_loss):
     loss.backward()
     norms = dict(zip(arrays[prefix + "grad_names"], arrays[prefix + "grad_l2"], strict=True))
     in_full = golden.tensors(case["file"], prefix + "grad/")
-    if not in_full:  # the full-size case has norms alone
+    if not in_full:  # the full-size case has only norms
         in_full = {"norm.bias": model.norm.bias.grad}
     assert_same_gradients(model, norms, in_full)
 
@@ -206,7 +206,7 @@ def test_pixels_of_removed_patches_do_not_reach_the_prediction():
 
 
 def assembled_positions(state, prefix, cls_embed):
-    """Joint positions equal to the separable ones of a state dict, written out the long way."""
+    """Return joint positions that equal a state dict's separable ones, added one by one."""
     spatial, temporal = state[prefix + "pos_embed_spatial"], state[prefix + "pos_embed_temporal"]
     rows = [
         temporal[0, t] + spatial[0, s]

@@ -1,4 +1,4 @@
-"""Tests of schedules, groups, optimiser steps and the training engines against golden numbers."""
+"""Compare schedules, groups, optimiser steps and training engines with golden numbers."""
 
 import argparse
 import contextlib
@@ -123,7 +123,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 class GivenBatches:
-    """Stand in for VideoLoader: float clips, already normalised, and no augmentation."""
+    """Replace VideoLoader: give normalised float clips without augmentation."""
 
     def __init__(self, clips, steps=None):
         self.batches = [clip if clip.ndim == 6 else clip.unsqueeze(1) for clip in clips]
@@ -175,7 +175,7 @@ def engine_args(engine, schedule, **overrides):
 
 
 def at_epoch(epoch, model, optimizer, scaler, args):
-    """Stand where an epoch begins."""
+    """Return checkpoints at the beginning of an epoch."""
     checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint=0)
     checkpoints.progress.epoch = epoch
     return checkpoints
@@ -307,7 +307,7 @@ def test_pretraining_with_accumulation():
 
 @pytest.mark.parametrize("engine", [engine_pretrain, engine_finetune])
 def test_accumulated_gradient_is_that_of_the_joint_batch(engine):
-    """Adam and clipping hide a constant factor, the norm before clipping shows it."""
+    """Adam and clipping hide a constant factor; the norm before clipping shows it."""
     videos, noises = (golden.tensor("traj_mae.npz", k)[:2] for k in ("videos", "noises"))
     norms = []
     for joint in (False, True):
@@ -435,7 +435,7 @@ def test_optim_step_skips_an_overflow():
 
 
 def test_optim_step_does_not_blame_a_low_scale_for_an_overflow():
-    """Else a broken gradient would freeze the run without a word, the scale falling for ever."""
+    """Otherwise a broken gradient would stop learning silently while the scale keeps falling."""
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=0.5)

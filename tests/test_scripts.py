@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: one process, torchrun ranks, kills, resumes and bad input."""
+"""Run the scripts as a user does: one process, ranks of torchrun, kills, resumes and bad input."""
 
 import csv
 import os
@@ -53,7 +53,7 @@ def spawn(script: str, *argv: object, ranks: int = 1, **kwargs) -> subprocess.Po
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launcher, str(ROOT / script), *map(str, argv)]
-    # MKL_CBWR: else the last bit of a matrix product depends on where its operands lie in memory
+    # without MKL_CBWR the last bit of a matrix product depends on its operands' addresses
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -115,7 +115,7 @@ def test_pretraining_leaves_checkpoints_and_logs(pretrained):
 
 
 def test_learning_rate_arithmetic(videos, tmp_path, capsys):
-    """Pre-training's rule counts videos; fine-tuning's counts their repeated clips too."""
+    """Pre-training counts videos in a batch; fine-tuning also counts their repeated clips."""
     for module, flags, rate in (
         (main_pretrain, PRETRAIN, "1.6e-3 x 4 / 256 = 2.5e-05"),
         (main_finetune, FINETUNE, "1.6e-3 x 8 / 256 = 5e-05"),
@@ -151,7 +151,7 @@ def test_finetuning_validates_and_logs(finetuned):
 
 
 def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path):
-    """The model's flags come from the checkpoint; unreadable videos are listed, and are wrong."""
+    """The checkpoint gives the model's flags; unreadable videos are listed and count as wrong."""
     rows = [f"{videos}/v{i}.mp4 {i % 3}" for i in range(6)] + ["missing.mp4 0"]
     (tmp_path / "test.csv").write_text("\n".join(rows))
     best = finetuned / "checkpoint-00001.pth"
@@ -194,7 +194,7 @@ def test_accuracy_of_views_is_the_golden_one(tmp_path, ensemble):
     args = Namespace(num_clips=10, num_crops=3, num_classes=12, ensemble=ensemble, finetune="x")
     for seen, accuracy in ((5, expected[ensemble]), (2, expected["missing"]["only_first_60"])):
         if seen < 5 and ensemble == "max":
-            continue  # the table knows the sum alone
+            continue  # the table has only the sum
         args.output_dir = str(tmp_path / str(seen))
         os.mkdir(args.output_dir)
         readable = np.arange(5) < seen
@@ -207,7 +207,7 @@ def test_accuracy_of_views_is_the_golden_one(tmp_path, ensemble):
 
 
 def test_eval_flag_validates_and_changes_nothing(videos, finetuned, capsys):
-    """Of an older checkpoint of the very folder, too: its log and curves stay whole."""
+    """--eval of an older checkpoint in the same folder leaves the log and curves as they are."""
 
     def content() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in finetuned.rglob("*") if path.is_file()}
@@ -243,7 +243,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow  # test_kills.py has a fast one
 def test_killed_run_resumes_to_the_same_weights(videos, tmp_path):
-    """SIGKILL after the first epoch, the same command again: bitwise the uninterrupted run."""
+    """After SIGKILL in the second epoch, the same command gives the uninterrupted run, bitwise."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     argv = ["--path_to_data_dir", videos, "--epochs", 3, *PRETRAIN, "--output_dir"]
     finish(spawn("main_pretrain.py", *argv, whole))
@@ -285,7 +285,7 @@ def test_two_ranks_pretrain_finetune_and_test(videos, tmp_path):
     assert len(list((tmp_path / "p/tensorboard").iterdir())) == 1
 
     (tmp_path / "data").mkdir()
-    rows = "".join(f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(5))  # odd: ranks differ in length
+    rows = "".join(f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(5))  # odd: one rank has more
     for split in ("train", "val", "test"):
         (tmp_path / f"data/{split}.csv").write_text(rows)
     common = ["--path_to_data_dir", tmp_path / "data"]
@@ -311,7 +311,7 @@ def test_two_ranks_pretrain_finetune_and_test(videos, tmp_path):
 
 
 def test_non_finite_loss_stops_every_rank(videos, pretrained, tmp_path):
-    """A poisoned weight makes the loss NaN; both ranks name step, files and checkpoint."""
+    """A NaN weight makes the loss NaN; both ranks name the step, the files and the checkpoint."""
     path = tmp_path / "checkpoint-00000.pth"
     checkpoint = torch.load(pretrained / "checkpoint-00000.pth", weights_only=True)
     checkpoint["model"]["decoder_pred.bias"][0] = float("nan")
@@ -387,7 +387,7 @@ def test_resume_from_another_model(capsys, videos, tmp_path, pretrained):
 
 
 def test_finetune_from_other_weights_in_the_folder_of_a_run(capsys, videos, finetuned):
-    """A run that is there would go on, and pass for one from the other weights."""
+    """Otherwise the run in the folder would resume and look like one from the other weights."""
     common = ["--path_to_data_dir", videos, "--output_dir", finetuned, *FINETUNE]
     status, text = fails(capsys, main_finetune, *common, "--finetune", "k600/vit_large")
     assert status == 2
@@ -431,7 +431,7 @@ def test_main_test_without_checkpoint(capsys, videos):
 
 
 def test_full_disk_leaves_old_checkpoints_and_ends_with_status_1(videos, pretrained, tmp_path):
-    """A limit on file size stands in for a full disk: writing fails half-way in both."""
+    """A limit on file size replaces a full disk: with both, a write fails half-way."""
     full = (pretrained / "checkpoint-00000.pth").stat().st_size // 2
     argv = ["--path_to_data_dir", videos, "--output_dir", tmp_path, "--epochs", 2, *PRETRAIN]
     out = finish(
@@ -517,7 +517,7 @@ def test_documented_command_lines_of_the_reference_parse(capsys):
 
 
 def test_defaults_are_the_recipe():
-    """spec: ViT-L on Kinetics-400; a change here is a change of the published recipe."""
+    """This is the paper's recipe for ViT-L on Kinetics-400; a change here changes that recipe."""
     args = main_pretrain.parse_args(["--path_to_data_dir", "X"])
     expected = {
         "model": "mae_vit_large_patch16", "input_size": 224, "num_frames": 16, "sampling_rate": 4,

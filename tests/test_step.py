@@ -1,7 +1,9 @@
-"""Tests of what makes a step faster or smaller, and of the benchmarks that measure it."""
+"""Test what makes a step faster or smaller, and the benchmarks that measure it."""
 
+import argparse
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def clips(count=2):
 
 
 def on_a_gpu(model):
-    """Give a model parameters that say they are on a GPU; in a FakeTensorMode, of no memory."""
+    """Give a model parameters that claim to be on a GPU; FakeTensorMode allocates none."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             fake = nn.Parameter(torch.empty(p.shape, device="cuda"), p.requires_grad)
@@ -60,9 +62,9 @@ def on_a_gpu(model):
 
 
 def test_a_step_on_a_gpu_reads_nothing_back():
-    """Shapes and devices are computed as on a GPU, without one; reading a value raises.
+    """Compute shapes and devices as on a GPU, without one; reading a value raises an error.
 
-    The backward pass and the update are the libraries' and left out.
+    The backward pass and the update belong to libraries and are left out.
     """
     mae, vit = autoencoder(), classifier(drop_path_rate=0.5, dropout=0.5)
     with FakeTensorMode():
@@ -84,33 +86,30 @@ def test_a_step_on_a_gpu_reads_nothing_back():
         assert topk_correct(logits, labels, 5).device == gpu
         assert count_confusions(labels, logits.argmax(dim=1), 5).device == gpu
         with pytest.raises(DataDependentOutputException):
-            loss.item()  # as said
+            loss.item()  # as the docstring says
 
 
 # --- activation checkpointing and compilation
 
 
-def test_grad_checkpointing_changes_no_bit():
+@pytest.mark.parametrize(
+    ("make", "loss_of"),
+    [
+        (autoencoder, lambda model: model(clips(), 0.75)[0]),
+        (partial(classifier, drop_path_rate=0.9), lambda model: model(clips(8)).square().sum()),
+    ],
+    ids=["masking", "drop path"],
+)
+def test_grad_checkpointing_replays_random_numbers_and_changes_no_bit(make, loss_of):
     results = []
     for checkpointing in (False, True):
-        model = autoencoder()
+        model = make().train()
         model.grad_checkpointing = checkpointing
         torch.manual_seed(1)
-        loss = model(clips(), 0.75)[0]
+        loss = loss_of(model)
         results.append((loss, gradients(model, loss)))
     (loss, plain), (loss_again, checkpointed) = results
     assert torch.equal(loss, loss_again)
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
-
-
-def test_grad_checkpointing_replays_drop_path():
-    results = []
-    for checkpointing in (False, True):
-        model = classifier(drop_path_rate=0.9).train()
-        model.grad_checkpointing = checkpointing
-        torch.manual_seed(1)
-        results.append(gradients(model, model(clips(8)).square().sum()))
-    plain, checkpointed = results
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
@@ -135,7 +134,7 @@ def test_grad_checkpointing_saves_memory():
 
 @pytest.mark.slow
 def test_compiled_scripts_train_alike(videos, tmp_path):
-    """Same losses to rounding, same names, the cost of the first step printed; two ranks too."""
+    """Compilation changes weights by rounding only; it prints the first step's time."""
     states = {}
     for ranks, accumulation in ((1, 2), (2, 1)):
         flags = [*PRETRAIN, "--epochs", 1, "--path_to_data_dir", videos]
@@ -155,7 +154,7 @@ def test_compiled_scripts_train_alike(videos, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_classifier_with_drop_path_never_falls_back(videos, tmp_path):
-    """Every block has a rate of its own: PyTorch gives up after so many versions of a function."""
+    """Blocks differ in their drop path rates; PyTorch gives up after too many recompilations."""
     flags = [*FINETUNE, "--epochs", 1, "--path_to_data_dir", videos, "--drop_path_rate", 0.2]
     flags += ["--output_dir", tmp_path, "--compile", "--mask_ratio", 0.5]
     out = finish(spawn("main_finetune.py", *flags))
@@ -207,7 +206,7 @@ def test_decoder_mask_ratio_decodes_a_random_part(cls_through_decoder):
 
 
 def test_the_decoder_sees_the_decoded_patches_alone_and_in_their_places():
-    """With one decoder pass over K + M tokens set by hand, in any order, predictions agree."""
+    """A decoder pass over K + M tokens, assembled here in another order, predicts the same."""
     model = autoencoder().double()
     imgs = clips().double()
     latent, _, ids_restore = model.forward_encoder(imgs, 0.75)
@@ -222,7 +221,7 @@ def test_the_decoder_sees_the_decoded_patches_alone_and_in_their_places():
         places = order[: K + M]
         tokens = tokens + space[places % len(space)] + time[places // len(space)]
         cls = (model.decoder_cls_token + model.decoder_pos_embed_class)[0]
-        x = torch.cat([cls, tokens.flip(0)]).unsqueeze(0)  # another order: attention has none
+        x = torch.cat([cls, tokens.flip(0)]).unsqueeze(0)  # attention ignores the order
         for block in model.decoder_blocks:
             x = block(x)
         out = model.decoder_pred(model.decoder_norm(x))[0, 1:].flip(0)
@@ -335,7 +334,7 @@ def test_flops_are_the_published_ones(size, task, mask_ratio, published):
 
 
 def test_flops_of_the_masked_step_are_below_the_papers_by_the_patches_not_embedded():
-    """81.0 G has all 1568 patches embedded by a convolution; we embed the 156 visible ones."""
+    """The paper's 81.0 G embeds all 1568 patches by a convolution, we embed the 156 visible."""
     counted = step_benchmark.gflops(step_benchmark.Row("pretrain", "large", 1, 0.9, "fp32"))
     not_embedded = (1568 - 156) * 1024 * 2 * 16 * 16 * 3 / 1e9
     assert counted + not_embedded == pytest.approx(81.0, rel=1e-2)
@@ -353,7 +352,7 @@ def test_check_names_what_was_missed():
 
 
 def test_scaling_reproduces_the_papers_hours(capsys):
-    """128 GPUs at 17 clips/s take 24.5 h for 800 effective epochs of 240,000 videos."""
+    """128 GPUs with 17 clips/s each take 24.5 h for 800 effective epochs of 240,000 videos."""
     scaling.main(["--max_gpus", "128"])
     table = capsys.readouterr().out.split("pretrain_vit_large")[1].split("pretrain_vit_huge")[0]
     last = table.strip().splitlines()[-1].split()
@@ -362,15 +361,14 @@ def test_scaling_reproduces_the_papers_hours(capsys):
 
 
 def test_scaling_finds_what_limits():
-    recipe = scaling.Recipe("pretrain_vit_large", "mae_vit_large_patch16", 800, 8)
-    work = scaling.Work(80.0, 300_000_000)
-    machine = {"gpu_clips": 400.0, "pretrain_clips": 50.0, "finetune_clips": 30.0, "cores": 10,
-               "node_gpus": 8, "node_link": 200e9, "link": 100e9, "gradient_bytes": 4}  # fmt: skip
+    recipe = scaling.Recipe("pretrain_vit_large", 800, 8, 80.0, 300_000_000)
+    machine = {"gpu_clips": 400.0, "loader_clips": (50.0, 30.0), "cores": 10, "node_gpus": 8,
+               "node_link": 200.0, "link": 100.0, "gradient_bytes": 4}  # fmt: skip
 
     def limit(gpus, **changes):
-        return scaling.speed(recipe, work, work, scaling.Machine(**(machine | changes)), gpus).limit
+        return scaling.speed(recipe, 80.0, argparse.Namespace(**(machine | changes)), gpus).limit
 
     assert limit(1) == "GPU"
     assert limit(1, cores=4) == "loader"
-    assert limit(16, link=1e9) == "network"
-    assert limit(8, link=1e9) == "GPU", "one machine does not use the slow link"
+    assert limit(16, link=1.0) == "network"
+    assert limit(8, link=1.0) == "GPU", "one machine does not use the slow link"
