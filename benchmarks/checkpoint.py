@@ -14,47 +14,18 @@ import argparse
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from statistics import median
 
 import torch
 
 from models_mae import MODELS
-from util.args import positive_int
+from util.args import adder, positive_int
 from util.checkpoint import Checkpoints
 from util.dist import get_device
 from util.optim import make_optimizer, make_scaler, optim_step, param_groups_weight_decay
 
 MAX_STALL = 0.05  # of an inline save
-Step = Callable[[], float]
-
-
-def make_run(name: str, device: torch.device, folder: str) -> tuple[Checkpoints, Step]:
-    """Build a run; return its checkpoints and a step, which returns how long it waited."""
-    model = MODELS[name](pred_t_dim=8).to(device)
-    optimizer = make_optimizer(param_groups_weight_decay(model, 0.05), (0.9, 0.95), device)
-    scaler = make_scaler(device, "fp32")
-    args = Namespace(
-        output_dir=folder, model=name, batch_size=1, accum_iter=1, seed=0, keep_last=1,
-        keep_every=0, checkpoint_minutes=0, dist_timeout=30,
-    )  # fmt: skip
-    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint=0)
-    checkpoints.progress.epoch = 1
-    clips = torch.randn(1, 3, 16, 224, 224, device=device)
-    parameters = list(model.parameters())
-
-    def step() -> float:
-        model(clips, mask_ratio=0.9)[0].backward()
-        start = time.perf_counter()
-        checkpoints.host_copy.wait()  # else optim_step would, unmeasured
-        waited = time.perf_counter() - start
-        optim_step(optimizer, scaler, parameters, clip_grad=None)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return waited
-
-    return checkpoints, step
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -64,26 +35,44 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(checkpoints: Checkpoints, step: Step, on_gpu: bool, repeats: int) -> list[float]:
+def measure(name: str, device: torch.device, folder: str, repeats: int) -> list[float]:
     """Alternate steps without a save, steps with one, and inline saves.
 
     Returns:
         medians, seconds: a step without a save; the wait of training for a save; what all steps
         lose until the file is written, that wait included; an inline save.
     """
+    # A run, with the flags that saving reads
+    model = MODELS[name](pred_t_dim=8).to(device)
+    optimizer = make_optimizer(param_groups_weight_decay(model, 0.05), (0.9, 0.95), device)
+    scaler = make_scaler(device, "fp32")
+    flags = {"batch_size": 1, "accum_iter": 1, "seed": 0, "keep_last": 1, "keep_every": 0}
+    args = argparse.Namespace(output_dir=folder, model=name, dist_timeout=30, **flags)
+    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint=0)
+    checkpoints.progress.epoch = 1
+    clips = torch.randn(1, 3, 16, 224, 224, device=device)
+    parameters = list(model.parameters())
+
+    def step() -> float:
+        model(clips, mask_ratio=0.9)[0].backward()
+        waited = seconds(checkpoints.host_copy.wait)  # else optim_step would, unmeasured
+        optim_step(optimizer, scaler, parameters, clip_grad=None)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return waited
 
     def save_inline() -> None:
         checkpoints.save()
         checkpoints.wait()
 
+    # Its steps and saves
     step()
     save_inline()  # allocates the host memory
     times = []
     for _ in range(repeats):
         usual = median(seconds(step) for _ in range(3))
         start = time.perf_counter()
-        checkpoints.save()
-        waited = time.perf_counter() - start + step()
+        waited = seconds(checkpoints.save) + step()
         first = time.perf_counter() - start
         count = 1
         while checkpoints.thread is not None and checkpoints.thread.is_alive():
@@ -91,25 +80,25 @@ def measure(checkpoints: Checkpoints, step: Step, on_gpu: bool, repeats: int) ->
             count += 1
         lost = time.perf_counter() - start - count * usual
         checkpoints.wait()
-        times.append((usual, first - usual if on_gpu else waited, lost, seconds(save_inline)))
+        stall = first - usual if device.type == "cuda" else waited
+        times.append((usual, stall, lost, seconds(save_inline)))
+    checkpoints.close()
     return [median(column) for column in zip(*times, strict=True)]
 
 
 def main() -> None:
     """Print the times and their ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("--model", choices=MODELS, default="mae_vit_base_patch16")
-    add("--device", default="auto", help="cuda, cpu or auto")
-    add("--folder", default=None, help="where to write; default: the system's temporary folder")
-    add("--repeats", type=positive_int, default=5)
-    add("--check", action="store_true", help="exit 1 if the target is missed")
+    add = adder(parser)
+    add("--model", "mae_vit_base_patch16", "the autoencoder that is trained", choices=MODELS)
+    add("--device", "auto", "cuda, cpu or auto")
+    add("--folder", None, "where to write; default: the system's temporary folder")
+    add("--repeats", 5, "saves of each kind", positive_int)
+    add("--check", False, "exit 1 if the target is missed")
     args = parser.parse_args()
     device = get_device(args.device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        checkpoints, step = make_run(args.model, device, folder)
-        usual, stall, lost, inline = measure(checkpoints, step, device.type == "cuda", args.repeats)
-        checkpoints.close()
+        usual, stall, lost, inline = measure(args.model, device, folder, args.repeats)
     share = stall / inline
     print(
         f"{args.model} on {device}, {torch.get_num_threads()} threads, {usual:.2f} s a step: "
@@ -117,8 +106,7 @@ def main() -> None:
         f"(target: below {MAX_STALL:.0%}); until the file is written, steps lose {lost:.2f} s in "
         f"all ({lost / inline:.0%})"
     )
-    if args.check and share >= MAX_STALL:
-        sys.exit(1)
+    sys.exit(args.check and share >= MAX_STALL)
 
 
 if __name__ == "__main__":

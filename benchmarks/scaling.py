@@ -19,7 +19,7 @@ import main_finetune
 import main_pretrain
 from models_mae import MODELS as AUTOENCODERS
 from models_vit import MODELS as CLASSIFIERS
-from util.args import positive_float, positive_int
+from util.args import adder, positive_float, positive_int
 from util.flops import count_flops
 from util.synthetic import ROOT
 
@@ -78,20 +78,18 @@ def speed(recipe: Recipe, reference_gflops: float, machine: Namespace, gpus: int
 def get_args_parser() -> ArgumentParser:
     """Build the flags."""
     parser = ArgumentParser(description="Plan a run", formatter_class=ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--gpu_clips", type=positive_float, default=17.0, help="clips/s of one GPU, ViT-L")
-    add(
-        "--loader_clips", type=positive_float, nargs=2, default=(46.0, 28.0),
-        metavar=("PRETRAIN", "FINETUNE"), help="clips/s of one CPU core",
-    )  # fmt: skip
-    add("--cores", type=positive_int, default=10, help="CPU cores per GPU that load videos")
-    add("--node_gpus", type=positive_int, default=8, help="GPUs of a machine")
-    add("--node_link", type=positive_float, default=200.0, help="GB/s of a GPU within its machine")
-    add("--link", type=positive_float, default=12.5, help="GB/s of a GPU to other machines")
-    add("--gradient_bytes", type=positive_int, default=4, help="per parameter; DDP sends 4")
-    add("--videos", type=positive_int, default=240_000, help="videos of the training set")
-    add("--price", type=positive_float, default=None, help="price of one GPU for one hour")
-    add("--max_gpus", type=positive_int, default=1024, help="last row of a table")
+    add = adder(parser)
+    kinds = {"nargs": 2, "metavar": ("PRETRAIN", "FINETUNE")}
+    add("--gpu_clips", 17.0, "clips/s of one GPU, ViT-L", positive_float)
+    add("--loader_clips", (46.0, 28.0), "clips/s of one CPU core", positive_float, **kinds)
+    add("--cores", 10, "CPU cores per GPU that load videos", positive_int)
+    add("--node_gpus", 8, "GPUs of a machine", positive_int)
+    add("--node_link", 200.0, "GB/s of a GPU within its machine", positive_float)
+    add("--link", 12.5, "GB/s of a GPU to other machines", positive_float)
+    add("--gradient_bytes", 4, "per parameter; DDP sends 4", positive_int)
+    add("--videos", 240_000, "videos of the training set", positive_int)
+    add("--price", None, "price of one GPU for one hour", positive_float)
+    add("--max_gpus", 1024, "last row of a table", positive_int)
     return parser
 
 

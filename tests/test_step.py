@@ -298,7 +298,7 @@ def test_the_step_benchmark_prints_every_row(capsys):
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "test"])
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
 def test_plain_and_ours_take_the_same_step(task, mask_ratio):
-    row = step_benchmark.Row(task, "tiny", 2, mask_ratio, "fp32", input_size=32, num_frames=4)
+    row = step_benchmark.Row(task, "tiny", 2, mask_ratio, "fp32", clip_shape=(3, 4, 32, 32))
     steps = [
         step_benchmark.Step(row, variant, torch.device("cpu")) for variant in ("plain", "ours")
     ]
