@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import util.kinetics
-from util.args import positive_int
+from util.args import adder, positive_int
 from util.kinetics import Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader
 from util.prepare_kinetics import find_videos, transcode
@@ -46,15 +46,14 @@ from util.video.sampling import Box, random_erasing_box, short_side_size, unifor
 from util.video.transforms import MEAN, STD
 
 resize = partial(F.interpolate, mode="bilinear")  # a float clip, to a size
-Methods = dict[str, Callable[[], Any]]
 Speeds = dict[str, dict[str, float]]  # of our items, {work: {compared with: times as fast}}
-
 SIZE = 224
 RECIPES: dict[str, dict[str, Any]] = {
     "pretrain": {"repeat_aug": 4},
     "test": {"num_clips": 10, "num_crops": 3},
     "finetune": {"repeat_aug": 2, "scales": (0.08, 1.0), "reprob": 0.25},
 }
+RECIPES["finetune"]["rand_augment"] = RandAugment("rand-m7-mstd0.5-inc1")
 TARGETS = [  # work, its speed relative to (1 = as fast), at least
     ("pretrain", "bare", 0.75), ("pretrain", "textbook", 3.5),
     ("test", "bare", 1 / 2.1), ("test", "again", 15.0),
@@ -75,9 +74,8 @@ def write_synthetic_clips(folder: Path, count: int) -> None:
     folder.mkdir()
     for i in range(count):
         with av.open(str(folder / f"synthetic{i:02d}_000000_000010.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=30, options={"crf": "23"})
+            stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": "250"})
             stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
-            stream.codec_context.gop_size = 250
             for frame in moving_texture(np.random.default_rng(i)):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode(None))
@@ -97,8 +95,8 @@ def moving_texture(rng: np.random.Generator, num_frames: int = 300) -> Iterator[
         for layer, (dy, dx) in zip(layers, speed, strict=True):
             y, x = int(256 + dy * t * 0.7) % 512, int(340 + dx * t) % 680
             views.append(layer[y : y + 256, x : x + 340])
-        inside = np.roll(mask, int(60 * np.sin(t / 25)), axis=1)[..., None]
-        frame = np.where(inside, views[1], views[0])
+        outside = np.roll(~mask, int(60 * np.sin(t / 25)), axis=1)[..., None]
+        frame = np.where(outside, *views)
         yield np.clip(frame + rng.normal(0, 1.5, frame.shape), 0, 255).astype(np.uint8)
 
 
@@ -179,20 +177,16 @@ def lists_of_images(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) 
 
 def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None:
     """Call a function; add the CPU time of its parts, each without the parts inside of it."""
-    current, since = "pack", time.process_time()
-
-    def switch(label: str) -> str:
-        nonlocal current, since
-        before, now = current, time.process_time()
-        seconds[before] += now - since
-        current, since = label, now
-        return before
+    inside = [0.0]  # seconds of the parts inside of each part that runs
 
     def timed(label: str, part: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = switch(label)
+            start = time.process_time()
+            inside.append(0.0)
             result = part(*args, **kwargs)
-            switch(before)
+            spent = time.process_time() - start
+            seconds[label] += spent - inside.pop()
+            inside[-1] += spent
             return result
 
         return call
@@ -200,11 +194,12 @@ def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None
     with ExitStack() as stack:
         for owner, name, label in PARTS:
             stack.enter_context(patch.object(owner, name, timed(label, getattr(owner, name))))
-        function()
-        switch("pack")
+        timed("pack", function)()
 
 
-def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor) -> Methods:
+def methods_for(
+    work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor
+) -> dict[str, Callable[[], Any]]:
     """Return the ways to do a piece of work on a video, with the same random choices."""
     path = dataset.index.path(row)
     seeds = [(0, epoch, row, r) for r in range(dataset.repeat_aug)]
@@ -228,8 +223,7 @@ def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor)
 
 def data_set(work: str, csv_path: str) -> Kinetics:
     """Build the data set of the paper's recipe for a piece of work."""
-    augment = RandAugment("rand-m7-mstd0.5-inc1") if work == "finetune" else None
-    return Kinetics(VideoIndex(csv_path), work, SIZE, 16, 4, rand_augment=augment, **RECIPES[work])
+    return Kinetics(VideoIndex(csv_path), work, SIZE, 16, 4, **RECIPES[work])
 
 
 def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
@@ -383,17 +377,17 @@ def main(args: argparse.Namespace) -> int:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.loader", formatter_class=style)
-    add = parser.add_argument
-    add("--videos", default="", help="folder of videos; empty: synthetic clips")
-    add("--num_videos", type=positive_int, default=12, help="at most so many")
-    add("--rounds", type=positive_int, default=3, help="over all videos")
-    add("--work", nargs="+", choices=RECIPES, default=list(RECIPES))
-    add("--workers", nargs="*", type=positive_int, default=[1, 2, 4])
-    add("--clips_per_second", type=float, default=1000, help="that the cores are counted for")
-    add("--check", action="store_true", help="exit 1 below the targets")
-    add("--plot", default="", metavar="FILE", help="also draw the speeds, as PNG")
+    parser = argparse.ArgumentParser("python -m benchmarks.loader")
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = adder(parser)
+    add("--videos", "", "folder of videos; empty: synthetic clips")
+    add("--num_videos", 12, "at most so many", positive_int)
+    add("--rounds", 3, "over all videos", positive_int)
+    add("--work", list(RECIPES), "what to measure", nargs="+", choices=RECIPES)
+    add("--workers", [1, 2, 4], "numbers of loader processes", positive_int, nargs="*")
+    add("--clips_per_second", 1000, "that the cores are counted for", float)
+    add("--check", False, "exit 1 below the targets")
+    add("--plot", "", "also draw the speeds, as PNG", metavar="FILE")
     return parser
 
 
