@@ -3,11 +3,11 @@
     python -m benchmarks.checkpoint                   state of ViT-B pre-training, this device
     python -m benchmarks.checkpoint --check           exit 1 when training waits for 5 % or more
 
-The steps are real training steps. Training waits in the call that saves, and again before the
-optimiser may change what is still being copied (on a GPU: by how much the step of the save is
-longer than one without). The inline save makes the same copy and file while training stands still.
-The last number is the time that all steps lose until the file is written, because the writer takes
-its share of CPUs and memory; leave it a core (OMP_NUM_THREADS), as loader workers would.
+Training, in real steps, waits in the call that saves, and again before the optimiser may change
+what is still being copied (on a GPU: by how much that step is longer than one without a save). The
+inline save makes the same copy and file while training stands still. The last number is what all
+steps lose until the file is written, as the writer takes its share of CPUs and memory; leave it a
+core (OMP_NUM_THREADS), as loader workers would.
 """
 
 import argparse
@@ -36,12 +36,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def measure(name: str, device: torch.device, folder: str, repeats: int) -> list[float]:
-    """Alternate steps without a save, steps with one, and inline saves.
-
-    Returns:
-        medians, seconds: a step without a save; the wait of training for a save; what all steps
-        lose until the file is written, that wait included; an inline save.
-    """
+    """Return medians, seconds: a step; the wait for a save; all it costs the steps; inline save."""
     # A run, with the flags that saving reads
     model = MODELS[name](pred_t_dim=8).to(device)
     optimizer = make_optimizer(param_groups_weight_decay(model, 0.05), (0.9, 0.95), device)

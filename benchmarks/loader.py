@@ -6,13 +6,13 @@
     python -m benchmarks.loader --plot speed.png      also as a picture (needs matplotlib)
 
 Everything but the table of workers runs in one process on one thread. The methods take turns on
-every video, with the same random choices, so that what slows the machine for a while slows them
-all; ratios are medians over videos of the ratio within a pair. Times are CPU times of the process,
-which other work on the machine disturbs less. "bare" opens the file, reads its packets, decodes
-those that are needed and converts nothing: no loader can be faster.
+every video, with the same random choices; ratios are medians over videos of the ratio within a
+pair. Times are CPU times, which other work on the machine disturbs less. "bare" opens the file,
+reads its packets, decodes those that are needed and converts nothing: no loader can be faster.
 """
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -37,23 +37,21 @@ from torch.utils.data import DataLoader
 
 import util.kinetics
 from util.args import adder, positive_int
-from util.kinetics import Kinetics, Sample, VideoIndex
+from util.kinetics import Generators, Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader
 from util.prepare_kinetics import find_videos, transcode
+from util.video import rand_augment, sampling, transforms
 from util.video.decode import Video
-from util.video.rand_augment import RandAugment
-from util.video.sampling import Box, random_erasing_box, short_side_size, uniform_crop_box
-from util.video.transforms import MEAN, STD
 
 resize = partial(F.interpolate, mode="bilinear")  # a float clip, to a size
-Speeds = dict[str, dict[str, float]]  # of our items, {work: {compared with: times as fast}}
+Methods = dict[str, Callable[[], Any]]
 SIZE = 224
+AUGMENT = rand_augment.RandAugment("rand-m7-mstd0.5-inc1")
 RECIPES: dict[str, dict[str, Any]] = {
     "pretrain": {"repeat_aug": 4},
     "test": {"num_clips": 10, "num_crops": 3},
-    "finetune": {"repeat_aug": 2, "scales": (0.08, 1.0), "reprob": 0.25},
+    "finetune": {"repeat_aug": 2, "scales": (0.08, 1.0), "reprob": 0.25, "rand_augment": AUGMENT},
 }
-RECIPES["finetune"]["rand_augment"] = RandAugment("rand-m7-mstd0.5-inc1")
 TARGETS = [  # work, its speed relative to (1 = as fast), at least
     ("pretrain", "bare", 0.75), ("pretrain", "textbook", 3.5),
     ("test", "bare", 1 / 2.1), ("test", "again", 15.0),
@@ -69,11 +67,10 @@ PARTS = [  # what is timed apart, and its name in the table
 ]  # fmt: skip
 
 
-def write_synthetic_clips(folder: Path, count: int) -> None:
+def write_synthetic_clips(folder: str, count: int) -> None:
     """Write clips in Kinetics form: 340 x 256, 10 s, 30 fps, H.264, a key frame every 250."""
-    folder.mkdir()
     for i in range(count):
-        with av.open(str(folder / f"synthetic{i:02d}_000000_000010.mp4"), "w") as container:
+        with av.open(f"{folder}/synthetic{i:02d}_000000_000010.mp4", "w") as container:
             stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": "250"})
             stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
             for frame in moving_texture(np.random.default_rng(i)):
@@ -91,10 +88,8 @@ def moving_texture(rng: np.random.Generator, num_frames: int = 300) -> Iterator[
     speed = rng.uniform(-1.2, 1.2, (2, 2))
     mask = np.hypot(*np.mgrid[-128:128, -170:170]) < rng.uniform(60, 110)
     for t in range(num_frames):
-        views = []
-        for layer, (dy, dx) in zip(layers, speed, strict=True):
-            y, x = int(256 + dy * t * 0.7) % 512, int(340 + dx * t) % 680
-            views.append(layer[y : y + 256, x : x + 340])
+        corners = (np.array([256, 340]) + speed * t * [0.7, 1]).astype(int) % [512, 680]
+        views = [x[i : i + 256, j : j + 340] for x, (i, j) in zip(layers, corners, strict=True)]
         outside = np.roll(~mask, int(60 * np.sin(t / 25)), axis=1)[..., None]
         frame = np.where(outside, *views)
         yield np.clip(frame + rng.normal(0, 1.5, frame.shape), 0, 255).astype(np.uint8)
@@ -125,16 +120,16 @@ def decode_all(path: str) -> list[np.ndarray]:
 def to_float(frames: list[np.ndarray] | np.ndarray) -> Tensor:
     """Normalise frames: float32 [T, C, H, W]."""
     clip = torch.from_numpy(np.stack(list(frames))).float().div_(255)
-    return clip.sub_(MEAN).div_(STD).permute(0, 3, 1, 2)
+    return clip.sub_(transforms.MEAN).div_(transforms.STD).permute(0, 3, 1, 2)
 
 
-def crop(clip: Tensor, box: Box) -> Tensor:
+def crop(clip: Tensor, box: sampling.Box) -> Tensor:
     """Return the view of a float clip inside a box."""
     top, left, h, w = box
     return clip[..., top : top + h, left : left + w]
 
 
-def textbook(path: str, frames: np.ndarray, boxes: list[Box]) -> Tensor:
+def textbook(path: str, frames: np.ndarray, boxes: list[sampling.Box]) -> Tensor:
     """Decode everything; normalise, crop and interpolate each clip in float."""
     everything = decode_all(path)
     clips = [to_float([everything[n] for n in numbers]) for numbers in frames]
@@ -147,30 +142,27 @@ def decode_again(path: str, frames: list[np.ndarray], num_crops: int) -> None:
         for s in range(num_crops):
             everything = decode_all(path)
             clip = to_float([everything[n] for n in numbers])
-            height, width = short_side_size(clip.shape[-2], clip.shape[-1], SIZE)
-            box = uniform_crop_box(height, width, SIZE, s, num_crops)
+            height, width = sampling.short_side_size(clip.shape[-2], clip.shape[-1], SIZE)
+            box = sampling.uniform_crop_box(height, width, SIZE, s, num_crops)
             crop(resize(clip, (height, width)), box).contiguous()
 
 
-def lists_of_images(dataset: Kinetics, path: str, seeds: list[tuple[int, ...]]) -> Tensor:
+def lists_of_images(dataset: Kinetics, path: str, numbers: np.ndarray, rngs: Generators) -> Tensor:
     """Make a fine-tuning sample with lists of PIL images, from the same cheap decode as ours."""
-    assert dataset.rand_augment is not None
-    rngs = [np.random.default_rng(seed) for seed in seeds]
     with Video(path) as video:
-        numbers = dataset._random_frames(video, rngs[0])
         found = {n: Image.fromarray(frame) for n, frame in video.frames(numbers)}
     how = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
     clips = []
-    for rng in rngs:
+    for rng in copy.deepcopy(rngs):
         images = [found[n] for n in numbers.tolist()]
-        for name, arguments in dataset.rand_augment.draw(rng):
+        for name, arguments in AUGMENT.draw(rng):
             operation = NAME_TO_OP[name + "Rel" if name.startswith("Translate") else name]
             images = [operation(image, *arguments, **how) for image in images]
         clip = to_float([np.asarray(image) for image in images])
         clip = resize(crop(clip, dataset._random_box(clip.shape[-2], clip.shape[-1], rng)), SIZE)
         if rng.random() < 0.5:
             clip = clip.flip(-1)
-        crop(clip, random_erasing_box(SIZE, SIZE, rng, dataset.reprob)).normal_()
+        crop(clip, sampling.random_erasing_box(SIZE, SIZE, rng, dataset.reprob)).normal_()
         clips.append(clip)
     return torch.stack(clips)
 
@@ -197,13 +189,10 @@ def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None
         timed("pack", function)()
 
 
-def methods_for(
-    work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor
-) -> dict[str, Callable[[], Any]]:
+def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor) -> Methods:
     """Return the ways to do a piece of work on a video, with the same random choices."""
     path = dataset.index.path(row)
-    seeds = [(0, epoch, row, r) for r in range(dataset.repeat_aug)]
-    rngs = [np.random.default_rng(seed) for seed in seeds]
+    rngs = [np.random.default_rng((0, epoch, row, r)) for r in range(dataset.repeat_aug)]
     with Video(path) as video:
         if work == "test":
             numbers = np.arange(video.num_frames)
@@ -211,7 +200,7 @@ def methods_for(
             usual = {"again": partial(decode_again, path, views, dataset.num_crops)}
         elif work == "finetune":
             numbers = dataset._random_frames(video, rngs[0])
-            usual = {"PIL": partial(lists_of_images, dataset, path, seeds)}
+            usual = {"PIL": partial(lists_of_images, dataset, path, numbers, rngs)}
         else:
             numbers = np.stack([dataset._random_frames(video, rng) for rng in rngs])
             boxes = dataset._random_boxes(rngs, video.height, video.width)
@@ -263,9 +252,7 @@ def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
     return {other: speed("ours", other) for other in ("bare", usual)}
 
 
-class Ready(Kinetics):
-    """A data set whose clips cost nothing to make: what remains is their way to the trainer."""
-
+class Ready(Kinetics):  # clips cost nothing to make: their way to the trainer remains
     def __len__(self) -> int:
         return 1000
 
@@ -284,8 +271,7 @@ def cpu_per_video(loader: DataLoader, batches: Iterator, count: int) -> float:
     start = sum(map(time.clock_gettime, clocks))
     for _ in range(count):
         next(batches)
-    spent = sum(map(time.clock_gettime, clocks)) - start
-    return 1000 * spent / (count * BATCH_SIZE)
+    return 1000 * (sum(map(time.clock_gettime, clocks)) - start) / (count * BATCH_SIZE)
 
 
 def measure_transport(csv_path: str) -> float:
@@ -320,18 +306,17 @@ def measure_workers(csv_path: str, count: int, clips_per_second: float) -> None:
     )
 
 
-def plot(measured: dict[str, Speeds], path: str) -> None:
-    """Draw the speeds on each kind of videos beside their targets."""
+def plot(measured: dict[str, dict[str, dict[str, float]]], path: str) -> None:
+    """Draw speeds, {videos: {work: {compared with: times as fast}}}, beside their targets."""
     from matplotlib.figure import Figure  # an extra: only this needs it
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     targets = [row for row in TARGETS if all(row[0] in speeds for speeds in measured.values())]
-    places, width = np.arange(len(targets)), 0.8 / len(measured)
-    for number, (kind, speeds) in enumerate(measured.items()):
-        shift = (number - (len(measured) - 1) / 2) * width
+    places = np.arange(len(targets))
+    for shift, (kind, speeds) in zip((-0.2, 0.2), measured.items(), strict=True):
         values = [speeds[work][other] for work, other, _ in targets]
-        bars = axes.bar(places + shift, values, width, label=f"videos {kind}")
+        bars = axes.bar(places + shift, values, 0.4, label=f"videos {kind}")
         axes.bar_label(bars, fmt="%.2g", fontsize="small")
     least = [target for _, _, target in targets]
     axes.hlines(least, places - 0.45, places + 0.45, color="black", linewidth=1, label="target")
@@ -350,13 +335,13 @@ def main(args: argparse.Namespace) -> int:
     misses, measured = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         if not args.videos:
-            write_synthetic_clips(Path(scratch, "clips"), args.num_videos)
-        videos = find_videos(args.videos or f"{scratch}/clips")[: args.num_videos]
-        recoded = [f"{scratch}/{Path(video).stem}.mp4" for video in videos]
+            write_synthetic_clips(scratch, args.num_videos)
+        videos = find_videos(args.videos or scratch)[: args.num_videos]
+        recoded = [f"{scratch}/{Path(video).stem}.recoded.mp4" for video in videos]
         for video, target in zip(videos, recoded, strict=True):
             transcode(video, target, short_side=None, gop=30, tune=None)
+        csv_path = f"{scratch}/train.csv"
         for kind, paths in (("as given", videos), ("30-frame GOPs", recoded)):
-            csv_path = f"{scratch}/train.csv"
             Path(csv_path).write_text("".join(f"{Path(path).resolve()} 0\n" for path in paths))
             print(f"{len(paths)} videos, {kind}; one process, one thread; medians over videos")
             speeds = {work: measure(work, csv_path, args.rounds) for work in args.work}

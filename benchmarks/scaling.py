@@ -3,11 +3,11 @@
     python -m benchmarks.scaling                      the paper's system: 17 clips/s per A100
     python -m benchmarks.scaling --gpu_clips 400 --loader_clips 47 28 --cores 16 --price 2.5
 
-Take the clips/s from benchmarks/step.py (one GPU, ViT-L pre-training with 90 % masked; other models
-scale by their FLOPs) and benchmarks/loader.py (one CPU core; the default is 256-pixel H.264 on an
-AMD EPYC). In every update a GPU exchanges its gradients by a ring all-reduce, 2 (n - 1) / n times
-their bytes. The exchange overlaps with the backward pass, two thirds of the computation; what is
-left of it makes the step longer. The slowest part sets the speed of the run.
+Take the clips/s from benchmarks/step.py (a GPU, ViT-L pre-training with 90 % masked; other models
+scale by their FLOPs) and benchmarks/loader.py (one CPU core; default: 256-pixel H.264 on an AMD
+EPYC). In an update a GPU exchanges its gradients by a ring all-reduce, 2 (n - 1) / n times their
+bytes, during the backward pass, two thirds of the computation; the rest makes the step longer. The
+slowest part sets the speed of the run.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -26,9 +26,7 @@ from util.synthetic import ROOT
 RECIPES = [f"{t}_vit_{s}" for t in ("pretrain", "finetune") for s in ("base", "large", "huge")]
 
 
-class Recipe(NamedTuple):
-    """The work in a recipe of recipes/*.args."""
-
+class Recipe(NamedTuple):  # the work in a recipe of recipes/*.args
     name: str
     effective_epochs: int  # epochs times the clips taken of each video
     clips_per_step: int  # of one GPU
@@ -36,19 +34,11 @@ class Recipe(NamedTuple):
     parameters: int
 
 
-class Speed(NamedTuple):
-    """Clips/s of a whole run, if one part alone limited it."""
-
+class Speed(NamedTuple):  # clips/s of a whole run, if one part alone limited it
     gpu: float
     loader: float
     network: float  # GPUs that also wait for the network
-
-    @property
-    def limit(self) -> str:
-        """Name the part to improve first."""
-        if self.loader < self.network:
-            return "loader"
-        return "network" if self.network < 0.95 * self.gpu else "GPU"
+    limit: str  # the part to improve first
 
 
 def read_recipe(name: str) -> Recipe:
@@ -70,9 +60,10 @@ def speed(recipe: Recipe, reference_gflops: float, machine: Namespace, gpus: int
     link = machine.node_link if gpus <= machine.node_gpus else machine.link
     sent = 2 * (gpus - 1) / gpus * recipe.parameters * machine.gradient_bytes
     exposed = max(0.0, sent / (1e9 * link) - 2 / 3 * step)
-    loader_clips = machine.loader_clips[recipe.name.startswith("finetune")]
-    network_clips = recipe.clips_per_step / (step + exposed)
-    return Speed(gpus * gpu_clips, gpus * machine.cores * loader_clips, gpus * network_clips)
+    gpu, network = gpus * gpu_clips, gpus * recipe.clips_per_step / (step + exposed)
+    loader = gpus * machine.cores * machine.loader_clips[recipe.name.startswith("finetune")]
+    limit = "network" if network < 0.95 * gpu else "GPU"
+    return Speed(gpu, loader, network, limit="loader" if loader < network else limit)
 
 
 def get_args_parser() -> ArgumentParser:

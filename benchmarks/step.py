@@ -5,13 +5,11 @@
     python -m benchmarks.step --check                 exit 1 below the targets of this device
 
 The plain step is what one writes first: a Conv3d over all patches, three products for q, k and v,
-softmax attention spelled out, .item() after every step, AdamW and clipping in loops over the
-parameters. All variants must give the same loss before anything is timed. They take turns; times
-are medians, ratios are medians over turns. The targets are about forward and backward, as the
-optimiser does not depend on the batch. The matrix rate is that of the best of some large matrix
-products; a step's share of it is its model FLOPs (util/flops.py; backward counts twice) by the time
-of forward and backward. Memory is the peak of the allocator on a GPU, and on a CPU the peak of a
-process of its own, less what that held before the model.
+softmax attention spelled out, .item() after every step, loops over the parameters. All variants
+must give the same loss before anything is timed. They take turns; times and ratios are medians over
+turns. The share of the matrix rate is that of the model FLOPs (backward counts twice) by the time
+of forward and backward in the rate of the best of some large matrix products. Memory is the peak:
+of the allocator on a GPU, of a process of its own on a CPU.
 """
 
 import argparse
@@ -27,21 +25,20 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_mae import MODELS as AUTOENCODERS
-from models_mae import MaskedAutoencoderViT
-from models_vit import MODELS as CLASSIFIERS
+import models_mae
+import models_vit
+from util import optim
 from util.args import adder, positive_int
-from util.dist import get_device
+from util.dist import get_device, print0
 from util.flops import count_flops
-from util.optim import DTYPES, autocast, has_fast_bf16, make_optimizer, make_scaler, optim_step
-from util.optim import param_groups_weight_decay as param_groups
 from util.video_vit import Attention, Encoder, PatchEmbed
 
 SIZES = {"tiny": 8, "small": 16, "base": 16, "large": 16, "huge": 16}  # pixels of a patch
 PUBLISHED_GFLOPS = {"base": 180.0, "large": 598.0, "huge": 1193.0}  # multiply-adds of a clip, 1e9
+Results = dict[str, "Result"]  # by variant
+# Of forward and backward, as the optimiser does not depend on the batch:
 TARGETS = [  # task, mask ratio, device, precision, size (None: any), quantity, at least
     ("pretrain", 0.9, None, None, None, "plain / ours in memory", 1 / 0.6),
     ("pretrain", 0.9, "cpu", "fp32", None, "speed over plain", 3.0),
@@ -55,9 +52,7 @@ TARGETS = [  # task, mask ratio, device, precision, size (None: any), quantity, 
 ]
 
 
-class Row(NamedTuple):
-    """What one row of the table measures."""
-
+class Row(NamedTuple):  # of the table: what is measured
     task: str  # pretrain, finetune or test
     size: str
     batch: int  # clips
@@ -78,17 +73,13 @@ class Row(NamedTuple):
         return f"ViT-{self.size} {self.task}{mask} x {self.batch} {self.precision}"
 
 
-class PlainPatchEmbed(PatchEmbed):
-    """A convolution over all patches, of which some are picked afterwards."""
-
+class PlainPatchEmbed(PatchEmbed):  # a convolution over all, then some are picked
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         x = self.proj(x).flatten(2).transpose(1, 2)  # (N, L, D)
         return x if ids is None else x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-class PlainAttention(Attention):
-    """softmax(q k^T / sqrt(d)) v, spelled out."""
-
+class PlainAttention(Attention):  # softmax(q k^T / sqrt(d)) v, spelled out
     def forward(self, x: Tensor) -> Tensor:
         layers = self.q, self.k, self.v
         q, k, v = (f(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for f in layers)
@@ -96,12 +87,7 @@ class PlainAttention(Attention):
         return self.proj((attention.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
-PLAIN = {PatchEmbed: PlainPatchEmbed, Attention: PlainAttention}
-
-
-class UnmaskedAutoencoder(MaskedAutoencoderViT):
-    """The step that masking saves: encode every token, predict every patch."""
-
+class UnmaskedAutoencoder(models_mae.MaskedAutoencoderViT):  # encodes and predicts every patch
     def forward(self, imgs: Tensor, *_: float, **__: float) -> tuple[Tensor, Tensor, Tensor]:
         latent = self.forward_features(imgs)
         everything = torch.arange(latent.shape[1], device=imgs.device).expand(len(imgs), -1)
@@ -117,13 +103,14 @@ def make_model(row: Row, plain: bool = False) -> Encoder:
     clip = {"img_size": size, "num_frames": num_frames}
     if row.task == "pretrain":
         clip["pred_t_dim"] = num_frames // 2
-        model = AUTOENCODERS[f"mae_{name}"](**clip, norm_pix_loss=True)
+        model = models_mae.MODELS[f"mae_{name}"](**clip, norm_pix_loss=True)
         if row.mask_ratio == 0:
             model.__class__ = UnmaskedAutoencoder
     else:
-        model = CLASSIFIERS[name](**clip)
-    for module in model.modules() if plain else ():
-        module.__class__ = PLAIN.get(type(module), type(module))
+        model = models_vit.MODELS[name](**clip)
+    other = {PatchEmbed: PlainPatchEmbed, Attention: PlainAttention} if plain else {}
+    for module in model.modules():
+        module.__class__ = other.get(type(module), type(module))
     return model
 
 
@@ -156,25 +143,25 @@ class Step:
         generator = torch.Generator().manual_seed(0)
         self.clips = torch.randn(row.batch, *row.clip_shape, generator=generator).to(device)
         self.labels = torch.arange(row.batch, device=device)
-        groups = param_groups(self.model, 0.05)
+        groups = optim.param_groups_weight_decay(self.model, 0.05)
         if self.plain:
             self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
         else:
-            self.optimizer = make_optimizer(groups, (0.9, 0.95), device)
-        self.scaler = make_scaler(device, row.precision)
+            self.optimizer = optim.make_optimizer(groups, (0.9, 0.95), device)
+        self.scaler = optim.make_scaler(device, row.precision)
         self.parameters = list(self.model.parameters())
 
     def loss(self) -> Tensor:
         """Return the loss (in testing the mean square of the logits, as good to compare)."""
-        task = self.row.task
+        row, training = self.row, self.row.task != "test"
         torch.manual_seed(1)  # the same masks for every variant
-        self.model.train(task != "test")
-        with autocast(self.device, self.row.precision), torch.set_grad_enabled(task != "test"):
-            output = self.model(self.clips, **self.row.ratios)
-            if task == "pretrain":
+        self.model.train(training)
+        with optim.autocast(self.device, row.precision), torch.set_grad_enabled(training):
+            output = self.model(self.clips, **row.ratios)
+            if row.task == "pretrain":
                 return output[0]
-            if task == "finetune":
-                return F.cross_entropy(output.float(), self.labels)
+            if training:
+                return nn.functional.cross_entropy(output.float(), self.labels)
             return output.float().square().mean()
 
     def run(self) -> tuple[float, float]:
@@ -192,7 +179,7 @@ class Step:
             self.scaler.update()
             self.optimizer.zero_grad()
         elif self.row.task != "test":
-            optim_step(self.optimizer, self.scaler, self.parameters, 0.02)
+            optim.optim_step(self.optimizer, self.scaler, self.parameters, 0.02)
         return computed - start, now(self.device) - start
 
 
@@ -226,26 +213,21 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     """Return the best rate of large square matrix products, multiply-adds per second."""
     best = 0.0
     for size in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
-        a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
+        pair = torch.randn(2, size, size, device=device, dtype=optim.DTYPES[precision])
         for _ in range(5):
             start = now(device)
-            torch.mm(a, b)
+            torch.mm(*pair)
             best = max(best, size**3 / (now(device) - start))
     return best
 
 
-class Result(NamedTuple):
-    """What was measured of one variant of a row; ratios are nan where there is no plain one."""
-
+class Result(NamedTuple):  # of a variant of a row; without a plain one, ratios are nan
     compute: float  # seconds of forward and backward
     whole: float  # seconds with the optimiser
     speedup: float  # of forward and backward over the plain variant
     memory: float  # GiB
     memory_share: float  # of the plain variant's
     rate_share: float  # of the matrix rate
-
-
-Results = dict[str, Result]  # by variant
 
 
 def measure(row: Row, variants: list[str], device: torch.device, repeats: int) -> Results:
@@ -263,8 +245,8 @@ def measure(row: Row, variants: list[str], device: torch.device, repeats: int) -
                     losses[variant] = steps[variant].loss().item()
                 times[variant].append(steps[variant].run())
             except torch.OutOfMemoryError:
-                beside = " beside the others" if turn else ""
-                print(f"{row}: {variant} not measured, out of memory{beside}")
+                where = " beside the others" if turn else ""
+                print(f"{row}: {variant} not measured, out of memory{where}")
                 for kept in (steps, losses, times):
                     kept.pop(variant, None)
             if turn == 0 or variant not in times:
@@ -340,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = adder(parser)
-    tasks = ["pretrain", "finetune", "test"]
+    tasks, variants = ["pretrain", "finetune", "test"], ["plain", "ours", "compiled"]
     add("--model", ["base"], "sizes", nargs="+", choices=SIZES)
     add("--task", tasks, "what to measure", nargs="+", choices=tasks)
     add("--mask_ratio", [0.0, 0.5, 0.75, 0.9, 0.95], "in pre-training", float, nargs="+")
@@ -349,10 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch_size", 2, "clips per step", positive_int)
     add("--input_size", 224, "pixels", positive_int)
     add("--num_frames", 16, "frames of a clip", positive_int)
-    text = "default: fp32, and bf16 where the device computes in it"
-    add("--precision", None, text, nargs="+", choices=("fp32", "bf16", "fp16"))
-    text = "compiled: ours by torch.compile"
-    add("--variants", ["plain", "ours"], text, nargs="+", choices=("plain", "ours", "compiled"))
+    precision = "default: fp32, and bf16 where the device computes in it"
+    add("--precision", None, precision, nargs="+", choices=optim.DTYPES)
+    add("--variants", variants[:2], "compiled: ours by torch.compile", nargs="+", choices=variants)
     add("--device", "auto", "cuda, cpu or auto")
     add("--repeats", 5, "turns of every variant", positive_int)
     add("--plot", None, "also draw time over mask ratio into this PNG", Path)
@@ -361,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_float32_matmul_precision("high")  # as in training: TF32 on a GPU
     device = get_device(args.device)
-    precisions = args.precision or ["fp32"] + ["bf16"] * has_fast_bf16(device)
+    precisions = args.precision or ["fp32"] + ["bf16"] * optim.has_fast_bf16(device)
     if "bf16" not in precisions:
         print("bf16: not measured, this device has no arithmetic for it")
     for precision in precisions:
@@ -377,12 +358,11 @@ def main(argv: list[str] | None = None) -> None:
             results[row] = measure(row, args.variants, device, args.repeats)
             print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
             for variant, r in results[row].items():
-                print(
+                print0(
                     f"  {variant:<9} {1e3 * r.compute:9.1f} ms  {1e3 * r.whole:9.1f} ms with "
                     f"optimiser  {row.batch / r.whole:8.2f} clips/s  {r.speedup:5.2f} x plain  "
                     f"{r.memory:6.2f} GiB ({r.memory_share:.2f})  {r.rate_share:4.0%} of the "
-                    "matrix rate",
-                    flush=True,
+                    "matrix rate"
                 )
     for row, unmasked in results.items():
         masked = results.get(row._replace(mask_ratio=0.9), {}).get("ours")
