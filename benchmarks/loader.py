@@ -3,7 +3,6 @@
     python -m benchmarks.loader                       synthetic clips in Kinetics form
     python -m benchmarks.loader --videos FOLDER       real ones
     python -m benchmarks.loader --check               exit 1 below the targets
-    python -m benchmarks.loader --plot speed.png      also as a picture (needs matplotlib)
 
 Everything but the table of workers runs in one process on one thread. The methods take turns on
 every video, with the same random choices; ratios are medians over videos of the ratio within a
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,10 +181,10 @@ def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None
 
         return call
 
-    with ExitStack() as stack:
-        for owner, name, label in PARTS:
-            stack.enter_context(patch.object(owner, name, timed(label, getattr(owner, name))))
-        timed("pack", function)()
+    run = timed("pack", function)
+    for owner, name, label in PARTS:
+        run = patch.object(owner, name, timed(label, getattr(owner, name)))(run)
+    run()
 
 
 def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor) -> Methods:
@@ -261,12 +259,12 @@ class Ready(Kinetics):  # clips cost nothing to make: their way to the trainer r
         return Sample(clips, flip, torch.zeros((self.views, 4), dtype=torch.int64), 0, row, {})
 
 
-def cpu_per_video(loader: DataLoader, batches: Iterator, count: int) -> float:
+def cpu_per_video(loader: Any, count: int) -> float:
     """Return the CPU ms per video that this process and one worker spend on `count` batches."""
+    batches = iter(loader)
     for _ in range(8):  # every slot has been touched
         next(batches)
-    worker: Any = loader._iterator
-    pid = worker._workers[0].pid
+    pid = getattr(loader, "loader", loader)._iterator._workers[0].pid
     clocks = time.CLOCK_PROCESS_CPUTIME_ID, (~pid << 3) | 2  # Linux: another process's CPU clock
     start = sum(map(time.clock_gettime, clocks))
     for _ in range(count):
@@ -277,14 +275,12 @@ def cpu_per_video(loader: DataLoader, batches: Iterator, count: int) -> float:
 def measure_transport(csv_path: str) -> float:
     """Print and return the CPU ms that a pre-training sample takes from worker to trainer."""
     ready = Ready(VideoIndex(csv_path), "pretrain", SIZE, 16, 4, repeat_aug=4)
-    ours = VideoLoader(ready, BATCH_SIZE, 1, 1.0, torch.device("cpu"))
-    result = cpu_per_video(ours.loader, iter(ours), 50)
+    result = cpu_per_video(VideoLoader(ready, BATCH_SIZE, 1, 1.0, torch.device("cpu")), 50)
     line = f"  worker to trainer, CPU ms per video: ours {result:.2f}"
-    for dtype in (torch.uint8, torch.float32):
+    for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
         samples: Any = [(torch.zeros(ready.clips_shape, dtype=dtype), 0)] * 1000
         usual = DataLoader(samples, BATCH_SIZE, num_workers=1, persistent_workers=True)
-        spent = cpu_per_video(usual, iter(usual), 20)
-        line += f"  default collate {str(dtype).removeprefix('torch.')} {spent:.1f}"
+        line += f"  default collate {name} {cpu_per_video(usual, 20):.1f}"
     print(line)
     return result
 
@@ -344,8 +340,7 @@ def main(args: argparse.Namespace) -> int:
         for kind, paths in (("as given", videos), ("30-frame GOPs", recoded)):
             Path(csv_path).write_text("".join(f"{Path(path).resolve()} 0\n" for path in paths))
             print(f"{len(paths)} videos, {kind}; one process, one thread; medians over videos")
-            speeds = {work: measure(work, csv_path, args.rounds) for work in args.work}
-            measured[kind] = speeds
+            measured[kind] = speeds = {w: measure(w, csv_path, args.rounds) for w in args.work}
             for work, other, least in TARGETS:
                 if work in speeds and (speed := speeds[work][other]) < least:
                     misses.append(f"{kind}: {work} at {speed:.2f} of {other}, below {least:.2f}")

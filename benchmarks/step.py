@@ -140,8 +140,7 @@ class Step:
         self.model = make_model(row, self.plain).to(device)
         if variant == "compiled":  # as main_pretrain.py and main_finetune.py do
             self.model.compile_blocks(dynamic=False if row.task == "pretrain" else None)
-        generator = torch.Generator().manual_seed(0)
-        self.clips = torch.randn(row.batch, *row.clip_shape, generator=generator).to(device)
+        self.clips = torch.randn(row.batch, *row.clip_shape).to(device)  # make_model sets the seed
         self.labels = torch.arange(row.batch, device=device)
         groups = optim.param_groups_weight_decay(self.model, 0.05)
         if self.plain:
@@ -305,11 +304,10 @@ def write_plot(path: Path, all_results: dict[Row, Results]) -> None:
 
     lines: dict[str, list[tuple[float, float]]] = {}
     for row, results in all_results.items():
-        if row.task == "pretrain" and not row.decoder_mask_ratio:
-            for variant, result in results.items():
-                point = row.mask_ratio, 1e3 * result.compute / row.batch
-                label = f"ViT-{row.size} {variant} {row.precision}"
-                lines.setdefault(label, []).append(point)
+        for variant, result in results.items():
+            if row.task == "pretrain" and not row.decoder_mask_ratio:
+                points = lines.setdefault(f"ViT-{row.size} {variant} {row.precision}", [])
+                points.append((row.mask_ratio, 1e3 * result.compute / row.batch))
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
@@ -331,8 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch_size", 2, "clips per step", positive_int)
     add("--input_size", 224, "pixels", positive_int)
     add("--num_frames", 16, "frames of a clip", positive_int)
-    precision = "default: fp32, and bf16 where the device computes in it"
-    add("--precision", None, precision, nargs="+", choices=optim.DTYPES)
+    add("--precision", None, "default: fp32, and bf16 where fast", nargs="+", choices=optim.DTYPES)
     add("--variants", variants[:2], "compiled: ours by torch.compile", nargs="+", choices=variants)
     add("--device", "auto", "cuda, cpu or auto")
     add("--repeats", 5, "turns of every variant", positive_int)
@@ -350,10 +347,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"best matrix product in {precision}: {rate:.3f} T multiply-adds per second")
     results: dict[Row, Results] = {}
     ratios = {"pretrain": args.mask_ratio, "finetune": args.finetune_mask_ratio, "test": [0.0]}
+    clip = 3, args.num_frames, args.input_size, args.input_size
     for size, precision, task in itertools.product(args.model, precisions, args.task):
         for mask_ratio in ratios[task]:
             decoder = args.decoder_mask_ratio if task == "pretrain" and mask_ratio else 0.0
-            clip = 3, args.num_frames, args.input_size, args.input_size
             row = Row(task, size, args.batch_size, mask_ratio, precision, decoder, clip)
             results[row] = measure(row, args.variants, device, args.repeats)
             print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
