@@ -3,11 +3,10 @@
     python -m benchmarks.checkpoint                   state of ViT-B pre-training, this device
     python -m benchmarks.checkpoint --check           exit 1 when training waits for 5 % or more
 
-Training, in real steps, waits in the call that saves, and again before the optimiser may change
-what is still being copied (on a GPU: by how much that step is longer than one without a save). The
-inline save makes the same copy and file while training stands still. The last number is what all
-steps lose until the file is written, as the writer takes its share of CPUs and memory; leave it a
-core (OMP_NUM_THREADS), as loader workers would.
+Training waits in the call that saves, and again before the optimiser may change what is still being
+copied (on a GPU: by how much that step is longer than one without a save). The inline save makes
+the same copy and file while training stands still. The last number is what all steps lose until the
+file is written, as the writer takes CPUs and memory: leave it a core by OMP_NUM_THREADS.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python -m benchmarks.loader --videos FOLDER       real ones
     python -m benchmarks.loader --check               exit 1 below the targets
 
-Everything but the table of workers runs in one process on one thread. The methods take turns on
-every video, with the same random choices; ratios are medians over videos of the ratio within a
-pair. Times are CPU times, which other work on the machine disturbs less. "bare" opens the file,
-reads its packets, decodes those that are needed and converts nothing: no loader can be faster.
+All but the table of workers runs in one process on one thread. The methods take turns on every
+video, with the same random choices. Times are CPU times, which other work on the machine disturbs
+less; ratios are medians over videos. "bare" opens the file, reads its packets, decodes those that
+are needed and converts nothing: no loader can be faster.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -169,22 +170,19 @@ def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None
     """Call a function; add the CPU time of its parts, each without the parts inside of it."""
     inside = [0.0]  # seconds of the parts inside of each part that runs
 
-    def timed(label: str, part: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            inside.append(0.0)
-            result = part(*args, **kwargs)
-            spent = time.process_time() - start
-            seconds[label] += spent - inside.pop()
-            inside[-1] += spent
-            return result
+    @contextmanager
+    def part(label: str) -> Iterator[None]:
+        start = time.process_time()
+        inside.append(0.0)
+        yield
+        spent = time.process_time() - start
+        seconds[label] += spent - inside.pop()
+        inside[-1] += spent
 
-        return call
-
-    run = timed("pack", function)
+    function = part("pack")(function)
     for owner, name, label in PARTS:
-        run = patch.object(owner, name, timed(label, getattr(owner, name)))(run)
-    run()
+        function = patch.object(owner, name, part(label)(getattr(owner, name)))(function)
+    function()
 
 
 def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor) -> Methods:
@@ -357,8 +355,7 @@ def main(args: argparse.Namespace) -> int:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the flags."""
-    parser = argparse.ArgumentParser("python -m benchmarks.loader")
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = adder(parser)
     add("--videos", "", "folder of videos; empty: synthetic clips")
     add("--num_videos", 12, "at most so many", positive_int)

@@ -3,11 +3,10 @@
     python -m benchmarks.scaling                      the paper's system: 17 clips/s per A100
     python -m benchmarks.scaling --gpu_clips 400 --loader_clips 47 28 --cores 16 --price 2.5
 
-Take the clips/s from benchmarks/step.py (a GPU, ViT-L pre-training with 90 % masked; other models
-scale by their FLOPs) and benchmarks/loader.py (one CPU core; default: 256-pixel H.264 on an AMD
-EPYC). In an update a GPU exchanges its gradients by a ring all-reduce, 2 (n - 1) / n times their
-bytes, during the backward pass, two thirds of the computation; the rest makes the step longer. The
-slowest part sets the speed of the run.
+Take the clips/s from benchmarks/step.py (ViT-L pre-training, 90 % masked; other models scale by
+their FLOPs) and benchmarks/loader.py (one core; default: 256-pixel H.264 on an AMD EPYC). Ring
+all-reduces of the gradients, 2 (n - 1) / n times their bytes, overlap with the backward pass, two
+thirds of the computation; the rest makes steps longer. The slowest part sets the speed of the run.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace

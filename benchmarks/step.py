@@ -6,10 +6,9 @@
 
 The plain step is what one writes first: a Conv3d over all patches, three products for q, k and v,
 softmax attention spelled out, .item() after every step, loops over the parameters. All variants
-must give the same loss before anything is timed. They take turns; times and ratios are medians over
-turns. The share of the matrix rate is that of the model FLOPs (backward counts twice) by the time
-of forward and backward in the rate of the best of some large matrix products. Memory is the peak:
-of the allocator on a GPU, of a process of its own on a CPU.
+must give the same loss, then take turns; times and ratios are medians. The share of the matrix rate
+compares the model FLOPs (backward counts twice) with the best of some large matrix products. Memory
+is the peak: of the allocator on a GPU, of a process of its own on a CPU.
 """
 
 import argparse
@@ -184,6 +183,7 @@ class Step:
 
 def peak_memory(row: Row, variant: str, device: torch.device, alone: bool = False) -> float:
     """Take two steps, as the optimiser's state comes with the first; return the peak, GiB."""
+    free_memory()
     on_gpu = device.type == "cuda"
     if not (on_gpu or alone):  # nothing else counts in a process of its own
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -195,7 +195,6 @@ def peak_memory(row: Row, variant: str, device: torch.device, alone: bool = Fals
         status = Path("/proc/self/status").read_text()  # Linux
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
-    free_memory()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -255,8 +254,6 @@ def measure(row: Row, variants: list[str], device: torch.device, repeats: int) -
             if abs(loss - first) > tolerance * abs(first):
                 sys.exit(f"{row}: {variant} has loss {loss}, another {first}: nothing timed")
     steps.clear()
-    free_memory()
-
     memory = {variant: peak_memory(row, variant, device) for variant in times}
     work = 1e9 * gflops(row) * row.batch * (1 if row.task == "test" else 3)
     results = {}
