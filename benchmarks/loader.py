@@ -218,20 +218,19 @@ def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
     times: defaultdict[str, list[float]] = defaultdict(list)  # ms, by epoch and video
     parts: defaultdict[str, float] = defaultdict(float)
     dataset.read(0, 0, out)  # warm up
-    for epoch in range(rounds):
-        for row in range(len(dataset)):
-            methods = methods_for(work, dataset, row, epoch, out)
-            turns: defaultdict[str, list[float]] = defaultdict(list)
-            for turn in range(TURNS):
-                for name, method in methods.items():
-                    if (turn and name in ("textbook", "again")) or (epoch and name == "again"):
-                        continue  # they are slow, and their ratios far from the targets
-                    start = time.process_time()
-                    method()
-                    turns[name].append(1000 * (time.process_time() - start))
-            for name, values in turns.items():
-                times[name].append(median(values))
-            add_parts(parts, methods["ours"])
+    for epoch, row in np.ndindex(rounds, len(dataset)):
+        methods = methods_for(work, dataset, row, epoch, out)
+        turns: defaultdict[str, list[float]] = defaultdict(list)
+        for turn in range(TURNS):
+            for name, method in methods.items():
+                if (turn and name in ("textbook", "again")) or (epoch and name == "again"):
+                    continue  # they are slow, and their ratios far from the targets
+                start = time.process_time()
+                method()
+                turns[name].append(1000 * (time.process_time() - start))
+        for name, values in turns.items():
+            times[name].append(median(values))
+        add_parts(parts, methods["ours"])
 
     def speed(name: str, other: str) -> float:
         return median(b / a for a, b in zip(times[name], times[other], strict=False))

@@ -12,7 +12,6 @@ is the peak: of the allocator on a GPU, of a process of its own on a CPU.
 """
 
 import argparse
-import functools
 import gc
 import itertools
 import multiprocessing
@@ -131,9 +130,7 @@ def free_memory() -> None:
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-class Step:
-    """A step of a row, plain or ours, on data that stays on the device."""
-
+class Step:  # of a row, plain or ours, on data that stays on the device
     def __init__(self, row: Row, variant: str, device: torch.device):
         self.row, self.plain, self.device = row, variant == "plain", device
         self.model = make_model(row, self.plain).to(device)
@@ -206,7 +203,6 @@ def peak_memory(row: Row, variant: str, device: torch.device, alone: bool = Fals
     return (peak() - before) / 2**30
 
 
-@functools.cache
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Return the best rate of large square matrix products, multiply-adds per second."""
     best = 0.0
@@ -228,12 +224,12 @@ class Result(NamedTuple):  # of a variant of a row; without a plain one, ratios 
     rate_share: float  # of the matrix rate
 
 
-def measure(row: Row, variants: list[str], device: torch.device, repeats: int) -> Results:
+def measure(row: Row, names: list[str], device: torch.device, repeats: int, rate: float) -> Results:
     """Compare the variants of a row; say which ones do not fit, and exit if their losses differ."""
     torch._dynamo.reset()  # a compiled variant shall not be what earlier rows made of it
     steps: dict[str, Step] = {}
     losses: dict[str, float] = {}
-    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in names}
     tolerance = 1e-4 if row.precision == "fp32" and device.type == "cpu" else 2e-2
     for turn in range(repeats + 1):
         for variant in list(times):
@@ -262,8 +258,7 @@ def measure(row: Row, variants: list[str], device: torch.device, repeats: int) -
         _, *plain = times.get("plain", [(torch.nan, torch.nan)] * (repeats + 1))
         speedup = median(a / b for (a, _), (b, _) in zip(plain, turns, strict=True))
         peak, share = memory[variant], memory[variant] / memory.get("plain", torch.nan)
-        rate_share = work / compute / matrix_rate(device, row.precision)
-        results[variant] = Result(compute, whole, speedup, peak, share, rate_share)
+        results[variant] = Result(compute, whole, speedup, peak, share, work / compute / rate)
     return results
 
 
@@ -339,9 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     precisions = args.precision or ["fp32"] + ["bf16"] * optim.has_fast_bf16(device)
     if "bf16" not in precisions:
         print("bf16: not measured, this device has no arithmetic for it")
-    for precision in precisions:
-        rate = matrix_rate(device, precision) / 1e12
-        print(f"best matrix product in {precision}: {rate:.3f} T multiply-adds per second")
+    rates = {precision: matrix_rate(device, precision) for precision in precisions}
+    for precision, rate in rates.items():
+        print(f"best matrix product in {precision}: {rate / 1e12:.3f} T multiply-adds per second")
     results: dict[Row, Results] = {}
     ratios = {"pretrain": args.mask_ratio, "finetune": args.finetune_mask_ratio, "test": [0.0]}
     clip = 3, args.num_frames, args.input_size, args.input_size
@@ -349,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         for mask_ratio in ratios[task]:
             decoder = args.decoder_mask_ratio if task == "pretrain" and mask_ratio else 0.0
             row = Row(task, size, args.batch_size, mask_ratio, precision, decoder, clip)
-            results[row] = measure(row, args.variants, device, args.repeats)
+            results[row] = measure(row, args.variants, device, args.repeats, rates[precision])
             print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
             for variant, r in results[row].items():
                 print0(
