@@ -45,12 +45,11 @@ def measure(name: str, device: torch.device, folder: str, repeats: int) -> list[
     checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint=0)
     checkpoints.progress.epoch = 1
     clips = torch.randn(1, 3, 16, 224, 224, device=device)
-    parameters = list(model.parameters())
 
     def step() -> float:
         model(clips, mask_ratio=0.9)[0].backward()
         waited = seconds(checkpoints.host_copy.wait)  # else optim_step would, unmeasured
-        optim_step(optimizer, scaler, parameters, clip_grad=None)
+        optim_step(optimizer, scaler, list(model.parameters()), clip_grad=None)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return waited

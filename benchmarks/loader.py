@@ -4,10 +4,9 @@
     python -m benchmarks.loader --videos FOLDER       real ones
     python -m benchmarks.loader --check               exit 1 below the targets
 
-All but the table of workers runs in one process on one thread. The methods take turns on every
-video, with the same random choices. Times are CPU times, which other work on the machine disturbs
-less; ratios are medians over videos. "bare" opens the file, reads its packets, decodes those that
-are needed and converts nothing: no loader can be faster.
+All but the table of workers is measured in one process on one thread, in CPU time. Methods take
+turns on every video, with the same random choices; ratios are medians over videos. "bare" opens the
+file, reads its packets, decodes the needed ones and converts nothing: no loader can be faster.
 """
 
 import argparse
@@ -137,13 +136,12 @@ def textbook(path: str, frames: np.ndarray, boxes: list[sampling.Box]) -> Tensor
 
 def decode_again(path: str, frames: list[np.ndarray], num_crops: int) -> None:
     """Make the views of a test one by one, each from a decode of its own."""
-    for numbers in frames:
-        for s in range(num_crops):
-            everything = decode_all(path)
-            clip = to_float([everything[n] for n in numbers])
-            height, width = sampling.short_side_size(clip.shape[-2], clip.shape[-1], SIZE)
-            box = sampling.uniform_crop_box(height, width, SIZE, s, num_crops)
-            crop(resize(clip, (height, width)), box).contiguous()
+    for k, s in np.ndindex(len(frames), num_crops):
+        everything = decode_all(path)
+        clip = to_float([everything[n] for n in frames[k]])
+        height, width = sampling.short_side_size(clip.shape[-2], clip.shape[-1], SIZE)
+        box = sampling.uniform_crop_box(height, width, SIZE, s, num_crops)
+        crop(resize(clip, (height, width)), box).contiguous()
 
 
 def lists_of_images(dataset: Kinetics, path: str, numbers: np.ndarray, rngs: Generators) -> Tensor:
@@ -159,8 +157,7 @@ def lists_of_images(dataset: Kinetics, path: str, numbers: np.ndarray, rngs: Gen
             images = [operation(image, *arguments, **how) for image in images]
         clip = to_float([np.asarray(image) for image in images])
         clip = resize(crop(clip, dataset._random_box(clip.shape[-2], clip.shape[-1], rng)), SIZE)
-        if rng.random() < 0.5:
-            clip = clip.flip(-1)
+        clip = clip.flip(-1) if rng.random() < 0.5 else clip
         crop(clip, sampling.random_erasing_box(SIZE, SIZE, rng, dataset.reprob)).normal_()
         clips.append(clip)
     return torch.stack(clips)

@@ -266,10 +266,9 @@ def check(all_results: dict[Row, Results], device: torch.device) -> list[str]:
     """Return the targets that were missed, in words; only measured rows are judged."""
     missed: list[str] = []
     for row, results in all_results.items():
-        if "ours" not in results:
+        if (ours := results.get("ours")) is None:
             missed.append(f"{row}: not measured")
             continue
-        ours = results["ours"]
         values = {"share of the matrix rate": max(r.rate_share for r in results.values())}
         if not row.decoder_mask_ratio:
             values["plain / ours in memory"] = 1 / ours.memory_share
@@ -288,24 +287,6 @@ def check(all_results: dict[Row, Results], device: torch.device) -> list[str]:
             if applies and what in values and not values[what] >= least:
                 missed.append(f"{row}: {what} {values[what]:.2f}, wanted at least {least:.2f}")
     return missed
-
-
-def write_plot(path: Path, all_results: dict[Row, Results]) -> None:
-    """Draw the time of forward and backward over the mask ratio, one line per variant."""
-    import matplotlib.pyplot as plt
-
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row, results in all_results.items():
-        for variant, result in results.items():
-            if row.task == "pretrain" and not row.decoder_mask_ratio:
-                points = lines.setdefault(f"ViT-{row.size} {variant} {row.precision}", [])
-                points.append((row.mask_ratio, 1e3 * result.compute / row.batch))
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(xlabel="mask ratio", ylabel="forward and backward, ms per clip", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -358,8 +339,22 @@ def main(argv: list[str] | None = None) -> None:
         if row.task == "pretrain" and not row.mask_ratio and masked and "ours" in unmasked:
             ratio = unmasked["ours"].compute / masked.compute
             print(f"{row}: takes {ratio:.2f} x as long as with 90 % masked (paper, ViT-L: 5.8)")
-    if args.plot:
-        write_plot(args.plot, results)
+
+    if args.plot:  # the time of forward and backward over the mask ratio, a line per variant
+        import matplotlib.pyplot as plt  # an extra: only this needs it
+
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in results:
+            for variant, result in results[row].items():
+                if row.task == "pretrain" and not row.decoder_mask_ratio:
+                    points = lines.setdefault(f"ViT-{row.size} {variant} {row.precision}", [])
+                    points.append((row.mask_ratio, 1e3 * result.compute / row.batch))
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axes.set(xlabel="mask ratio", ylabel="forward and backward, ms per clip", ylim=(0, None))
+        axes.legend()
+        figure.savefig(args.plot, dpi=120)
     if args.check and (missed := check(results, device)):
         sys.exit("targets missed:\n" + "\n".join(missed))
 
