@@ -35,7 +35,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def measure(name: str, device: torch.device, folder: str, repeats: int) -> list[float]:
-    """Return medians, seconds: a step; the wait for a save; all it costs the steps; inline save."""
+    """Return medians in seconds: a step, the wait for a save, what steps lose, an inline save."""
     # A run, with the flags that saving reads
     model = MODELS[name](pred_t_dim=8).to(device)
     optimizer = make_optimizer(param_groups_weight_decay(model, 0.05), (0.9, 0.95), device)
@@ -58,7 +58,7 @@ def measure(name: str, device: torch.device, folder: str, repeats: int) -> list[
         checkpoints.save()
         checkpoints.wait()
 
-    # Its steps and saves
+    # Steps with and without a save
     step()
     save_inline()  # allocates the host memory
     times = []
