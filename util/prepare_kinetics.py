@@ -42,15 +42,18 @@ from util.video.decode import LENIENT, MAX_PIXELS, Video, VideoError, orientatio
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}
 LISTS = ("train", "val", "test")
-SPLITS = {  # what annotations and folders call a split -> its list
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "validate", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+# what annotations and folders call a split -> its list
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
-# SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, which have no names before PyAV 18. Without them, flat
-# colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
-SCALING = Interpolation.BICUBIC | 0x40000 | 0x2000
+# All copies are BT.601 in limited range, which is what readers assume that ignore the tags. Without
+# SWS_ACCURATE_RND (0x40000) and SWS_FULL_CHR_H_INT (0x2000), which have no names before PyAV 18,
+# flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
+COLOURS: dict[str, Any] = {
+    "dst_colorspace": Colorspace.ITU601,
+    "dst_color_range": ColorRange.MPEG,
+    "interpolation": Interpolation.BICUBIC | 0x40000 | 0x2000,
+}
 
 
 class Clip(NamedTuple):
@@ -75,8 +78,8 @@ class DataSet(NamedTuple):
 def read_kinetics(args: argparse.Namespace) -> DataSet:
     """Read the official csvs of Kinetics: label, youtube_id, time_start, time_end, split.
 
-    Rows without a label (in some test sets) are skipped. If there is no column `split`, the name of
-    the file gives the split.
+    Rows without a label (in some test sets) are skipped. Without a column `split`, the name of the
+    file gives the split.
     """
     clips = []
     for path in args.annotations:
@@ -93,11 +96,9 @@ def read_kinetics(args: argparse.Namespace) -> DataSet:
                 start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
                 name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
                 clips.append(Clip(name, row["label"], _split(row.get("split", ""), path)))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from error
-        except (ValueError, OverflowError) as error:
-            place = f"{path}, line {reader.line_num}"
-            raise UserError(f"{place}: its times are not numbers") from error
+        except (csv.Error, ValueError, OverflowError) as error:
+            reason = error if isinstance(error, csv.Error) else "its times are not numbers"
+            raise UserError(f"{path}, line {reader.line_num}: {reason}") from error
     return _find(clips, sorted({clip.label for clip in clips}), args)
 
 
@@ -111,12 +112,11 @@ def read_ssv2(args: argparse.Namespace) -> DataSet:
     clips = []
     for path in args.annotations:
         for entry in _read_json(path, list):
-            template = str(entry.get("template", "")).replace("[", "").replace("]", "")
-            if not template:
-                continue
-            if template not in numbers:
+            template = re.sub(r"[\[\]]", "", str(entry.get("template", "")))
+            if template and template not in numbers:
                 raise UserError(f"{path}: template {template!r} is not in {args.labels}")
-            clips.append(Clip(str(entry["id"]), template, _split("", path)))
+            if template:
+                clips.append(Clip(str(entry["id"]), template, _split("", path)))
     return _find(clips, sorted(numbers, key=lambda name: int(numbers[name])), args)
 
 
@@ -143,10 +143,9 @@ def _read_text(path: str) -> str:
 
 def _split(name: str, path: str) -> str:
     """Return the split that an annotation names, or else the one that the file's name holds."""
-    words = [name] if name else re.split(r"[^a-z]+", Path(path).stem.lower())
-    for word in words:
-        if word.lower() in SPLITS:
-            return SPLITS[word.lower()]
+    for word in [name.lower()] if name else re.split(r"[^a-z]+", Path(path).stem.lower()):
+        if word in SPLITS:
+            return SPLITS[word]
     raise UserError(f"{path}: is this train, val or test? Neither a column nor its name says so")
 
 
@@ -154,8 +153,8 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
     """Find the videos of annotated clips at any depth, by their names without suffix."""
     if not clips:
         raise UserError(f"no row of {', '.join(args.annotations)} has a label")
-    videos = find_videos(args.videos)
-    by_name = {Path(path).stem: path for path in reversed(videos)}  # the first of equal names
+    # the first of equal names
+    by_name = {Path(path).stem: path for path in reversed(find_videos(args.videos))}
     found = [clip._replace(path=by_name[clip.path]) for clip in clips if clip.path in by_name]
     missing = [f"{clip.split} {clip.path}" for clip in clips if clip.path not in by_name]
     return DataSet(found, classes, missing)
@@ -191,22 +190,16 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     """
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
-    for path in videos:
-        if len(parts[path]) < 2:
-            raise UserError(f"{path} is in no class folder")
-
-    # The split of every video
-    missing: list[str] = []
-    if args.train_list or args.test_list or args.hmdb_splits:
-        listed = _read_listed(args)
-        names = {path: "/".join(parts[path][-2:]) for path in videos}
-        split_of = {path: listed[name] for path, name in names.items() if name in listed}
-        absent = listed.keys() - names.values()
-        missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
-    else:
+    if lost := [path for path in videos if len(parts[path]) < 2]:
+        raise UserError(f"{lost[0]} is in no class folder")
+    listed = _read_listed(args)
+    names = {path: "/".join(parts[path][-2:]) for path in videos if listed}
+    split_of = {path: listed[name] for path, name in names.items() if name in listed}
+    if not listed:
         split_of = _split_by_folder(parts) or _draw_split(videos, args.val_share)
-
     clips = [Clip(path, parts[path][-2], split) for path, split in sorted(split_of.items())]
+    absent = listed.keys() - names.values()
+    missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
     return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
 
 
