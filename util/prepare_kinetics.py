@@ -21,7 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
@@ -192,14 +192,16 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
     if lost := [path for path in videos if len(parts[path]) < 2]:
         raise UserError(f"{lost[0]} is in no class folder")
-    listed = _read_listed(args)
-    names = {path: "/".join(parts[path][-2:]) for path in videos if listed}
-    split_of = {path: listed[name] for path, name in names.items() if name in listed}
-    if not listed:
+    missing: list[str] = []
+    if args.train_list or args.test_list or args.hmdb_splits:
+        listed = _read_listed(args)
+        names = {path: "/".join(parts[path][-2:]) for path in videos}
+        split_of = {path: listed[name] for path, name in names.items() if name in listed}
+        absent = listed.keys() - names.values()
+        missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
+    else:
         split_of = _split_by_folder(parts) or _draw_split(videos, args.val_share)
     clips = [Clip(path, parts[path][-2], split) for path, split in sorted(split_of.items())]
-    absent = listed.keys() - names.values()
-    missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
     return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
 
 
@@ -208,18 +210,15 @@ def _read_listed(args: argparse.Namespace) -> dict[str, str]:
     if args.train_list or args.test_list:
         train = dict.fromkeys((name for name, _ in _read_lines(args.train_list)), "train")
         return train | dict.fromkeys((name for name, _ in _read_lines(args.test_list)), "val")
-
-    # HMDB51 has a list for every class; its numbers mean 1 training, 2 test, 0 unused
+    # HMDB51 has a list for every class; the number 0 means unused
+    splits, listed = {"1": "train", "2": "val"}, {}
     ending = f"_test_split{args.hmdb_split}.txt"
-    files = sorted(Path(args.hmdb_splits).glob(f"*{ending}"))
-    if not files:
-        raise UserError(f"{args.hmdb_splits} holds no *{ending}")
-    listed = {}
-    for path in files:
+    for path in sorted(Path(args.hmdb_splits).glob(f"*{ending}")):
         for name, number in _read_lines(str(path)):
-            if number in ("1", "2"):
-                split = "train" if number == "1" else "val"
-                listed[f"{path.name.removesuffix(ending)}/{name}"] = split
+            if number in splits:
+                listed[f"{path.name.removesuffix(ending)}/{name}"] = splits[number]
+    if not listed:
+        raise UserError(f"{args.hmdb_splits} holds no *{ending} with videos")
     return listed
 
 
@@ -250,9 +249,6 @@ def _draw_split(videos: Sequence[str], val_share: float) -> dict[str, str]:
         count = round(val_share * len(paths))
         split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
     return split
-
-
-# --- what is written ---------------------------------------------------------------------------
 
 
 def write_lists(data: DataSet, out: str) -> None:
@@ -304,15 +300,13 @@ def transcode(
     """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
 
     All frames keep their times; frames with a larger short side are scaled down to it. The copy
-    takes its name after it has been written and opened again.
+    takes its name after it has been written and opened again. If the source cannot be decoded to
+    its end, this raises VideoError, and `target` stays as it was.
 
     Args:
         gop: at most so many frames from one key frame to the next.
         crf: x264's quality; smaller is better, 18 is visually lossless.
         tune: x264's tuning; "fastdecode" avoids what is slow to decode, None changes nothing.
-
-    Raises:
-        VideoError: the source cannot be decoded to its end; `target` is as it was.
     """
     temporary = f"{target}.{os.getpid()}.tmp.mp4"
     options = {"crf": f"{crf:g}"} | ({"tune": tune} if tune else {})
@@ -330,8 +324,7 @@ def transcode(
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{source}: {error}") from error
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
     return count
 
 
@@ -340,28 +333,20 @@ def _encode(
 ) -> int:
     """Encode frames and return how many there were."""
     reformatter = VideoReformatter()
-    count, start, last = 0, 0, -1
+    count, start, time = 0, 0, -1
     for frame in frames:
         if frame.is_corrupt:
             raise ValueError(f"frame {count} is damaged")
         if not count:
             _set_up(encoder, frame, short_side)
             start = frame.pts or 0
-        image = reformatter.reformat(
-            frame,
-            encoder.width,
-            encoder.height,
-            "yuv420p",
-            dst_colorspace=Colorspace.ITU601,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=SCALING,
-            threads=1,
-        )
-        time = last + 1 if frame.pts is None else max(frame.pts - start, last + 1)
+        size = encoder.width, encoder.height
+        image = reformatter.reformat(frame, *size, "yuv420p", threads=1, **COLOURS)
+        time = time + 1 if frame.pts is None else max(frame.pts - start, time + 1)
         image.pts, image.time_base = time, encoder.codec_context.time_base
         image.pict_type = 0  # the encoder chooses the types of pictures, not the source
         new.mux(encoder.encode(image))
-        count, last = count + 1, time
+        count += 1
     if not count:
         raise ValueError("no frames")
     new.mux(encoder.encode(None))
@@ -369,17 +354,11 @@ def _encode(
 
 
 def _set_up(encoder: VideoStream, frame: VideoFrame, short_side: int | None) -> None:
-    """Choose size, clock, colours and orientation of the copy after the first frame.
-
-    All copies are BT.601 in limited range, which is what readers assume that ignore the tags.
-    """
-    context = encoder.codec_context
-    # Both sides are even, as 4:2:0 needs
-    scale = min(1.0, short_side / min(frame.width, frame.height)) if short_side else 1.0
-    encoder.width, encoder.height = (
-        max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height)
-    )
-    encoder.pix_fmt = "yuv420p"
+    """Choose size, clock, colours and orientation of the copy after the first frame."""
+    context, sides = encoder.codec_context, (frame.width, frame.height)
+    scale = min(1.0, short_side / min(sides)) if short_side else 1.0
+    width, height = (max(2, round(side * scale / 2) * 2) for side in sides)  # even, for 4:2:0
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
     context.thread_count = 1
     context.time_base = frame.time_base or 1 / encoder.rate
     context.colorspace, context.color_range = BT601, ColorRange.MPEG
@@ -402,10 +381,8 @@ def find_damage(path: str) -> str:
                 frames += len(decoded)
                 errors += sum(frame.is_corrupt for frame in decoded)
             promised = stream.frames
-    except VideoError as error:
-        return str(error)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        return f"{path}: {error}"
+    except (VideoError, av.FFmpegError, OSError, ValueError) as error:
+        return str(error) if isinstance(error, VideoError) else f"{path}: {error}"
     if not frames:
         return f"{path}: no frame can be decoded"
     if errors:
@@ -427,8 +404,7 @@ def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str
         if sources.setdefault(target, path) != path:
             raise UserError(f"{path} and {sources[target]} would have one copy: rename one")
         if os.path.exists(target) and os.path.samefile(path, target):
-            folder = f"--reencode {args.reencode}"
-            raise UserError(f"{folder} would overwrite {path}; choose another folder")
+            raise UserError(f"--reencode {args.reencode} would overwrite {path}: choose another")
 
     def work(path: str) -> str:
         with contextlib.suppress(VideoError), Video(targets[path]):
@@ -452,17 +428,11 @@ def _in_parallel(
 
     Threads are enough: decoding and encoding release the interpreter's lock.
     """
-    answers = {}
+    paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(work, path): path for path in dict.fromkeys(paths)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=title):
-                if future.result():
-                    answers[futures[future]] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # copies under way are finished or removed
-            raise
-    return answers
+        # After an error or Ctrl-C, map cancels the rest; copies under way are finished or removed
+        answers = list(tqdm(pool.map(work, paths), title, len(paths)))
+    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -471,7 +441,7 @@ def _in_parallel(
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the flags: one command per kind of data set."""
     parser = argparse.ArgumentParser(
-        prog="python -m util.prepare_kinetics",
+        "python -m util.prepare_kinetics",
         description="Write train.csv, val.csv, test.csv and classes.txt for a data set",
     )
     # Flags of all commands
@@ -504,8 +474,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
-    read = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}[args.kind]
-    data = read(args)
+    data = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}[args.kind](args)
     if not data.clips:
         first = f", such as {data.missing[0]}" if data.missing else ""
         raise UserError(f"none of the annotated videos{first} is below {args.videos}")
