@@ -20,15 +20,15 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -70,9 +70,6 @@ class DataSet(NamedTuple):
     clips: list[Clip]
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found
-
-
-# --- annotations: Kinetics, Something-Something -------------------------------------------------
 
 
 def read_kinetics(args: argparse.Namespace) -> DataSet:
@@ -238,40 +235,15 @@ def _split_by_folder(parts: dict[str, tuple[str, ...]]) -> dict[str, str]:
     return split_of
 
 
-def _draw_split(videos: Sequence[str], val_share: float) -> dict[str, str]:
+def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
     """Split the videos of each class at random; the draw depends only on how many there are."""
-    classes: dict[str, list[str]] = {}
-    for path in videos:
-        classes.setdefault(os.path.dirname(path), []).append(path)
     split = {}
-    for paths in classes.values():
+    for _, group in groupby(sorted(videos, key=os.path.dirname), os.path.dirname):
+        paths = list(group)
         shuffled = random.Random(0).sample(paths, len(paths))
         count = round(val_share * len(paths))
         split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
     return split
-
-
-def write_lists(data: DataSet, out: str) -> None:
-    """Write the csvs, classes.txt and missing.txt; without a test set, test.csv repeats val.csv.
-
-    Paths below `out` are written relative to it, so that the folder can be moved as a whole.
-    """
-    os.makedirs(out, exist_ok=True)
-    root = os.path.abspath(out)
-    number = {name: i for i, name in enumerate(data.classes)}
-    texts: dict[str, list[str]] = {f"{split}.csv": [] for split in LISTS}
-    for path, label, split in data.clips:
-        path = os.path.abspath(path)
-        if os.path.commonpath([path, root]) == root:
-            path = os.path.relpath(path, root)
-            if not re.match(r"[\w.-]", path):  # it could be read as a comment, quote or separator
-                path = f"./{path}"
-        texts[f"{split}.csv"].append(f"{path} {number[label]}")
-    texts["test.csv"] = texts["test.csv"] or texts["val.csv"]
-    texts |= {"classes.txt": data.classes, "missing.txt": data.missing}
-    for name, lines in texts.items():
-        content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
-        write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
 
 
 # --- re-encoding and verifying ------------------------------------------------------------------
@@ -293,30 +265,42 @@ def transcode(
     source: str,
     target: str,
     short_side: int | None = 256,
-    gop: int = 32,
-    crf: float = 23,
-    tune: str | None = "fastdecode",
+    gop: int = 32,  # frames from one key frame to the next, at most
+    crf: float = 23,  # x264's quality; smaller is better, 18 is visually lossless
+    tune: str | None = "fastdecode",  # x264's tuning for what is cheap to decode
 ) -> int:
     """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
 
     All frames keep their times; frames with a larger short side are scaled down to it. The copy
     takes its name after it has been written and opened again. If the source cannot be decoded to
     its end, this raises VideoError, and `target` stays as it was.
-
-    Args:
-        gop: at most so many frames from one key frame to the next.
-        crf: x264's quality; smaller is better, 18 is visually lossless.
-        tune: x264's tuning; "fastdecode" avoids what is slow to decode, None changes nothing.
     """
     temporary = f"{target}.{os.getpid()}.tmp.mp4"
     options = {"crf": f"{crf:g}"} | ({"tune": tune} if tune else {})
+    reformatter = VideoReformatter()
+    count, start, time = 0, 0, -1
     try:
         with _opened(source) as (old, stream), av.open(temporary, "w") as new:
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             rate = stream.average_rate or stream.guessed_rate or Fraction(30)
             encoder = new.add_stream("libx264", rate=rate, options=options)
             encoder.codec_context.gop_size = gop
-            count = _encode(old.decode(stream), encoder, new, short_side)
+            for frame in old.decode(stream):
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {count} is damaged")
+                if not count:
+                    _set_up(encoder, frame, short_side)
+                    start = frame.pts or 0
+                size = encoder.width, encoder.height
+                image = reformatter.reformat(frame, *size, "yuv420p", threads=1, **COLOURS)
+                time = time + 1 if frame.pts is None else max(frame.pts - start, time + 1)
+                image.pts, image.time_base = time, encoder.codec_context.time_base
+                image.pict_type = 0  # the encoder chooses the types of pictures, not the source
+                new.mux(encoder.encode(image))
+                count += 1
+            if not count:
+                raise ValueError("no frames")
+            new.mux(encoder.encode(None))
         with Video(temporary) as video:
             if video.num_frames != count:
                 raise ValueError(f"{video.num_frames} of {count} frames were written")
@@ -325,31 +309,6 @@ def transcode(
         raise VideoError(f"{source}: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return count
-
-
-def _encode(
-    frames: Iterable[VideoFrame], encoder: VideoStream, new: OutputContainer, short_side: int | None
-) -> int:
-    """Encode frames and return how many there were."""
-    reformatter = VideoReformatter()
-    count, start, time = 0, 0, -1
-    for frame in frames:
-        if frame.is_corrupt:
-            raise ValueError(f"frame {count} is damaged")
-        if not count:
-            _set_up(encoder, frame, short_side)
-            start = frame.pts or 0
-        size = encoder.width, encoder.height
-        image = reformatter.reformat(frame, *size, "yuv420p", threads=1, **COLOURS)
-        time = time + 1 if frame.pts is None else max(frame.pts - start, time + 1)
-        image.pts, image.time_base = time, encoder.codec_context.time_base
-        image.pict_type = 0  # the encoder chooses the types of pictures, not the source
-        new.mux(encoder.encode(image))
-        count += 1
-    if not count:
-        raise ValueError("no frames")
-    new.mux(encoder.encode(None))
     return count
 
 
@@ -435,7 +394,30 @@ def _in_parallel(
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 
-# --- command line -------------------------------------------------------------------------------
+# --- lists and command line ---------------------------------------------------------------------
+
+
+def write_lists(data: DataSet, out: str) -> None:
+    """Write the csvs, classes.txt and missing.txt; without a test set, test.csv repeats val.csv.
+
+    Paths below `out` are written relative to it, so that the folder can be moved as a whole.
+    """
+    os.makedirs(out, exist_ok=True)
+    root = os.path.abspath(out)
+    number = {name: i for i, name in enumerate(data.classes)}
+    texts: dict[str, list[str]] = {f"{split}.csv": [] for split in LISTS}
+    for path, label, split in data.clips:
+        path = os.path.abspath(path)
+        if os.path.commonpath([path, root]) == root:
+            path = os.path.relpath(path, root)
+            if not re.match(r"[\w.-]", path):  # it could be read as a comment, quote or separator
+                path = f"./{path}"
+        texts[f"{split}.csv"].append(f"{path} {number[label]}")
+    texts["test.csv"] = texts["test.csv"] or texts["val.csv"]
+    texts |= {"classes.txt": data.classes, "missing.txt": data.missing}
+    for name, lines in texts.items():
+        content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -444,7 +426,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         "python -m util.prepare_kinetics",
         description="Write train.csv, val.csv, test.csv and classes.txt for a data set",
     )
-    # Flags of all commands
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("videos", help="folder of the videos")
     common.add_argument("out", help="folder to write the lists to")
@@ -456,7 +437,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos at a time", positive_int)
 
-    # Commands
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official csv files")
     group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")
@@ -481,7 +461,6 @@ def main(args: argparse.Namespace) -> int:
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
-
     broken = []
     if args.reencode:
         data, broken = reencode(data, args)
@@ -489,7 +468,6 @@ def main(args: argparse.Namespace) -> int:
     if args.verify:
         paths = (clip.path for clip in data.clips)
         broken += sorted(_in_parallel(find_damage, paths, args.workers, "verifying").values())
-
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
     print(f"{args.out}: {counts}; {len(data.classes)} classes; {len(data.missing)} not found")

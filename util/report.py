@@ -28,9 +28,6 @@ PICTURE_SIDE = 400  # pixels at least, and one per class
 BLUE, RED = (8, 48, 107), (165, 15, 21)  # of right and wrong predictions; darker means more
 
 
-# --- counting -----------------------------------------------------------------------------------
-
-
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """Count rows of logits [N, C] whose label [N] is among the k largest, or the C largest."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices

@@ -47,9 +47,6 @@ SPLITS = ("train", "val__", "test_")  # five letters and a number of six make an
 FORMAT = 1  # increased when the same parameters would give other videos
 
 
-# --- movements: the classes ---------------------------------------------------------------------
-
-
 def straight(degrees: float, distance: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """Return the (y, x) path [T, 2] of a uniform movement, 0 degrees = right, 90 = down."""
     angle = math.radians(degrees)
@@ -68,17 +65,12 @@ def swing(degrees: float, distance: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return straight(degrees, 1.3 * radius * np.cos(turn), turn)
 
 
+ANGLES = {"right": 0, "down": 90, "left": 180, "up": 270}
+ANGLES |= {"down_right": 45, "down_left": 135, "up_left": 225, "up_right": 315}
 # Each function takes the distance covered [T] (pixels) and the phase [T] (radians, with a random
 # start) and returns a path [T, 2]. The classes of a data set are the first num_classes of them.
 MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "moving_right": partial(straight, 0),
-    "moving_down": partial(straight, 90),
-    "moving_left": partial(straight, 180),
-    "moving_up": partial(straight, 270),
-    "moving_down_right": partial(straight, 45),
-    "moving_down_left": partial(straight, 135),
-    "moving_up_left": partial(straight, 225),
-    "moving_up_right": partial(straight, 315),
+    **{f"moving_{name}": partial(straight, degrees) for name, degrees in ANGLES.items()},
     "circling_clockwise": partial(circle, 1),
     "circling_anticlockwise": partial(circle, -1),
     "swinging_sideways": partial(swing, 0),
@@ -183,37 +175,33 @@ def write_video(
 # --- the data set -------------------------------------------------------------------------------
 
 
-def _number(default: int, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _number(default: int, least: int, text: str) -> Any:
+    return field(default=default, metadata={"least": least, "help": text})
 
 
 @dataclass(frozen=True)
 class Parameters:
     """What a data set holds; each field is also a flag of the command line."""
 
-    num_videos: int = _number(2048, "training videos, the labelled ones included")
-    num_labelled: int = _number(32, "training videos that finetune/train.csv lists")
-    num_val: int = _number(64, "held-out videos in finetune/val.csv")
-    num_test: int = _number(512, "other held-out videos, in finetune/test.csv")
-    num_classes: int = _number(8, f"movements, 2 to {len(MOVEMENTS)}")
-    size: int = _number(48, "height and width in pixels, an even number of at least 32")
-    num_frames: int = _number(20, "frames of a video")
-    fps: int = _number(15, "frames per second")
-    seed: int = _number(0, "seed of all random choices")
+    num_videos: int = _number(2048, 1, "training videos, the labelled ones included")
+    num_labelled: int = _number(32, 1, "training videos that finetune/train.csv lists")
+    num_val: int = _number(64, 1, "held-out videos in finetune/val.csv")
+    num_test: int = _number(512, 1, "other held-out videos, in finetune/test.csv")
+    num_classes: int = _number(8, 2, f"movements, 2 to {len(MOVEMENTS)}")
+    size: int = _number(48, 32, "height and width in pixels, an even number of at least 32")
+    num_frames: int = _number(20, 2, "frames of a video")
+    fps: int = _number(15, 1, "frames per second")
+    seed: int = _number(0, 0, "seed of all random choices")
 
     def __post_init__(self) -> None:
-        most = self.num_videos
-        for name, valid, wanted in (
-            ("num_classes", 2 <= self.num_classes <= len(MOVEMENTS), f"2 to {len(MOVEMENTS)}"),
-            ("num_labelled", 1 <= self.num_labelled <= most, f"1 to num_videos={most}"),
-            ("num_val", self.num_val >= 1, "at least 1"),
-            ("num_test", self.num_test >= 1, "at least 1"),
-            ("size", self.size >= 32 and not self.size % 2, "an even number of at least 32 pixels"),
-            ("num_frames", self.num_frames >= 2, "at least 2"),
-            ("fps", self.fps >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        most = {"num_classes": len(MOVEMENTS), "num_labelled": self.num_videos}
+        for name, value in asdict(self).items():
+            least = self.__dataclass_fields__[name].metadata["least"]
+            if value < least or value > most.get(name, value) or (name == "size" and value % 2):
+                range_ = f"{least} to {most[name]}" if name in most else f"at least {least}"
+                raise ValueError(
+                    f"{name} must be {range_}{', even' * (name == 'size')}, not {value}"
+                )
 
 
 def write_dataset(out: str | os.PathLike[str], *, num_workers: int = 0, **parameters: int) -> Path:

@@ -39,9 +39,6 @@ STRIP_FRAMES = 4  # frames of a still picture
 MIN_SIDE = 96  # pixels; smaller frames are enlarged
 
 
-# --- masks --------------------------------------------------------------------------------------
-
-
 class Masks(NamedTuple):
     """Which patches of every clip are removed, as the autoencoder takes it."""
 
