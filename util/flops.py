@@ -13,10 +13,6 @@ from torch import Tensor, nn
 
 from util.dist import print0
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fvcore imports what newer PyTorch calls deprecated
-    from fvcore.nn import FlopCountAnalysis
-
 
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     """Count the two products of scaled_dot_product_attention, which fvcore does not know."""
@@ -41,13 +37,15 @@ def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -
 
     Nothing is computed: this moves the model to PyTorch's meta device, where its weights are lost.
     """
-    clip = torch.empty(1, *clip_shape, device="meta")
-    count = FlopCountAnalysis(_Forward(model.to("meta").eval(), options), clip)
-    count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
-    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # fvcore imports and calls what newer PyTorch deprecates
+        from fvcore.nn import FlopCountAnalysis
+
+        clip = torch.empty(1, *clip_shape, device="meta")
+        count = FlopCountAnalysis(_Forward(model.to("meta").eval(), options), clip)
+        count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return count.total() / 1e9
 
 

@@ -60,8 +60,6 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install matplotlib", status=1) from error
-
-    # Only panels for which a run logged something
     found = {key for records in runs.values() for record in records for key in record}
     panels = [(title, keys) for title, keys in PANELS if found & keys.keys()]
     if not panels:
@@ -92,7 +90,7 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the tool from the command line."""
+    """Draw what the command line asks for."""
     parser = argparse.ArgumentParser(
         "python -m util.plot_log",
         description="Draw the loss, learning rate and accuracy of runs in one picture.",

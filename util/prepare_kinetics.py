@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import av
 from av.container import InputContainer
-from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from tqdm import tqdm
@@ -88,11 +87,10 @@ def read_kinetics(args: argparse.Namespace) -> DataSet:
                 raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
             for cells in reader:
                 row = dict(zip_longest(header, map(str.strip, cells), fillvalue=""))
-                if not row.get("label"):
-                    continue
-                start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
-                name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-                clips.append(Clip(name, row["label"], _split(row.get("split", ""), path)))
+                if row.get("label"):
+                    start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
+                    name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+                    clips.append(Clip(name, row["label"], _split(row.get("split", ""), path)))
         except (csv.Error, ValueError, OverflowError) as error:
             reason = error if isinstance(error, csv.Error) else "its times are not numbers"
             raise UserError(f"{path}, line {reader.line_num}: {reason}") from error
@@ -159,8 +157,6 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
 
 def find_videos(folder: str) -> list[str]:
     """Return the sorted paths of all videos below a folder; links to folders are followed once."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder} is not a folder")
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(parent)
@@ -171,7 +167,7 @@ def find_videos(folder: str) -> list[str]:
         folders.sort()
         found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
     if not found:
-        raise UserError(f"{folder} holds no videos ({' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder} is no folder with videos ({' '.join(sorted(SUFFIXES))})")
     return sorted(found)
 
 
@@ -181,9 +177,9 @@ def find_videos(folder: str) -> list[str]:
 def read_folders(args: argparse.Namespace) -> DataSet:
     """Read a folder of class folders (UCF101, HMDB51), maybe below folders train, val and test.
 
-    The splits come from lists of `class/name.avi` (UCF101's trainlist01.txt and testlist01.txt), or
-    from a folder of `CLASS_test_split1.txt` files (HMDB51), or from folders train and val. Without
-    any of these, a fixed random share of each class, --val_share, becomes the validation set.
+    The splits come from lists of `class/name.avi` (UCF101), from a folder of `CLASS_test_split1.txt`
+    files (HMDB51), or from folders train and val. Without any of these, a fixed random share of
+    each class, --val_share, becomes the validation set.
     """
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
@@ -197,7 +193,11 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         absent = listed.keys() - names.values()
         missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
     else:
-        split_of = _split_by_folder(parts) or _draw_split(videos, args.val_share)
+        above = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
+        split_of = {path: SPLITS[name] for path, name in above.items() if name in SPLITS}
+        split_of = split_of or _draw_split(videos, args.val_share)
+        if stray := [path for path in videos if path not in split_of]:
+            raise UserError(f"{stray[0]} is below none of the folders train, val, test; others are")
     clips = [Clip(path, parts[path][-2], split) for path, split in sorted(split_of.items())]
     return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
 
@@ -223,16 +223,6 @@ def _read_lines(path: str) -> list[tuple[str, str]]:
     """Read names and numbers of lines `name N` or `name`; names may hold spaces."""
     lines = [line.strip() for line in _read_text(path).splitlines()] if path else []
     return [(re.sub(r"\s+\d+$", "", line), line.split()[-1]) for line in lines if line]
-
-
-def _split_by_folder(parts: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the splits, by path, that the top folders name; empty if no folder names one."""
-    named = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
-    split_of = {path: SPLITS[name] for path, name in named.items() if name in SPLITS}
-    stray = next((path for path in parts if path not in split_of), None)
-    if split_of and stray:
-        raise UserError(f"{stray} is below none of the folders train, val, test; others are")
-    return split_of
 
 
 def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
@@ -312,7 +302,7 @@ def transcode(
     return count
 
 
-def _set_up(encoder: VideoStream, frame: VideoFrame, short_side: int | None) -> None:
+def _set_up(encoder: VideoStream, frame: av.VideoFrame, short_side: int | None) -> None:
     """Choose size, clock, colours and orientation of the copy after the first frame."""
     context, sides = encoder.codec_context, (frame.width, frame.height)
     scale = min(1.0, short_side / min(sides)) if short_side else 1.0
@@ -333,7 +323,7 @@ def find_damage(path: str) -> str:
         with _opened(path) as (container, stream):
             for packet in container.demux(stream):
                 try:
-                    decoded: list[VideoFrame] = stream.codec_context.decode(packet)
+                    decoded: list[av.VideoFrame] = stream.codec_context.decode(packet)
                 except av.FFmpegError:
                     errors += 1
                     continue
@@ -383,13 +373,11 @@ def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str
 def _in_parallel(
     work: Callable[[str], str], paths: Iterable[str], workers: int, title: str
 ) -> dict[str, str]:
-    """Call work(path) for every path, with a progress bar; return the answers that are not empty.
-
-    Threads are enough: decoding and encoding release the interpreter's lock.
-    """
+    """Call work(path) for every path, with a progress bar; return the answers that are not empty."""
     paths = list(dict.fromkeys(paths))
+    # Threads are enough: decoding and encoding release the interpreter's lock. After an error or
+    # Ctrl-C, map cancels what has not begun; copies under way are finished or removed.
     with ThreadPoolExecutor(workers) as pool:
-        # After an error or Ctrl-C, map cancels the rest; copies under way are finished or removed
         answers = list(tqdm(pool.map(work, paths), title, len(paths)))
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 

@@ -84,9 +84,9 @@ MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw a periodic colour texture [3, H, W] of mean 0 whose luminance has deviation 1.
 
-    Its details are at least a quarter of the frame wide. Little of a removed patch can be guessed
-    from its neighbours in space, and nothing can be copied from the frame before without moving it,
-    so a masked autoencoder has to see motion. As in photographs, luminance varies most, blue-yellow
+    Its details are at least a quarter of the frame wide: little of a removed patch can be guessed
+    from its neighbours, and nothing can be copied from the frame before without moving it, so that
+    a masked autoencoder has to see motion. As in photographs, luminance varies most, blue-yellow
     less and red-green least.
     """
     # cycles per frame
@@ -195,13 +195,13 @@ class Parameters:
 
     def __post_init__(self) -> None:
         most = {"num_classes": len(MOVEMENTS), "num_labelled": self.num_videos}
-        for name, value in asdict(self).items():
-            least = self.__dataclass_fields__[name].metadata["least"]
-            if value < least or value > most.get(name, value) or (name == "size" and value % 2):
-                range_ = f"{least} to {most[name]}" if name in most else f"at least {least}"
-                raise ValueError(
-                    f"{name} must be {range_}{', even' * (name == 'size')}, not {value}"
-                )
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            if not least <= value <= most.get(f.name, value):
+                limits = f"{least} to {most[f.name]}" if f.name in most else f"at least {least}"
+                raise ValueError(f"{f.name} must be {limits}, not {value}")
+        if self.size % 2:
+            raise ValueError(f"size must be an even number of pixels, not {self.size}")
 
 
 def write_dataset(out: str | os.PathLike[str], *, num_workers: int = 0, **parameters: int) -> Path:
@@ -239,10 +239,11 @@ def _is_written(out: Path, marker: dict[str, int]) -> bool:
         raise FileExistsError(f"{out} holds no synthetic data set: choose another folder")
     found = json.loads((out / MARKER).read_text())
     others = [name for name, value in marker.items() if found.get(name) != value]
+    words = ", ".join(f"{name}={found.get(name)} (asked for: {marker[name]})" for name in others)
     if others:
-        words = ", ".join(f"{n}={found.get(n)} (asked for: {marker[n]})" for n in others)
-        advice = "remove it or choose another folder"
-        raise FileExistsError(f"{out} holds a synthetic data set with {words}: {advice}")
+        raise FileExistsError(
+            f"{out} holds a data set with {words}: remove it or choose another folder"
+        )
     return True
 
 
@@ -267,17 +268,13 @@ def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
         write_video(str(root / path), frames, p.fps, options)
         return f"../{path} {label}\n"
 
-    # Threads are enough: the FFT and the encoder release the interpreter's lock.
+    # Threads are enough: the FFT and the encoder release the interpreter's lock. After an error or
+    # Ctrl-C, map cancels the videos that no thread has begun.
     counts = (p.num_videos, p.num_val, p.num_test)
     jobs = [(split, index) for split, count in enumerate(counts) for index in range(count)]
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-        try:
-            written, title = pool.map(write_one, jobs), "Writing synthetic videos"
-            lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the other videos
-            raise
-
+        written, title = pool.map(write_one, jobs), "Writing synthetic videos"
+        lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
     train, held_out = lines[: p.num_videos], lines[p.num_videos :]
     (root / "pretrain/train.csv").write_text("".join(train))
     (root / "finetune/train.csv").write_text("".join(train[: p.num_labelled]))

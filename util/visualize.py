@@ -128,9 +128,8 @@ def reconstruct(
         model: a MaskedAutoencoderViT on any device. Its training mode and the global random state
             stay as they are. For another precision, call this under autocast.
         clips: uint8 [N, T, H, W, C], of the model's size, on any device.
-        mask_ratio, mask_type, seed: as in draw_masks.
         paste_visible: show the true pixels of visible patches in the reconstruction, instead of
-            predictions that no loss has trained.
+            predictions that no loss has trained. The other arguments are those of draw_masks.
     """
     embed = model.patch_embed
     size = [len(clips), embed.num_frames, embed.img_size, embed.img_size, 3]
@@ -180,18 +179,12 @@ def tile(rows: Sequence[Sequence[Tensor]], gap: int = GAP) -> Tensor:
     Videos in a row have the same height, and those in a column the same width. A row may have fewer
     videos than the first one; the rest of it is white.
     """
-    heights, widths = [row[0].shape[1] for row in rows], [video.shape[2] for video in rows[0]]
-    size = [sum(extents) + gap * (len(extents) - 1) for extents in (heights, widths)]
-    t, C = rows[0][0].shape[0], rows[0][0].shape[3]
-    sheet = torch.full((t, *size, C), WHITE, dtype=torch.uint8)
-    top = 0
-    for row, height in zip(rows, heights, strict=True):
-        left = 0
-        for video, width in zip(row, widths, strict=False):
-            sheet[:, top : top + height, left : left + width] = video
-            left += width + gap
-        top += height + gap
-    return sheet
+    margins = (0, 0, 0, gap, 0, gap)  # of channels, width, height
+    strips = [torch.cat([F.pad(v, margins, value=WHITE) for v in row], dim=2) for row in rows]
+    width = strips[0].shape[2]
+    strips = [F.pad(strip, (0, 0, 0, width - strip.shape[2]), value=WHITE) for strip in strips]
+    sheet = torch.cat(strips, dim=1)
+    return sheet[:, : sheet.shape[1] - gap, : width - gap].contiguous()
 
 
 def encode_gif(video: Tensor, fps: float) -> bytes:
@@ -234,11 +227,8 @@ class FixedClips:
 
     The clips are the centres of the first readable videos of the csv. Only the main process draws;
     the other ranks wait for it at their next exchange. Training is not affected: the random state
-    and the model's mode stay as they are, and the loader is not used.
-
-    Args:
-        dataset: in mode "test", with one view per video.
-        args: the flags of pre-training.
+    and the model's mode stay as they are, and the loader is not used. `dataset` is one in mode
+    "test" with one view per video, and `args` are the flags of pre-training.
     """
 
     def __init__(self, dataset: "Kinetics", args: Namespace, device: torch.device):
