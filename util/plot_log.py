@@ -56,8 +56,7 @@ def name_runs(paths: Sequence[str]) -> list[str]:
 def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
     """Draw the runs' curves over epochs into a picture file and return the titles of its panels."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # draws without a screen
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install matplotlib", status=1) from error
     found = {key for records in runs.values() for record in records for key in record}
@@ -68,7 +67,6 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
 
     # A panel for each title, a colour for each run
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)  # works without a screen
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, keys) in zip(grid, panels, strict=True):
         for number, (name, records) in enumerate(runs.items()):

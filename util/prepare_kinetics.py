@@ -56,16 +56,12 @@ COLOURS: dict[str, Any] = {
 
 
 class Clip(NamedTuple):
-    """A labelled video."""
-
     path: str  # or, until it is found, the file's name without suffix
     label: str
     split: str  # of LISTS
 
 
 class DataSet(NamedTuple):
-    """What is known of a data set."""
-
     clips: list[Clip]
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found
@@ -177,9 +173,9 @@ def find_videos(folder: str) -> list[str]:
 def read_folders(args: argparse.Namespace) -> DataSet:
     """Read a folder of class folders (UCF101, HMDB51), maybe below folders train, val and test.
 
-    The splits come from lists of `class/name.avi` (UCF101), from a folder of `CLASS_test_split1.txt`
-    files (HMDB51), or from folders train and val. Without any of these, a fixed random share of
-    each class, --val_share, becomes the validation set.
+    The splits come from lists of `class/name.avi` (UCF101), from `CLASS_test_split1.txt` files
+    (HMDB51), or from folders train and val. Without any of these, a fixed random share of each
+    class, --val_share, becomes the validation set.
     """
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
@@ -373,7 +369,7 @@ def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str
 def _in_parallel(
     work: Callable[[str], str], paths: Iterable[str], workers: int, title: str
 ) -> dict[str, str]:
-    """Call work(path) for every path, with a progress bar; return the answers that are not empty."""
+    """Call work(path) for every path, with a progress bar; return answers that are not empty."""
     paths = list(dict.fromkeys(paths))
     # Threads are enough: decoding and encoding release the interpreter's lock. After an error or
     # Ctrl-C, map cancels what has not begun; copies under way are finished or removed.

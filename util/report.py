@@ -114,8 +114,7 @@ def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -
     print(f"{accuracy}; predictions, classes and scores go to {args.output_dir}", flush=True)
 
     # What is written
-    write_predictions(result, index, ranking, args)
-    write_classes(result, index, ranking, args)
+    write_tables(result, index, ranking, args)
     path = os.path.join(args.output_dir, "scores.npz")
     write_atomically(path, lambda file: np.savez(file, scores=result.scores, labels=index.labels))
     record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
@@ -124,27 +123,22 @@ def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -
     append_log(args.output_dir, record | {name: getattr(args, name) for name in flags})
 
 
-def write_predictions(
+def write_tables(
     result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
 ) -> None:
-    """Write predictions.csv, a row per video; its score is the mean over views, or the maximum."""
+    """Write predictions.csv, a row per video, and classes.csv, a row per class, in their order."""
+    # The score of a video is the mean over its views, or the maximum
+    videos: list[list[Any]] = ["video label prediction correct score top5 error".split()]
     views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
-    rows = []
     for i, label in enumerate(index.labels.tolist()):
         cells = ["", 0, "", "", result.errors[i]]
         if result.readable[i]:
             best = ranking[i].tolist()
             score = f"{result.scores[i, best[0]] / views:.4f}"
             cells = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
-        rows.append([index.path(i), label, *cells])
-    columns = "video label prediction correct score top5 error"
-    _write_csv(os.path.join(args.output_dir, "predictions.csv"), columns, rows)
+        videos.append([index.path(i), label, *cells])
 
-
-def write_classes(
-    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
-) -> None:
-    """Write classes.csv, a row per class in the order of the labels; accuracies in percent."""
+    # Classes by label, accuracies in percent
     names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
     labels, good = index.labels, result.readable
     confusion = np.zeros((len(names), len(names)), dtype=int)
@@ -152,20 +146,19 @@ def write_classes(
     unreadable = np.bincount(labels[~good], minlength=len(names))
     in_top5 = good & (ranking == labels[:, None]).any(axis=1)
     top5 = np.bincount(labels[in_top5], minlength=len(names))
-    rows = []
-    for c, videos, accuracy, other, confusions in report_classes(confusion, unreadable):
-        shares = [f"{accuracy:.2f}", f"{100 * top5[c] / videos:.2f}"] if videos else ["", ""]
+    header = "label name videos unreadable top1 top5 confused_with confusions"
+    classes: list[list[Any]] = [header.split()]
+    for c, total, accuracy, other, confusions in report_classes(confusion, unreadable):
+        shares = [f"{accuracy:.2f}", f"{100 * top5[c] / total:.2f}"] if total else ["", ""]
         confused_with = "" if other is None else names[other]
-        rows.append([c, names[c], videos, unreadable[c], *shares, confused_with, confusions])
-    columns = "label name videos unreadable top1 top5 confused_with confusions"
-    _write_csv(os.path.join(args.output_dir, "classes.csv"), columns, rows)
+        classes.append([c, names[c], total, unreadable[c], *shares, confused_with, confusions])
 
-
-def _write_csv(path: str, columns: str, rows: list[list[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows([columns.split(), *rows])
-    data = text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be any bytes
-    write_atomically(path, lambda file: file.write(data))
+    for name, rows in (("predictions.csv", videos), ("classes.csv", classes)):
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        data = text.getvalue().encode("utf-8", "surrogateescape")  # names of files: any bytes
+        path = os.path.join(args.output_dir, name)
+        write_atomically(path, lambda file, data=data: file.write(data))
 
 
 # --- pictures and tables in TensorBoard ---------------------------------------------------------

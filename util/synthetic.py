@@ -241,9 +241,7 @@ def _is_written(out: Path, marker: dict[str, int]) -> bool:
     others = [name for name, value in marker.items() if found.get(name) != value]
     words = ", ".join(f"{name}={found.get(name)} (asked for: {marker[name]})" for name in others)
     if others:
-        raise FileExistsError(
-            f"{out} holds a data set with {words}: remove it or choose another folder"
-        )
+        raise FileExistsError(f"{out} holds a data set with {words}: remove it or use another path")
     return True
 
 
