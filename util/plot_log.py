@@ -64,7 +64,6 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
     if not panels:
         known = ", ".join(key for _, keys in PANELS for key in keys)
         raise UserError(f"{', '.join(runs)}: none of {known} is logged")
-
     # A panel for each title, a colour for each run
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -189,8 +189,8 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         absent = listed.keys() - names.values()
         missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
     else:
-        above = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
-        split_of = {path: SPLITS[name] for path, name in above.items() if name in SPLITS}
+        top = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
+        split_of = {path: SPLITS[name] for path, name in top.items() if name in SPLITS}
         split_of = split_of or _draw_split(videos, args.val_share)
         if stray := [path for path in videos if path not in split_of]:
             raise UserError(f"{stray[0]} is below none of the folders train, val, test; others are")
@@ -238,8 +238,7 @@ def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a video to decode all of it on this thread."""
-    with Video(path):  # raises VideoError if it is not a video or too large
-        pass
+    Video(path).close()  # raises VideoError if it is not a video or too large
     with av.open(os.path.abspath(path), **LENIENT) as container:
         stream = video_stream(container)
         assert stream is not None  # Video has opened it
@@ -420,7 +419,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crf", 23, "x264's quality, smaller is better", float)
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos at a time", positive_int)
-
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official csv files")
     group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")

@@ -80,9 +80,6 @@ def read_class_names(folder: str, num_classes: int) -> list[str]:
     return [str(label) for label in range(num_classes)]
 
 
-# --- the results of a test ----------------------------------------------------------------------
-
-
 class VideoScores(NamedTuple):
     """The result of multi-view testing for every row of a csv, in order."""
 
@@ -161,9 +158,6 @@ def write_tables(
         write_atomically(path, lambda file, data=data: file.write(data))
 
 
-# --- pictures and tables in TensorBoard ---------------------------------------------------------
-
-
 def worst_classes(reports: list[ClassReport], names: list[str], count: int = 20) -> str:
     """Return a Markdown table of the classes with the lowest accuracy."""
     shown = sorted((r for r in reports if r.videos), key=lambda r: r.accuracy)[:count]
@@ -178,8 +172,7 @@ def worst_classes(reports: list[ClassReport], names: list[str], count: int = 20)
 def draw_confusion(confusion: np.ndarray) -> np.ndarray:
     """Draw a confusion matrix int [C, C], each row as shares of its sum: uint8 [H, W, 3].
 
-    Right predictions are blue, wrong ones red. When the cells are large enough, they show percents,
-    and the margins show the labels.
+    Right predictions are blue, wrong ones red. Large cells show percents, and the margins labels.
     """
     # One square of pixels per cell
     classes = len(confusion)

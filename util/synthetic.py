@@ -1,10 +1,9 @@
 """The embedded data set: short H.264 videos whose class only the motion tells.
 
 Every video shows a few textured shapes that move together over a textured background. The class is
-the kind and direction of this movement. Everything else is drawn independently of the class:
-textures, colours, shapes, their positions and speed, and the slow drift of the background. Both
-layers wrap around the edges of the frame, so the shapes are equally likely to be anywhere in every
-frame, also the first and the last: a single frame says nothing about the class.
+the kind and direction of this movement. Textures, colours, shapes, their positions and speed, and
+the slow drift of the background do not depend on it. Both layers wrap around the edges, so that the
+shapes are equally likely to be anywhere in every frame: a single one says nothing about the class.
 
     python -m util.synthetic OUT
     python main_pretrain.py --path_to_data_dir OUT/pretrain @recipes/synthetic_pretrain.args
@@ -84,9 +83,9 @@ MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw a periodic colour texture [3, H, W] of mean 0 whose luminance has deviation 1.
 
-    Its details are at least a quarter of the frame wide: little of a removed patch can be guessed
-    from its neighbours, and nothing can be copied from the frame before without moving it, so that
-    a masked autoencoder has to see motion. As in photographs, luminance varies most, blue-yellow
+    Its details are at least a quarter of the frame wide. Little of a removed patch can be guessed
+    from its neighbours in space, and nothing can be copied from the frame before without moving it,
+    so a masked autoencoder has to see motion. As in photographs, luminance varies most, blue-yellow
     less and red-green least.
     """
     # cycles per frame

@@ -68,9 +68,8 @@ def draw_masks(
     if seed < 0:
         raise ValueError(f"seed = {seed} is negative")
     t, h, w = grid
-    L = t * h * w
     unit = {"tube": t, "time": h * w}.get(mask_type, 1)  # tokens removed or kept together
-    K = max(1, int(L // unit * (1 - mask_ratio))) * unit  # truncated, as in pre-training
+    K = max(1, int(t * h * w // unit * (1 - mask_ratio))) * unit  # truncated, as in pre-training
     rngs = [np.random.default_rng((seed, i)) for i in range(num_clips)]
     noise = torch.stack([torch.from_numpy(_noise(rng, grid, mask_type)) for rng in rngs])
     # a stable sort keeps the tokens of a tube or step, which have equal noise, together
@@ -236,10 +235,7 @@ class FixedClips:
         self.clips: Tensor | None = None  # uint8 [N, T, H, W, C], read when first needed
 
     def show(self, model: nn.Module, epoch: int, log: "RunLog") -> None:
-        """Log pictures and losses every vis_period epochs (0: never) and after the last one.
-
-        `model` is a MaskedAutoencoderViT without wrappers.
-        """
+        """Log what the unwrapped model predicts, every vis_period epochs and after the last one."""
         period = self.args.vis_period
         due = period and ((epoch + 1) % period == 0 or epoch + 1 == self.args.epochs)
         if not due or log.writer is None:
