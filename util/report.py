@@ -106,56 +106,64 @@ def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -
     # What is printed
     if errors:
         print(f"{len(errors)} unreadable videos, counted as wrong:", *errors, sep="\n  ")
-    views = f"{args.num_clips * args.num_crops} views ({args.ensemble})"
-    accuracy = f"{len(index)} videos x {views}: top-1 {top1:.2f} %  top-5 {top5:.2f} %"
+    each = f"{args.num_clips * args.num_crops} views ({args.ensemble})"
+    accuracy = f"{len(index)} videos x {each}: top-1 {top1:.2f} %  top-5 {top5:.2f} %"
     print(f"{accuracy}; predictions, classes and scores go to {args.output_dir}", flush=True)
 
     # What is written
-    write_tables(result, index, ranking, args)
-    path = os.path.join(args.output_dir, "scores.npz")
-    write_atomically(path, lambda file: np.savez(file, scores=result.scores, labels=index.labels))
+    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
+    predictions, classes, scores = (
+        os.path.join(args.output_dir, name)
+        for name in ("predictions.csv", "classes.csv", "scores.npz")
+    )
+    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
+    write_predictions(predictions, result, index, ranking, views)
+    write_classes(classes, result.readable, index.labels, ranking, names)
+    write_atomically(scores, lambda f: np.savez(f, scores=result.scores, labels=index.labels))
     record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
     record["test_mean_class_acc"] = 100 * float(np.mean(per_class))
     flags = "finetune", "num_clips", "num_crops", "ensemble"
     append_log(args.output_dir, record | {name: getattr(args, name) for name in flags})
 
 
-def write_tables(
-    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
+def write_predictions(
+    path: str, result: VideoScores, index: "VideoIndex", ranking: np.ndarray, views: int
 ) -> None:
-    """Write predictions.csv, a row per video, and classes.csv, a row per class, in their order."""
-    # The score of a video is the mean over its views, or the maximum
-    videos: list[list[Any]] = ["video label prediction correct score top5 error".split()]
-    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
+    """Write a row per video; its score is the mean over views, or their maximum if views = 1."""
+    rows: list[list[Any]] = ["video label prediction correct score top5 error".split()]
     for i, label in enumerate(index.labels.tolist()):
         cells = ["", 0, "", "", result.errors[i]]
         if result.readable[i]:
             best = ranking[i].tolist()
             score = f"{result.scores[i, best[0]] / views:.4f}"
             cells = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
-        videos.append([index.path(i), label, *cells])
+        rows.append([index.path(i), label, *cells])
+    write_csv(path, rows)
 
-    # Classes by label, accuracies in percent
-    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
-    labels, good = index.labels, result.readable
+
+def write_classes(
+    path: str, good: np.ndarray, labels: np.ndarray, ranking: np.ndarray, names: list[str]
+) -> None:
+    """Write a row per class: videos, accuracy in percent, and what it is mostly confused with."""
     confusion = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(confusion, (labels[good], ranking[good, 0]), 1)
     unreadable = np.bincount(labels[~good], minlength=len(names))
     in_top5 = good & (ranking == labels[:, None]).any(axis=1)
     top5 = np.bincount(labels[in_top5], minlength=len(names))
     header = "label name videos unreadable top1 top5 confused_with confusions"
-    classes: list[list[Any]] = [header.split()]
+    rows: list[list[Any]] = [header.split()]
     for c, total, accuracy, other, confusions in report_classes(confusion, unreadable):
         shares = [f"{accuracy:.2f}", f"{100 * top5[c] / total:.2f}"] if total else ["", ""]
         confused_with = "" if other is None else names[other]
-        classes.append([c, names[c], total, unreadable[c], *shares, confused_with, confusions])
+        rows.append([c, names[c], total, unreadable[c], *shares, confused_with, confusions])
+    write_csv(path, rows)
 
-    for name, rows in (("predictions.csv", videos), ("classes.csv", classes)):
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        data = text.getvalue().encode("utf-8", "surrogateescape")  # names of files: any bytes
-        path = os.path.join(args.output_dir, name)
-        write_atomically(path, lambda file, data=data: file.write(data))
+
+def write_csv(path: str, rows: list[list[Any]]) -> None:
+    """Write rows of cells; names of files may be any bytes, which os.fsdecode has escaped."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_atomically(path, lambda f: f.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 def worst_classes(reports: list[ClassReport], names: list[str], count: int = 20) -> str:
