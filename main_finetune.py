@@ -174,8 +174,7 @@ def validate(args: argparse.Namespace, folder: str, device: torch.device) -> Non
     loader = open_val(args, folder, device)
     model = build_model(args)
     if args.dry_run:
-        print_flops(model, args)
-        return
+        return print_flops(model, args)
     apply_weights(model, read_weights(args.resume), keep_head=True)
     model.to(device)
     log = RunLog("", args.print_freq, device)

@@ -89,22 +89,23 @@ def main(args: argparse.Namespace) -> None:
     """Build data and model, score every video, report and write the scores."""
     device = run.start(args)
 
+    # Data: one video at a time, whose views fill the forward passes.
     folder = data_dir(args, "finetune")
     index = VideoIndex(os.path.join(folder, "test.csv"), args.path_prefix, args.num_classes)
     views = {"num_clips": args.num_clips, "num_crops": args.num_crops}
     dataset = Kinetics(index, "test", **flags.clip_options(args), **views)
-    # one video at a time: its views fill the forward passes
     loader = VideoLoader(dataset, 1, args.num_workers, 1.0, device)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
+    # Model.
     model = load_model(args)
     if args.dry_run:
-        print_flops(model, args)
-        return
+        return print_flops(model, args)
     model.to(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.finetune}: {millions:.1f} M parameters")
 
+    # Score every video; the main process reports.
     log = RunLog("", args.print_freq, device)
     result = test(model, loader, device, args.precision, args.batch_size, args.ensemble, log)
     if is_main():
