@@ -50,8 +50,7 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
 def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
     """Return a checkpoint in PySlowFast's layout: separable positions; q, k, v separate or fused.
 
-    Raises:
-        ValueError: PySlowFast has no such model; the message says why.
+    Raises ValueError when PySlowFast has no such model.
     """
     arguments, state, reasons = weights.arguments, weights.as_stored(), []
     cls = arguments["cls_embed"]
@@ -86,18 +85,16 @@ def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
 
     names = {ours: theirs for theirs, ours in formats.PYSLOWFAST_NAMES.items()}
     names["decoder_norm."] = f"pred_head.transforms.0.{arguments.get('decoder_depth')}."
-    state = _rename(fuse_qkv(state) if fused else state, names)
-    return {"model_state": state, "arguments": said}
+    state = fuse_qkv(state) if fused else state
+    renamed = {rename(name, names): tensor for name, tensor in state.items()}
+    return {"model_state": _own_storage(renamed), "arguments": said}
 
 
 def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Return tensors, config.json and preprocessor_config.json of a Hugging Face VideoMAE.
 
     Key biases are left out: they add the same number to all attention scores of a query, which
-    softmax does not see.
-
-    Raises:
-        ValueError: VideoMAE has no such model; the message says why.
+    softmax does not see. Raises ValueError when VideoMAE has no such model.
     """
     arguments, state = weights.arguments, weights.as_stored()
     reasons = ["it has a class token, VideoMAE has none"] if arguments["cls_embed"] else []
@@ -125,8 +122,8 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     for theirs, ours in formats.HF_NAMES.items():
         in_encoder = theirs.startswith(("embeddings.", "encoder."))
         names[ours] = f"videomae.{theirs}" if in_encoder else theirs
-    state = {k: v for k, v in state.items() if not k.endswith(".attn.k.bias")}
-    return _rename(state, names), _hf_config(weights), _hf_preprocessor(weights)
+    renamed = {rename(k, names): v for k, v in state.items() if not k.endswith(".attn.k.bias")}
+    return renamed, _hf_config(weights), _hf_preprocessor(weights)
 
 
 def _hf_config(weights: Weights) -> dict[str, Any]:
@@ -172,38 +169,27 @@ def _normalisation(weights: Weights) -> dict[str, Sequence[float]]:
 
 
 def write(weights: Weights, path: str, to: str) -> None:
-    """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file.
-
-    Raises:
-        UserError: the file that the weights come from does not record the size of its clips.
-        ValueError: that project has no such model; the message says why.
-        OSError: the file cannot be written.
-    """
+    """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file."""
     weights.refuse_doubt()
     if to != "videomae-hf":  # which says what normalisation its clips need
         weights = with_our_normalisation(weights)
     if to in ("videomae-hf", "safetensors"):
-        state, configs = weights.as_stored(), ()
-        if to == "videomae-hf":
-            state, *configs = to_videomae_hf(weights)
+        is_folder = to == "videomae-hf"
+        state, *configs = to_videomae_hf(weights) if is_folder else (weights.as_stored(),)
         # the header rebuilds the model; "format" is what transformers asks for
         said = json.dumps({"arguments": weights.arguments} | _normalisation(weights))
         content = safetensors_bytes(_own_storage(state), {"format": "pt", formats.METADATA: said})
-        if configs:
+        if is_folder:
             make_dirs(path)
         for name, config in zip(formats.HF_FILES, configs, strict=False):
             described = json.dumps(config, indent=2).encode()
             write_atomically(os.path.join(path, name), lambda file, d=described: file.write(d))
-        path = os.path.join(path, formats.HF_WEIGHTS[0]) if configs else path
+        path = os.path.join(path, formats.HF_WEIGHTS[0]) if is_folder else path
         write_atomically(path, lambda file: file.write(content))
     else:
         is_fused = to == "pyslowfast-fused"
         checkpoint = to_mae_st(weights) if to == "mae_st" else to_pyslowfast(weights, is_fused)
         write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def _rename(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    return _own_storage({rename(name, names): tensor for name, tensor in state.items()})
 
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:

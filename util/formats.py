@@ -40,66 +40,52 @@ DECODER_ARGUMENTS = """
 """.split()
 CLIP_SIZE = {"num_frames", "img_size"}
 # These follow from the shapes of tensors, whatever a file records.
-SHAPE_ARGUMENTS = CLIP_SIZE | set(
-    """
-    patch_size in_chans t_patch_size embed_dim depth num_classes decoder_embed_dim decoder_depth
-    """.split()
-)
-# Entries of Hugging Face's config.json and of training flags, and the arguments that they are.
-HF_CONFIG = {
-    "image_size": "img_size",
-    "patch_size": "patch_size",
-    "num_channels": "in_chans",
-    "num_frames": "num_frames",
-    "tubelet_size": "t_patch_size",
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "layer_norm_eps": "layer_norm_eps",
-    "decoder_hidden_size": "decoder_embed_dim",
-    "decoder_num_hidden_layers": "decoder_depth",
-    "decoder_num_attention_heads": "decoder_num_heads",
-    "norm_pix_loss": "norm_pix_loss",
-}
-RECORDS = {"input_size": "img_size", "decoder_num_heads": "decoder_num_heads"} | HF_CONFIG
+SHAPE_ARGUMENTS = """
+    num_frames img_size t_patch_size patch_size in_chans embed_dim depth num_classes
+    decoder_embed_dim decoder_depth
+""".split()
+
+
+def _table(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
+
+
+# Entries of Hugging Face's config.json, and the arguments that they are.
+HF_CONFIG = _table("""
+    num_frames=num_frames image_size=img_size tubelet_size=t_patch_size patch_size=patch_size
+    num_channels=in_chans hidden_size=embed_dim decoder_hidden_size=decoder_embed_dim
+    num_hidden_layers=depth decoder_num_hidden_layers=decoder_depth
+    num_attention_heads=num_heads decoder_num_attention_heads=decoder_num_heads
+    layer_norm_eps=layer_norm_eps norm_pix_loss=norm_pix_loss
+""")
+# flags of training runs, too
+RECORDS = HF_CONFIG | {"input_size": "img_size", "decoder_num_heads": "decoder_num_heads"}
 # what a Hugging Face folder holds: weights in one of these, and descriptions beside them
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HF_FILES = ("config.json", "preprocessor_config.json")
 
 # Other projects' names and ours, read in this order and written in the other direction. Those that
 # begin with a dot are replaced inside a name, the others at its beginning.
-HF_NAMES = {
-    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
-    "encoder.layer.": "blocks.",
-    "decoder.decoder_layers.": "decoder_blocks.",
-    "decoder.norm.": "decoder_norm.",
-    "decoder.head.": "decoder_pred.",
-    "encoder_to_decoder.": "decoder_embed.",
-    "classifier.": "head.",
-    ".attention.attention.q_bias": ".attn.q.bias",
-    ".attention.attention.v_bias": ".attn.v.bias",
-    ".attention.attention.query.": ".attn.q.",
-    ".attention.attention.key.": ".attn.k.",
-    ".attention.attention.value.": ".attn.v.",
-    ".attention.output.dense.": ".attn.proj.",
-    ".intermediate.dense.": ".mlp.fc1.",
-    ".output.dense.": ".mlp.fc2.",
-    ".layernorm_before.": ".norm1.",
-    ".layernorm_after.": ".norm2.",
-}
-PYSLOWFAST_NAMES = {
-    "pred_head.transforms.0.": "decoder_blocks.",  # the block behind the last is decoder_norm
-    "pred_head.projections.0.": "decoder_pred.",
-    "head.projection.": "head.",
-}
-VIDEOMAE_NAMES = {
-    "decoder.blocks.": "decoder_blocks.",
-    "encoder.": "",
-    ".attn.q_bias": ".attn.q.bias",
-    ".attn.v_bias": ".attn.v.bias",
-    "fc_norm.": "norm.",  # fine-tuned image MAE, too
-}
-RENAMES = {"videomae.": "", "layernorm.": "norm."} | HF_NAMES | PYSLOWFAST_NAMES | VIDEOMAE_NAMES
+HF_NAMES = _table("""
+    embeddings.patch_embeddings.projection.=patch_embed.proj.
+    encoder.layer.=blocks. decoder.decoder_layers.=decoder_blocks.
+    encoder_to_decoder.=decoder_embed. decoder.norm.=decoder_norm. decoder.head.=decoder_pred.
+    .attention.attention.q_bias=.attn.q.bias .attention.attention.v_bias=.attn.v.bias
+    .attention.attention.query.=.attn.q. .attention.attention.key.=.attn.k.
+    .attention.attention.value.=.attn.v. .attention.output.dense.=.attn.proj.
+    .intermediate.dense.=.mlp.fc1. .output.dense.=.mlp.fc2.
+    .layernorm_before.=.norm1. .layernorm_after.=.norm2. classifier.=head.
+""")
+PYSLOWFAST_NAMES = _table("""
+    pred_head.transforms.0.=decoder_blocks. pred_head.projections.0.=decoder_pred.
+    head.projection.=head.
+""")
+VIDEOMAE_NAMES = _table("""
+    decoder.blocks.=decoder_blocks. encoder.= .attn.q_bias=.attn.q.bias .attn.v_bias=.attn.v.bias
+""")
+RENAMES = {"videomae.": "", "layernorm.": "norm.", "fc_norm.": "norm."}
+RENAMES |= HF_NAMES | PYSLOWFAST_NAMES | VIDEOMAE_NAMES
+# PySlowFast's decoder norm has the number of the block behind the last
 DECODER_NORM = re.compile(r"^decoder_blocks\.\d+\.(weight|bias)$")
 OUR_NAMES = re.compile(
     r"(decoder_)?cls_token|mask_token|(decoder_)?pos_embed(_spatial|_temporal|_class)?|"
@@ -127,11 +113,11 @@ class Weights:
     converted: dict[str, str]  # how a tensor was made, where it is more than renamed
     unused: list[str]  # names in the file that have no place here
     flags: dict[str, Any]  # of the training run, where recorded
-    # per-channel normalisation of the clips that it was trained on; None: ours
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
     notes: list[str]  # sentences for the user
     doubt: str  # why no model can be built from the file alone; empty when one can
+    # per-channel normalisation of the clips that it was trained on; None: ours
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     @property
     def has_decoder(self) -> bool:
@@ -158,8 +144,8 @@ class Weights:
         neither the file nor the overrides state the size of the clips.
         """
         if "num_frames" in overrides and self.has_decoder:
-            ratio = overrides["num_frames"] / self.arguments["num_frames"]
-            overrides = {"pred_t_dim": int(self.arguments["pred_t_dim"] * ratio)} | overrides
+            predicted = self.arguments["pred_t_dim"] * overrides["num_frames"]
+            overrides = {"pred_t_dim": int(predicted / self.arguments["num_frames"])} | overrides
         return self._without(["num_classes"], overrides)
 
     def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
@@ -397,25 +383,19 @@ def _find_grid(
     usual = ((frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p)
     if "pos_embed" not in state:  # VideoMAE computes its positions
         return usual, bool(frames and pixels), ""
-
     # joint positions: all grids of so many tokens, less those that contradict the records
     patches = state["pos_embed"].shape[1] - int(cls_embed)
     sides = [g for g in range(1, math.isqrt(patches) + 1) if patches % (g * g) == 0]
     grids = [(patches // (g * g), g) for g in sides]
-    fitting = [
-        (t, g) for t, g in grids if frames in (None, t * t_patch) and pixels in (None, g * p)
-    ]
-    stated = len(fitting) == 1 and (frames, pixels) != (None, None)
-    likely = [usual] if usual in fitting else fitting or grids
-    doubt = ""
+    fits = [(t, g) for t, g in grids if frames in (None, t * t_patch) and pixels in (None, g * p)]
+    stated = len(fits) == 1 and (frames, pixels) != (None, None)
+    likely = [usual] if usual in fits else fits or grids
     # a single column of patches is what remains of a number that has a class token too many
-    if not fitting or len(likely) != 1 or (likely[0][1] == 1 and not stated):
-        clips = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
-        doubt = (
-            f"{path} has {patches} joint positions and does not say the size of its clips; it may "
-            f"be {clips} (frames x height x width)"
-        )
-    return likely[0], stated, doubt
+    if fits and len(likely) == 1 and (likely[0][1] > 1 or stated):
+        return likely[0], stated, ""
+    clips = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
+    problem = f"{path} has {patches} joint positions and does not say the size of its clips"
+    return likely[0], stated, f"{problem}; it may be {clips} (frames x height x width)"
 
 
 def find_arguments(
@@ -470,8 +450,7 @@ def find_arguments(
 
 
 def _count_blocks(state: dict[str, Tensor], name: str) -> int:
-    numbers = [int(k.split(".")[1]) for k in state if k.startswith(name + ".")]
-    return max(numbers, default=-1) + 1
+    return max([int(k.split(".")[1]) + 1 for k in state if k.startswith(f"{name}.")], default=0)
 
 
 def guessed_heads(arguments: dict[str, Any], stated: set[str]) -> str:

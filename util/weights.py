@@ -103,9 +103,6 @@ def read_weights(path: str) -> Weights:
 
     Args:
         path: a path, an address, the name of a released checkpoint, or a Hugging Face folder.
-
-    Raises:
-        UserError: it cannot be read, holds no video transformer, or lacks tensors that tell which.
     """
     weights = _read(*_versioned(path))
     _read.cache_clear()  # whoever has them may change them
@@ -158,16 +155,12 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def interpret(checkpoint: dict[str, Any], path: str) -> Weights:
-    """Understand a checkpoint of any known format.
+    """Understand the contents of a checkpoint file of any known format.
 
-    Args:
-        checkpoint: the file's contents, see read_checkpoint.
-        path: names the file in messages. Where the file is silent, hints in its name are used, and
-            Hugging Face's config.json and preprocessor_config.json beside it.
+    Where they are silent, hints in the file's name are used, and Hugging Face's files beside it.
 
     Raises:
-        UserError: it holds no video transformer, lacks tensors that tell the model, or has contents
-            that make no sense.
+        UserError: there is no video transformer, tensors that tell which are missing, or odd.
     """
     try:
         return _interpret(checkpoint, path)
@@ -238,24 +231,12 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
     if mean and std and not len(mean) == len(std) == channels:
         raise ValueError(f"mean {mean} and std {std} are not of {channels} channels")
     weights = Weights(
-        wide,
-        arguments,
-        stated,
-        source,
-        path,
-        stored,
-        converted,
-        unused,
-        flags,
-        mean,
-        std,
-        notes,
-        doubt,
+        wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt
     )
-    if (mean, std) == ((MEAN,) * channels, (STD,) * channels):
-        if not weights.predicts_unit_pixels:
-            weights.mean = weights.std = None
-    elif mean is not None:
+    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
+    if weights.predicts_unit_pixels or not is_ours:
+        weights.mean, weights.std = mean, std
+    if mean is not None and not is_ours:
         notes.append(
             f"it was trained on clips normalised by mean {mean} and std {std}; "
             "models here get that folded into their patch embedding"
@@ -289,14 +270,9 @@ def with_our_normalisation(weights: Weights) -> Weights:
         pred = fold_output(weights.state, std / STD, (mean - MEAN) / STD)
         folded |= pred
         converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
-    return replace(
-        weights,
-        state=weights.state | folded,
-        stored={k: v for k, v in weights.stored.items() if k not in folded},
-        converted=weights.converted | converted,
-        mean=None,
-        std=None,
-    )
+    state, converted = weights.state | folded, weights.converted | converted
+    stored = {k: v for k, v in weights.stored.items() if k not in folded}
+    return replace(weights, state=state, converted=converted, stored=stored, mean=None, std=None)
 
 
 def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
@@ -334,8 +310,7 @@ def apply_weights(
         allow_missing: leave weights as drawn that the file lacks, with a warning.
 
     Raises:
-        UserError: weights (with keep_head the head's too) are missing or of another shape; or the
-            file's model is deeper or has other numbers of heads, which no shape shows.
+        UserError: weights are missing or of another shape, or the file's model is another one.
     """
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
