@@ -157,10 +157,10 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 def interpret(checkpoint: dict[str, Any], path: str) -> Weights:
     """Understand the contents of a checkpoint file of any known format.
 
-    Where they are silent, hints in the file's name are used, and Hugging Face's files beside it.
+    Where it is silent, hints in its name are used, and Hugging Face's files beside it.
 
     Raises:
-        UserError: there is no video transformer, tensors that tell which are missing, or odd.
+        UserError: it holds no video transformer, lacks tensors that tell which, or makes no sense.
     """
     try:
         return _interpret(checkpoint, path)
