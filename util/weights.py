@@ -324,9 +324,9 @@ def apply_weights(
         has_other_heads = name.endswith("num_heads") and name in weights.stated and theirs != ours
         if has_other_heads or (name.endswith("depth") and theirs > ours):
             wrong.append(f"{name} is {theirs} there and {ours} here")
-    for k, tensor in state.items():
-        if tensor.shape != own[k].shape:
-            wrong.append(f"{k} is {list(tensor.shape)} there and {list(own[k].shape)} here")
+    for k, mine in own.items():
+        if k in state and state[k].shape != mine.shape:
+            wrong.append(f"{k} is {list(state[k].shape)} there and {list(mine.shape)} here")
     if wrong:
         raise UserError(
             f"{weights.path} does not fit the model: {some(wrong, joint='; ')}; "
