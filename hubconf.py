@@ -13,7 +13,7 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util import errors, file_io, weights
+from util import errors, file_io, run, weights
 
 # torch.hub.list shows every public callable of this file: only modules are imported.
 
@@ -23,6 +23,7 @@ SIZES = ("patch_size", "embed_dim", "depth")
 HEADS = ("num_heads", "decoder_num_heads")
 
 
+@run.usage_errors()  # the constructors name the arguments
 def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> nn.Module:
     """Build a model by name.
 
@@ -34,26 +35,16 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
     Raises:
         UserError: there are no such weights, they are of another size, or sizes do not divide.
     """
-    try:
-        return _build(name, pretrained, **arguments)
-    except ValueError as error:  # the constructors name the arguments
-        raise errors.UserError(str(error)) from error
-
-
-def _build(name: str, pretrained: str | None, **arguments: typing.Any) -> nn.Module:
     build: typing.Any = (models_mae.MODELS | models_vit.MODELS)[name]
     if pretrained is None:
         return build(**arguments)
     if not isinstance(pretrained, str):
         raise errors.UserError(f"pretrained = {pretrained!r} must be k400, k600, k700 or a path")
-    if "/" not in pretrained and f"{pretrained}/vit_large" in file_io.MD5:
-        size = name.removeprefix("mae_").rpartition("_")[0]
-        if f"{pretrained}/{size}" not in file_io.MD5 or not name.endswith("_patch16"):
-            raise errors.UserError(
-                f"no released weights of {name}; there are mae_vit_large_patch16 and "
-                "mae_vit_huge_patch16"
-            )
-        pretrained = f"{pretrained}/{size}"
+    if f"{pretrained}/vit_large" in file_io.MD5:
+        pretrained = f"{pretrained}/{name.removeprefix('mae_').removesuffix('_patch16')}"
+        if pretrained not in file_io.MD5:
+            there = "there are mae_vit_large_patch16 and mae_vit_huge_patch16"
+            raise errors.UserError(f"no released weights of {name}; {there}")
     found = weights.read_weights(pretrained)
     wanted = {k: build.keywords[k] for k in SIZES}
     sizes = {k: found.arguments[k] for k in SIZES}
@@ -61,13 +52,13 @@ def _build(name: str, pretrained: str | None, **arguments: typing.Any) -> nn.Mod
         raise errors.UserError(f"{pretrained} is no {name}: it has {sizes}, not {wanted}")
     # no shape shows the heads: where the file does not state them, the name does
     heads = {k: build.keywords[k] for k in HEADS if k in build.keywords}
-    arguments = {k: v for k, v in heads.items() if k not in found.recorded} | arguments
+    arguments = {k: v for k, v in heads.items() if k not in found.stated} | arguments
     if name in models_mae.MODELS:
         model = models_mae.MaskedAutoencoderViT(**found.autoencoder_arguments(**arguments))
-        weights.apply_weights(model, found, keep_head=False)
     else:
         model = models_vit.VisionTransformer(**found.classifier_arguments(**arguments))
-        weights.apply_weights(model, found, keep_head=weights.has_head_for(found, model))
+    keep_head = name in models_vit.MODELS and weights.has_head_for(found, model)
+    weights.apply_weights(model, found, keep_head)
     return model.eval()
 
 

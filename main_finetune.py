@@ -174,8 +174,7 @@ def validate(args: argparse.Namespace, folder: str, device: torch.device) -> Non
     loader = open_val(args, folder, device)
     model = build_model(args)
     if args.dry_run:
-        print_flops(model, args)
-        return
+        return print_flops(model, args)
     apply_weights(model, read_weights(args.resume), keep_head=True)
     model.to(device)
     log = RunLog("", args.print_freq, device)
@@ -213,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
     train_set = train_loader.dataset
     val_loader = open_val(args, folder, device)
     print0(f"{len(train_set)} videos to train, {len(val_loader.dataset)} to validate on")
-    mixup = make_mixup(args)
+    mixup = make_mixup(args)  # or None
 
     # Model, from scratch or from --finetune, unless a checkpoint is about to replace the weights.
     model = build_model(args)
@@ -259,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
 
         # Validate.
         checkpoints.before_validation()
-        stop = checkpoints.interruption.after_step
+        stop = checkpoints.interruption.after_step  # a signal ends the validation, too
         val, confusion = evaluate(
             model, val_loader, device, args.precision, args.num_classes, log, stop
         )

@@ -25,14 +25,8 @@ from util.synthetic import data_dir
 from util.weights import apply_weights, checkpoint_flags, read_weights
 
 # Flags of training that the reference's test script has, too, and that change no result.
-OBSOLETE_FLAGS = flags.OBSOLETE_FLAGS | {
-    "checkpoint_period": 1,
-    "drop_path_rate": 1,
-    "dropout": 1,
-    "eval": 0,
-    "rand_aug": 0,
-    "repeat_aug": 1,
-}
+OBSOLETE_FLAGS = flags.OBSOLETE_FLAGS | {"checkpoint_period": 1, "drop_path_rate": 1, "dropout": 1}
+OBSOLETE_FLAGS |= {"eval": 0, "rand_aug": 0, "repeat_aug": 1}
 
 
 def get_args_parser() -> flags.Parser:
@@ -41,11 +35,7 @@ def get_args_parser() -> flags.Parser:
     flags.add_data_args(parser)
     flags.add_model_args(parser, ["", *models_vit.MODELS], "", classifier=True)
     add = flags.adder(parser, "test")
-    add(
-        "--finetune --resume",
-        "",
-        "fine-tuned classifier: path or address of a checkpoint, of other projects too",
-    )
+    add("--finetune --resume", "", "fine-tuned classifier's path or address, of other projects too")
     add("--num_clips", 10, "temporal views of a video", flags.positive_int)
     add("--num_crops", 3, "spatial views of a clip", flags.positive_int)
     add("--ensemble", "sum", "how the scores of views are combined", choices=("sum", "max"))
@@ -99,27 +89,23 @@ def main(args: argparse.Namespace) -> None:
     """Build data and model, score every video, report and write the scores."""
     device = run.start(args)
 
+    # Data: one video at a time, whose views fill the forward passes.
     folder = data_dir(args, "finetune")
     index = VideoIndex(os.path.join(folder, "test.csv"), args.path_prefix, args.num_classes)
-    dataset = Kinetics(
-        index,
-        "test",
-        **flags.clip_options(args),
-        num_clips=args.num_clips,
-        num_crops=args.num_crops,
-    )
-    # one video at a time: its views fill the forward passes
+    views = {"num_clips": args.num_clips, "num_crops": args.num_crops}
+    dataset = Kinetics(index, "test", **flags.clip_options(args), **views)
     loader = VideoLoader(dataset, 1, args.num_workers, 1.0, device)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
+    # Model.
     model = load_model(args)
     if args.dry_run:
-        print_flops(model, args)
-        return
+        return print_flops(model, args)
     model.to(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{args.finetune}: {millions:.1f} M parameters")
 
+    # Score every video; the main process reports.
     log = RunLog("", args.print_freq, device)
     result = test(model, loader, device, args.precision, args.batch_size, args.ensemble, log)
     if is_main():

@@ -163,15 +163,16 @@ class MaskedAutoencoderViT(Encoder):
         """
         N, C, T, H, W = imgs.shape
         p, u = self.patch_embed.patch_size, self.t_pred_patch_size
-        x = imgs.reshape(N, C, T // u, u, H // p, p, W // p, p)
+        x = imgs.reshape(N, C, T // u, u, H // p, p, W // p, p)  # (N, C, t, u, h, p, w, p)
         x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (N, t, h, w, u, p, p, C)
-        return x.reshape(N, -1, u * p * p * C)
+        return x.reshape(N, -1, u * p * p * C)  # (N, L, u*p*p*C)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Undo patchify: [N, L, u*p*p*C] -> [N, C, pred_t_dim, H, W]."""
         N, p, u, C = len(x), self.patch_embed.patch_size, self.t_pred_patch_size, self.in_chans
         t, h, w = self.patch_embed.input_size
-        x = x.reshape(N, t, h, w, u, p, p, C).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(N, t, h, w, u, p, p, C)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (N, C, t, u, h, p, w, p)
         return x.reshape(N, C, t * u, h * p, w * p)
 
     def target_frames(self, imgs: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ class MaskedAutoencoderViT(Encoder):
             order, mask [N, L] (1 = removed), ids_restore [N, L] and ids_keep [N, K].
         """
         mask, ids_restore, ids_keep = random_mask(len(x), x.shape[1], mask_ratio, x.device)
-        kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (N, K, D)
         return kept, mask, ids_restore, ids_keep
 
     def encode(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
@@ -207,9 +208,9 @@ class MaskedAutoencoderViT(Encoder):
         """
         N, L = len(imgs), self.patch_embed.num_patches
         mask, ids_restore, ids_keep = random_mask(N, L, mask_ratio, imgs.device)
-        latent = self.encode(imgs, ids_keep)
+        latent = self.encode(imgs, ids_keep)  # (N, (1 +) K, D)
         if not self.cls_through_decoder:
-            latent = latent[:, int(self.cls_embed) :]
+            latent = latent[:, int(self.cls_embed) :]  # (N, K, D)
         return latent, mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
@@ -219,12 +220,12 @@ class MaskedAutoencoderViT(Encoder):
 
         # Append mask tokens to the visible ones and bring all into (t, h, w) order.
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, L - K, -1)], dim=1)  # (N, L, D)
-        x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))
+        x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # (N, L, D)
 
         # Add positions, decode, predict; the class token predicts nothing.
         cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
         x = self._decode(x + pos, cls_token, cls_pos)
-        return self.decoder_pred(x)[:, int(self.cls_embed) :]
+        return self.decoder_pred(x)[:, int(self.cls_embed) :]  # (N, L, u*p*p*C)
 
     def forward_part_of_decoder(
         self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float
@@ -266,11 +267,11 @@ class MaskedAutoencoderViT(Encoder):
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Return each patch's mean squared error, in float32: pred [N, L, u*p*p*C] -> [N, L]."""
         exact = torch.promote_types(pred.dtype, torch.float32)
-        target = self.patchify(self.target_frames(imgs)).to(exact)
+        target = self.patchify(self.target_frames(imgs)).to(exact)  # (N, L, u*p*p*C)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
-        return (pred.to(exact) - target).square().mean(dim=-1)
+        return (pred.to(exact) - target).square().mean(dim=-1)  # (N, L)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Average the losses of the removed patches (1 in mask), a scalar."""
@@ -297,7 +298,7 @@ class MaskedAutoencoderViT(Encoder):
         K = num_visible(L, mask_ratio)
         decoded = num_decoded(L - K, decoder_mask_ratio)
         if decoded < L - K:
-            mask = mask * (ids_restore < K + decoded)
+            mask = mask * (ids_restore < K + decoded)  # the loss is over decoded patches
             pred = self.forward_part_of_decoder(latent, ids_restore, decoder_mask_ratio)
         else:
             pred = self.forward_decoder(latent, ids_restore)

@@ -95,13 +95,13 @@ class VisionTransformer(Encoder):
         if mask_ratio:
             self.check_mask_ratio(mask_ratio)
             _, _, ids_keep = random_mask(len(x), self.patch_embed.num_patches, mask_ratio, x.device)
-        x = self.run_blocks(self.blocks, self.embed(x, ids_keep))
-        return x[:, int(self.cls_embed) :]
+        x = self.run_blocks(self.blocks, self.embed(x, ids_keep))  # (N, (1 +) L or K, D)
+        return x[:, int(self.cls_embed) :]  # without the class token
 
     def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Classify clips, or a random part of each: [N, C, T, H, W] -> logits [N, num_classes]."""
-        x = self.norm(self.forward_features(x, mask_ratio).mean(dim=1))
-        return self.head(self.dropout(x))
+        x = self.norm(self.forward_features(x, mask_ratio).mean(dim=1))  # (N, D)
+        return self.head(self.dropout(x))  # (N, num_classes)
 
 
 _vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))

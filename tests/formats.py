@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 State = dict[str, Tensor]
+# names of a decoder's blocks, norm and prediction
+DECODER = "decoder_blocks decoder_norm decoder_pred"
+VIDEOMAE_DECODER = "decoder.blocks decoder.norm decoder.head"
+PYSLOWFAST_DECODER = "pred_head.transforms.0 pred_head.transforms.0.4 pred_head.projections.0"
 
 
 class Maker:
@@ -53,6 +57,21 @@ class Maker:
             self.linear(f"{prefix}.mlp.fc1", 4 * width, width)
             self.linear(f"{prefix}.mlp.fc2", width, 4 * width)
 
+    def encoder(self, D: int, depth: int, qkv: str, *patch: int, prefix="", norm="norm") -> None:
+        """Add patch embedding, blocks and norm; patch is the kernel's size."""
+        self.add(f"{prefix}patch_embed.proj.weight", D, 3, *patch)
+        self.add(f"{prefix}patch_embed.proj.bias", D)
+        self.blocks(numbered(f"{prefix}blocks", depth), D, qkv)
+        self.norm(prefix + norm, D)
+
+    def decoder(self, d: int, depth: int, qkv: str, pred: int, names: str = DECODER) -> None:
+        """Add mask token, blocks, norm and prediction of pred values, under these names."""
+        blocks, norm, head = names.split()
+        self.add("mask_token", 1, 1, d)
+        self.blocks(numbered(blocks, depth), d, qkv)
+        self.norm(norm, d)
+        self.linear(head, pred, d)
+
 
 def numbered(prefix: str, count: int) -> list[str]:
     return [f"{prefix}.{i}" for i in range(count)]
@@ -66,17 +85,11 @@ def pyslowfast(D=128, depth=2, d=128, grid=(4, 4, 4), p=16, fused=False, decoder
     make.add("pos_embed_spatial", 1, h * w, D)
     make.add("pos_embed_temporal", 1, t, D)
     make.add("pos_embed_class", 1, 1, D)
-    make.add("patch_embed.proj.weight", D, 3, 2, p, p)
-    make.add("patch_embed.proj.bias", D)
-    make.blocks(numbered("blocks", depth), D, qkv)
-    make.norm("norm", D)
+    make.encoder(D, depth, qkv, 2, p, p)
     if decoder:
         make.linear("decoder_embed", d, D)
-        make.add("mask_token", 1, 1, d)
         make.add("decoder_pos_embed", 1, 1 + t * h * w, d)
-        make.blocks(numbered("pred_head.transforms.0", 4), d, qkv)
-        make.norm("pred_head.transforms.0.4", d)
-        make.linear("pred_head.projections.0", 3 * p * p, d)
+        make.decoder(d, 4, qkv, 3 * p * p, PYSLOWFAST_DECODER)
     else:
         make.linear("head.projection", 7, D)
     return {"epoch": 3, "model_state": make.state, "cfg": "MASK: on"}
@@ -87,23 +100,15 @@ def reference(grid=(4, 4, 4), decoder=True) -> dict:
     D, d, p = 128, 64, 16
     t, h, w = grid
     make = Maker(1)
-    make.add("cls_token", 1, 1, D)
-    if decoder:
-        make.add("decoder_cls_token", 1, 1, d)
-        make.add("mask_token", 1, 1, d)
     for prefix, width in [("", D)] + [("decoder_", d)] * decoder:
+        make.add(f"{prefix}cls_token", 1, 1, width)
         make.add(f"{prefix}pos_embed_spatial", 1, h * w, width)
         make.add(f"{prefix}pos_embed_temporal", 1, t, width)
         make.add(f"{prefix}pos_embed_class", 1, 1, width)
-    make.add("patch_embed.proj.weight", D, 3, 2, p, p)
-    make.add("patch_embed.proj.bias", D)
-    make.blocks(numbered("blocks", 2), D, "separate")
-    make.norm("norm", D)
+    make.encoder(D, 2, "separate", 2, p, p)
     if decoder:
         make.linear("decoder_embed", d, D)
-        make.blocks(numbered("decoder_blocks", 4), d, "separate")
-        make.norm("decoder_norm", d)
-        make.linear("decoder_pred", 3 * p * p, d)
+        make.decoder(d, 4, "separate", 3 * p * p)
     else:
         make.linear("head", 7, D)
     args = argparse.Namespace(num_frames=2 * t, input_size=h * p, norm_pix_loss=True)
@@ -114,17 +119,11 @@ def first_release() -> dict:
     """A demo file: joint fixed positions, no class token, both frames of a patch predicted."""
     D, d = 128, 64
     make = Maker(2)
-    make.add("mask_token", 1, 1, d)
     make.add("pos_embed", 1, 1568, D)
     make.add("decoder_pos_embed", 1, 1568, d)
-    make.add("patch_embed.proj.weight", D, 3, 2, 16, 16)
-    make.add("patch_embed.proj.bias", D)
-    make.blocks(numbered("blocks", 2), D, "fused")
-    make.norm("norm", D)
+    make.encoder(D, 2, "fused", 2, 16, 16)
     make.linear("decoder_embed", d, D)
-    make.blocks(numbered("decoder_blocks", 4), d, "fused")
-    make.norm("decoder_norm", d)
-    make.linear("decoder_pred", 1536, d)
+    make.decoder(d, 4, "fused", 1536)
     return {"model": make.state}
 
 
@@ -134,19 +133,13 @@ def image_mae(kind: str, p=16, side=4) -> dict:
     make = Maker(3)
     make.add("cls_token", 1, 1, D)
     make.add("pos_embed", 1, 1 + side * side, D)
-    make.add("patch_embed.proj.weight", D, 3, p, p)
-    make.add("patch_embed.proj.bias", D)
-    make.blocks(numbered("blocks", 2), D, "fused")
-    make.norm("fc_norm" if kind == "fine-tuned" else "norm", D)
+    make.encoder(D, 2, "fused", p, p, norm="fc_norm" if kind == "fine-tuned" else "norm")
     if kind in ("fine-tuned", "class token"):
         make.linear("head", 7, D)
     if kind == "full":
         make.linear("decoder_embed", d, D)
-        make.add("mask_token", 1, 1, d)
         make.add("decoder_pos_embed", 1, 1 + side * side, d)
-        make.blocks(numbered("decoder_blocks", 8), d, "fused")
-        make.norm("decoder_norm", d)
-        make.linear("decoder_pred", 3 * p * p, d)
+        make.decoder(d, 8, "fused", 3 * p * p)
     return {"model": make.state}
 
 
@@ -154,19 +147,12 @@ def videomae(kind: str, side=4, frames=8, D=128, depth=2) -> dict:
     """An original VideoMAE file, "pretrain" or "finetune"; positions are not stored."""
     d, p = 64, 16
     make = Maker(4)
-    encoder = "encoder." if kind == "pretrain" else ""
-    make.add(f"{encoder}patch_embed.proj.weight", D, 3, 2, p, p)
-    make.add(f"{encoder}patch_embed.proj.bias", D)
-    make.blocks(numbered(f"{encoder}blocks", depth), D, "videomae")
     if kind == "pretrain":
-        make.norm("encoder.norm", D)
+        make.encoder(D, depth, "videomae", 2, p, p, prefix="encoder.")
         make.linear("encoder_to_decoder", d, D, bias=False)
-        make.add("mask_token", 1, 1, d)
-        make.blocks(numbered("decoder.blocks", 4), d, "videomae")
-        make.norm("decoder.norm", d)
-        make.linear("decoder.head", 1536, d)
+        make.decoder(d, 4, "videomae", 1536, VIDEOMAE_DECODER)
     else:
-        make.norm("fc_norm", D)
+        make.encoder(D, depth, "videomae", 2, p, p, norm="fc_norm")
         make.linear("head", 7, D)
     args = argparse.Namespace(input_size=side * p, num_frames=frames)
     return {"model" if kind == "pretrain" else "module": make.state, "args": args}
@@ -244,19 +230,29 @@ def scatter(visible: Tensor, mask_token: Tensor, keep: Tensor, tokens: int) -> T
     return full
 
 
+def encode(state: State, x: Tensor, cls: Tensor | None = None, prefix: str = "") -> Tensor:
+    """Run the blocks and the norm of an encoder, with a class token before tokens [N, K, D]."""
+    x = x if cls is None else torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+    depth = len([k for k in state if k.startswith(f"{prefix}blocks.") and "norm1.bias" in k])
+    x = run_blocks(state, numbered(f"{prefix}blocks", depth), x, x.shape[-1] // 64)
+    return layer_norm(state, f"{prefix}norm", x)
+
+
+def decode(state: State, x: Tensor, depth: int, heads: int, names: str = DECODER) -> Tensor:
+    blocks, norm, head = names.split()
+    x = run_blocks(state, numbered(blocks, depth), x, heads)
+    return linear(state, head, layer_norm(state, norm, x))
+
+
 def pyslowfast_decode(state: State, clip: Tensor, keep: Tensor) -> Tensor:
     """Predict all patches [1, L, 768]: the encoder's class token goes through the decoder."""
     x = (patches(state, clip) + separable(state))[:, keep]
-    x = torch.cat([state["cls_token"] + state["pos_embed_class"], x], dim=1)
-    depth = len([k for k in state if k.startswith("blocks.") and k.endswith("norm1.bias")])
-    x = run_blocks(state, numbered("blocks", depth), x, x.shape[-1] // 64)
-    x = linear(state, "decoder_embed", layer_norm(state, "norm", x))
+    x = encode(state, x, state["cls_token"] + state["pos_embed_class"])
+    x = linear(state, "decoder_embed", x)
     tokens = state["decoder_pos_embed"].shape[1] - 1
     full = scatter(x[:, 1:], state["mask_token"], keep, tokens)
     x = torch.cat([x[:, :1], full], dim=1) + state["decoder_pos_embed"]
-    x = run_blocks(state, numbered("pred_head.transforms.0", 4), x, x.shape[-1] // 64)
-    x = layer_norm(state, "pred_head.transforms.0.4", x)
-    return linear(state, "pred_head.projections.0", x)[:, 1:]
+    return decode(state, x, 4, x.shape[-1] // 64, PYSLOWFAST_DECODER)[:, 1:]
 
 
 def pyslowfast_classify(state: State, clips: Tensor) -> Tensor:
@@ -269,24 +265,18 @@ def pyslowfast_classify(state: State, clips: Tensor) -> Tensor:
 def reference_decode(state: State, clip: Tensor, keep: Tensor) -> Tensor:
     """Predict all patches [1, L, 768]: the decoder has its class token and 16 heads."""
     x = (patches(state, clip) + separable(state))[:, keep]
-    x = torch.cat([state["cls_token"] + state["pos_embed_class"], x], dim=1)
-    x = run_blocks(state, numbered("blocks", 2), x, 2)
-    x = linear(state, "decoder_embed", layer_norm(state, "norm", x)[:, 1:])
+    x = encode(state, x, state["cls_token"] + state["pos_embed_class"])[:, 1:]
     pos = separable({k.removeprefix("decoder_"): v for k, v in state.items() if "decoder_pos" in k})
-    x = scatter(x, state["mask_token"], keep, len(pos)) + pos
+    x = scatter(linear(state, "decoder_embed", x), state["mask_token"], keep, len(pos)) + pos
     cls = state["decoder_cls_token"] + state["decoder_pos_embed_class"]
-    x = run_blocks(state, numbered("decoder_blocks", 4), torch.cat([cls, x], dim=1), 16)
-    return linear(state, "decoder_pred", layer_norm(state, "decoder_norm", x))[:, 1:]
+    return decode(state, torch.cat([cls, x], dim=1), 4, 16)[:, 1:]
 
 
 def first_release_decode(state: State, clip: Tensor, keep: Tensor) -> Tensor:
     """Predict both frames of all patches, [1, 1568, 1536], without class tokens."""
-    x = (patches(state, clip) + state["pos_embed"])[:, keep]
-    x = layer_norm(state, "norm", run_blocks(state, numbered("blocks", 2), x, 2))
+    x = encode(state, (patches(state, clip) + state["pos_embed"])[:, keep])
     x = scatter(linear(state, "decoder_embed", x), state["mask_token"], keep, 1568)
-    x = x + state["decoder_pos_embed"]
-    x = run_blocks(state, numbered("decoder_blocks", 4), x, 16)
-    return linear(state, "decoder_pred", layer_norm(state, "decoder_norm", x))
+    return decode(state, x + state["decoder_pos_embed"], 4, 16)
 
 
 def videomae_decode(state: State, clip: Tensor, keep: Tensor) -> Tensor:
@@ -294,13 +284,11 @@ def videomae_decode(state: State, clip: Tensor, keep: Tensor) -> Tensor:
     x = patches(state, clip, "encoder.")
     tokens = x.shape[1]
     removed = torch.tensor([i for i in range(tokens) if i not in keep.tolist()])
-    x = (x + sinusoids(tokens, x.shape[-1]))[:, keep]
-    x = layer_norm(state, "encoder.norm", run_blocks(state, numbered("encoder.blocks", 2), x, 2))
+    x = encode(state, (x + sinusoids(tokens, x.shape[-1]))[:, keep], prefix="encoder.")
     x = linear(state, "encoder_to_decoder", x)
     pos = sinusoids(tokens, x.shape[-1])
     x = torch.cat([x + pos[keep], state["mask_token"] + pos[removed]], dim=1)
-    x = run_blocks(state, numbered("decoder.blocks", 4), x, 1)
-    return linear(state, "decoder.head", layer_norm(state, "decoder.norm", x[:, len(keep) :]))
+    return decode(state, x, 4, 1, VIDEOMAE_DECODER)[:, len(keep) :]
 
 
 def videomae_classify(state: State, clips: Tensor) -> Tensor:
@@ -313,11 +301,8 @@ def videomae_classify(state: State, clips: Tensor) -> Tensor:
 def image_decode(state: State, image: Tensor, keep: Tensor) -> Tensor:
     """Predict all patches of an image [1, L, 768]."""
     x = (patches(state, image) + state["pos_embed"][:, 1:])[:, keep]
-    x = torch.cat([state["cls_token"] + state["pos_embed"][:, :1], x], dim=1)
-    x = layer_norm(state, "norm", run_blocks(state, numbered("blocks", 2), x, 2))
+    x = encode(state, x, state["cls_token"] + state["pos_embed"][:, :1])
     x = linear(state, "decoder_embed", x)
-    tokens = state["pos_embed"].shape[1] - 1
-    full = scatter(x[:, 1:], state["mask_token"], keep, tokens)
+    full = scatter(x[:, 1:], state["mask_token"], keep, state["pos_embed"].shape[1] - 1)
     x = torch.cat([x[:, :1], full], dim=1) + state["decoder_pos_embed"]
-    x = run_blocks(state, numbered("decoder_blocks", 8), x, 16)
-    return linear(state, "decoder_pred", layer_norm(state, "decoder_norm", x))[:, 1:]
+    return decode(state, x, 8, 16)[:, 1:]

@@ -54,6 +54,8 @@ def test_notebook(tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(gif))) as picture:
         assert picture.n_frames == 8
         assert picture.width > 2 * 128
-    assert any("application/vnd.jupyter.widget-view+json" in d for d in data)
+    assert any(
+        "application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in code[-1].outputs
+    )
     assert [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"] == []
     assert notebook.cells[-1].outputs[0].text.strip() == "6"  # every control drew another picture

@@ -327,6 +327,6 @@ def test_weights_of_another_shape_are_named(tmp_path, overrides, weight, flag):
     other = golden.build(VisionTransformer, VIT, **overrides)
     path = saved(tmp_path / "shape.pth", other.state_dict())
     model = fresh_classifier()
-    with pytest.raises(UserError, match=rf"shape\.pth is of another shape.*{weight}.*{flag}"):
+    with pytest.raises(UserError, match=rf"shape\.pth does not fit the model: .*{weight}.*{flag}"):
         apply_weights(model, read_weights(path), keep_head=False)
     assert_untouched(model)

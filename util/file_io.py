@@ -19,8 +19,7 @@ from util.errors import UserError
 
 ADDRESSES = ("http://", "https://", "s3://")
 
-# Released checkpoints (pre-trained for 400 epochs of 4 repeats, both sizes patch 16), and the first
-# digits of each file's md5.
+# Released checkpoints (400 epochs of 4 repeats, patch 16), and the first digits of their md5.
 MD5 = {
     "k400/vit_large": "edf3a5",
     "k600/vit_large": "9a9645",
@@ -55,11 +54,7 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(path: str, mode: str = "r") -> IO:
-    """Open a path or address as `open` does.
-
-    Raises:
-        UserError: the file cannot be opened; the message names it.
-    """
+    """Open a path or address as `open` does; raise UserError, which names it, if that fails."""
     try:
         if "r" in mode and path.startswith("http"):  # see local_path
             path = local_path(path)
@@ -92,11 +87,7 @@ def local_path(path: str) -> str:
 
 
 def make_dirs(path: str) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        UserError: it cannot be created; the message names it.
-    """
+    """Create a folder and its parents; raise UserError, which names it, if that fails."""
     try:
         path_manager.mkdirs(path)
     except OSError as error:
@@ -154,36 +145,32 @@ def fetch(path: str) -> str:
     """
     address = path
     if not os.path.exists(path):
-        # names of the table, or of the released files themselves
         name = path if "/" in path else find_name(path) or path
-        data, _, size = name.partition("/")
         if name in MD5:
+            data, size = name.split("/")
             address = ADDRESS.format(size=size, data=data)
         elif re.fullmatch(r"k\d00/\w+", path):
             raise UserError(f"{path} is neither a file nor a released name: {', '.join(MD5)}")
     if not address.startswith(("http://", "https://")):
         return address
-    local = local_path(address)
+    local, digest = local_path(address), hashlib.md5()
+    wanted = MD5.get(find_name(urlparse(address).path) or "")
     try:
         with open(local, "rb") as file:
             refuse_other_kinds(file.read(64), path)
-        md5 = MD5.get(find_name(urlparse(address).path) or "")
-        if md5 and not (found := _md5(local)).startswith(md5):
-            raise UserError(
-                f"{address} is damaged or another file: its md5 is {found} and should start with "
-                f"{md5}{forget(path, local)}"
-            )
-    except UserError:
-        forget(path, local)
-        raise
+            file.seek(0)
+            while wanted and (block := file.read(1 << 20)):
+                digest.update(block)
+        if wanted and not (found := digest.hexdigest()).startswith(wanted):
+            wrong = f"its md5 is {found} and should start with {wanted}"
+            raise UserError(f"{address} is damaged or another file: {wrong}")
+    except UserError as error:
+        raise UserError(f"{error}{forget(path, local)}") from error
     return local
 
 
 def forget(path: str, local: str) -> str:
-    """Delete the damaged file that fetch(path) has downloaded, and return words that say so.
-
-    A file that was not downloaded stays, and the words are empty.
-    """
+    """Delete the damaged file if fetch(path) has downloaded it, and return words that say so."""
     if local == path:
         return ""
     with contextlib.suppress(FileNotFoundError):  # another rank may be faster
@@ -192,25 +179,13 @@ def forget(path: str, local: str) -> str:
     return "; it was removed from the cache, try again"
 
 
-def _md5(path: str) -> str:
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def refuse_other_kinds(start: bytes, path: str) -> None:
     """Raise UserError if a file's first bytes are those of a web page or of a Git LFS pointer."""
     if start[8:9] == b"{":  # .safetensors: the length before it may be any bytes
         return
-    if start.lstrip(BLANKS)[:1] == b"<":
-        raise UserError(
-            f"{path} is damaged or not a checkpoint: it is a web page (HTML), which servers send "
-            "in place of files that have moved or need a login"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is damaged or not a checkpoint: it is a Git LFS pointer; fetch the file "
-            "itself with `git lfs pull`"
-        )
+    is_page = start.lstrip(BLANKS)[:1] == b"<"
+    if is_page or start.startswith(b"version https://git-lfs"):
+        kind = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
+        if is_page:
+            kind = "a web page (HTML), which servers send for files that moved or need a login"
+        raise UserError(f"{path} is damaged or not a checkpoint: it is {kind}")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import warnings
 from argparse import Namespace
 from typing import Any
@@ -12,15 +13,11 @@ from torch import Tensor, nn
 
 from util.dist import print0
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fvcore imports what newer PyTorch calls deprecated
-    from fvcore.nn import FlopCountAnalysis
-
 
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     """Count the two products of scaled_dot_product_attention, which fvcore does not know."""
-    N, heads, L, width = inputs[0].type().sizes()  # q; inputs[1] is k
-    return 2 * N * heads * L * inputs[1].type().sizes()[2] * width
+    query, key = (value.type().sizes() for value in inputs[:2])  # [N, heads, L, D]
+    return 2 * math.prod(query) * key[2]
 
 
 class _Forward(nn.Module):
@@ -28,8 +25,7 @@ class _Forward(nn.Module):
 
     def __init__(self, model: nn.Module, options: dict[str, Any]):
         super().__init__()
-        self.model = model
-        self.options = options
+        self.model, self.options = model, options
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.model(x, **self.options)
@@ -37,21 +33,19 @@ class _Forward(nn.Module):
 
 
 def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -> float:
-    """Count the multiply-adds of a forward pass over one clip, in units of 1e9.
+    """Count the multiply-adds of forward(clip, **options) for a clip (C, T, H, W), in units of 1e9.
 
     Nothing is computed: this moves the model to PyTorch's meta device, where its weights are lost.
-
-    Args:
-        clip_shape: (C, T, H, W).
-        options: further arguments of forward.
     """
-    clip = torch.empty(1, *clip_shape, device="meta")
-    count = FlopCountAnalysis(_Forward(model.to("meta").eval(), options), clip)
-    count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
-    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # fvcore imports and calls what newer PyTorch deprecates
+        from fvcore.nn import FlopCountAnalysis
+
+        clip = torch.empty(1, *clip_shape, device="meta")
+        count = FlopCountAnalysis(_Forward(model.to("meta").eval(), options), clip)
+        count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return count.total() / 1e9
 
 

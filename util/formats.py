@@ -10,9 +10,9 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ OURS = "MAE"  # names of this project and of the reference implementation
 PYSLOWFAST = "PySlowFast"
 FIRST_RELEASE = "first release"
 IMAGE_MAE = "image MAE"
-VIDEOMAE = "VideoMAE"
-HF_VIDEOMAE = "Hugging Face VideoMAE"
+VIDEOMAE, HF_VIDEOMAE = "VideoMAE", "Hugging Face VideoMAE"
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors cannot say
@@ -39,56 +38,55 @@ DECODER_ARGUMENTS = """
     decoder_embed_dim decoder_depth decoder_num_heads decoder_sep_pos_embed cls_through_decoder
     strided_targets norm_pix_loss pred_t_dim
 """.split()
-
+CLIP_SIZE = {"num_frames", "img_size"}
 # These follow from the shapes of tensors, whatever a file records.
-SHAPE_ARGUMENTS = ("img_size", "num_frames", "num_classes", "embed_dim", "depth")
-# Records of training flags and of Hugging Face's config.json, and the arguments that they are.
-RECORDS = {
-    "num_frames": "num_frames",
-    "input_size": "img_size",
-    "image_size": "img_size",
-    "num_attention_heads": "num_heads",
-    "decoder_num_heads": "decoder_num_heads",
-    "decoder_num_attention_heads": "decoder_num_heads",
-    "layer_norm_eps": "layer_norm_eps",
-    "norm_pix_loss": "norm_pix_loss",
-}
+SHAPE_ARGUMENTS = """
+    num_frames img_size t_patch_size patch_size in_chans embed_dim depth num_classes
+    decoder_embed_dim decoder_depth
+""".split()
 
-# Other projects' names, in the order in which they are replaced.
-RENAMES = [
-    (re.compile(pattern), ours)
-    for pattern, ours in (
-        # Hugging Face VideoMAE
-        (r"^videomae\.", ""),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^encoder\.layer\.", "blocks."),
-        (r"^decoder\.decoder_layers\.", "decoder_blocks."),
-        (r"\.attention\.attention\.query\.", ".attn.q."),
-        (r"\.attention\.attention\.key\.", ".attn.k."),
-        (r"\.attention\.attention\.value\.", ".attn.v."),
-        (r"\.attention\.attention\.([qv])_bias$", r".attn.\1.bias"),
-        (r"\.attention\.output\.dense\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.output\.dense\.", ".mlp.fc2."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"^layernorm\.", "norm."),
-        (r"^classifier\.", "head."),
-        # VideoMAE
-        (r"^encoder_to_decoder\.", "decoder_embed."),
-        (r"^decoder\.(blocks|norm)\.", r"decoder_\1."),
-        (r"^decoder\.head\.", "decoder_pred."),
-        (r"^encoder\.", ""),
-        (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
-        # PySlowFast
-        (r"^pred_head\.transforms\.0\.\d+\.(weight|bias)$", r"decoder_norm.\1"),
-        (r"^pred_head\.transforms\.0\.", "decoder_blocks."),
-        (r"^pred_head\.projections\.0\.", "decoder_pred."),
-        (r"^head\.projection\.", "head."),
-        # fine-tuned image MAE and VideoMAE
-        (r"^fc_norm\.", "norm."),
-    )
-]
+
+def _table(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
+
+
+# Entries of Hugging Face's config.json, and the arguments that they are.
+HF_CONFIG = _table("""
+    num_frames=num_frames image_size=img_size tubelet_size=t_patch_size patch_size=patch_size
+    num_channels=in_chans hidden_size=embed_dim decoder_hidden_size=decoder_embed_dim
+    num_hidden_layers=depth decoder_num_hidden_layers=decoder_depth
+    num_attention_heads=num_heads decoder_num_attention_heads=decoder_num_heads
+    layer_norm_eps=layer_norm_eps norm_pix_loss=norm_pix_loss
+""")
+# flags of training runs, too
+RECORDS = HF_CONFIG | {"input_size": "img_size", "decoder_num_heads": "decoder_num_heads"}
+# what a Hugging Face folder holds: weights in one of these, and descriptions beside them
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+HF_FILES = ("config.json", "preprocessor_config.json")
+
+# Other projects' names and ours, read in this order and written in the other direction. Those that
+# begin with a dot are replaced inside a name, the others at its beginning.
+HF_NAMES = _table("""
+    embeddings.patch_embeddings.projection.=patch_embed.proj.
+    encoder.layer.=blocks. decoder.decoder_layers.=decoder_blocks.
+    encoder_to_decoder.=decoder_embed. decoder.norm.=decoder_norm. decoder.head.=decoder_pred.
+    .attention.attention.q_bias=.attn.q.bias .attention.attention.v_bias=.attn.v.bias
+    .attention.attention.query.=.attn.q. .attention.attention.key.=.attn.k.
+    .attention.attention.value.=.attn.v. .attention.output.dense.=.attn.proj.
+    .intermediate.dense.=.mlp.fc1. .output.dense.=.mlp.fc2.
+    .layernorm_before.=.norm1. .layernorm_after.=.norm2. classifier.=head.
+""")
+PYSLOWFAST_NAMES = _table("""
+    pred_head.transforms.0.=decoder_blocks. pred_head.projections.0.=decoder_pred.
+    head.projection.=head.
+""")
+VIDEOMAE_NAMES = _table("""
+    decoder.blocks.=decoder_blocks. encoder.= .attn.q_bias=.attn.q.bias .attn.v_bias=.attn.v.bias
+""")
+RENAMES = {"videomae.": "", "layernorm.": "norm.", "fc_norm.": "norm."}
+RENAMES |= HF_NAMES | PYSLOWFAST_NAMES | VIDEOMAE_NAMES
+# PySlowFast's decoder norm has the number of the block behind the last
+DECODER_NORM = re.compile(r"^decoder_blocks\.\d+\.(weight|bias)$")
 OUR_NAMES = re.compile(
     r"(decoder_)?cls_token|mask_token|(decoder_)?pos_embed(_spatial|_temporal|_class)?|"
     r"(patch_embed\.proj|(decoder_)?norm|decoder_embed|decoder_pred|head|"
@@ -100,7 +98,6 @@ PREFIXES = re.compile(r"^((module|backbone)\.)+")  # what training wrappers put 
 OWN_ENCODER = re.compile(r"decoder\.|encoder_to_decoder\.|encoder\.layer\.")
 KERNEL, KERNEL_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 FC1 = "blocks.0.mlp.fc1.weight"
-SINCOS = "VideoMAE's sine-cosine table"
 
 
 @dataclass
@@ -109,24 +106,18 @@ class Weights:
 
     state: dict[str, Tensor]  # by parameter name, at least in single precision
     arguments: dict[str, Any]  # of the constructor, plain data: layer_norm_eps for norm_layer
+    stated: set[str]  # the arguments that the file tells; the others are its format's custom
     source: str  # the file's format, one of the names above
     path: str  # the file, for messages
-    # the file's own precision of those tensors that have less than single
-    stored: dict[str, torch.dtype] = field(default_factory=dict)
-    # arguments that the file records; the others follow from shapes or from the format's custom
-    recorded: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)  # of the training run, where recorded
-    # how a tensor was made, for those that are not simply renamed
-    converted: dict[str, str] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)  # names in the file that have no place here
+    stored: dict[str, torch.dtype]  # the file's own precision of tensors that have less there
+    converted: dict[str, str]  # how a tensor was made, where it is more than renamed
+    unused: list[str]  # names in the file that have no place here
+    flags: dict[str, Any]  # of the training run, where recorded
+    notes: list[str]  # sentences for the user
+    doubt: str  # why no model can be built from the file alone; empty when one can
     # per-channel normalisation of the clips that it was trained on; None: ours
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    notes: list[str] = field(default_factory=list)  # sentences for the user
-    # Whether the file states how many tokens its positions have along t, h and w. Where it does
-    # not, they are first compared with the grid of the model that they are loaded into.
-    grid_stated: bool = True
-    doubt: str = ""  # why no model can be built from the file alone; empty when one can
 
     @property
     def has_decoder(self) -> bool:
@@ -138,44 +129,39 @@ class Weights:
 
     @property
     def grid(self) -> Grid:
-        """Count the tokens along t, h, w."""
         return token_grid(self.arguments)
-
-    def autoencoder_arguments(self, **overrides: Any) -> dict[str, Any]:
-        """Return the arguments of the file's MaskedAutoencoderViT; overrides replace some of them.
-
-        Another num_frames keeps the number of frames predicted per patch.
-
-        Raises:
-            UserError: neither the file nor the overrides state the size of the clips.
-        """
-        self.refuse_doubt(overrides)
-        arguments = {k: v for k, v in self.arguments.items() if k != "num_classes"}
-        if "num_frames" in overrides and "pred_t_dim" in arguments:
-            scaled = arguments["pred_t_dim"] * overrides["num_frames"] / arguments["num_frames"]
-            arguments["pred_t_dim"] = int(scaled)
-        return _with_norm_layer(arguments | overrides)
-
-    def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
-        """Return the arguments of the file's VisionTransformer; overrides replace some of them.
-
-        Raises:
-            UserError: neither the file nor the overrides state the size of the clips.
-        """
-        self.refuse_doubt(overrides)
-        arguments = {k: v for k, v in self.arguments.items() if k not in DECODER_ARGUMENTS}
-        return _with_norm_layer(arguments | overrides)
-
-    def refuse_doubt(self, given: Collection[str] = ()) -> None:
-        """Raise UserError when the size of the clips is neither known nor among the given names."""
-        if self.doubt and not {"num_frames", "img_size"} <= set(given):
-            raise UserError(self.doubt)
 
     @property
     def predicts_unit_pixels(self) -> bool:
         """Whether the decoder predicts pixels from 0 to 1, as VideoMAE's does."""
         is_videomae = self.source in (VIDEOMAE, HF_VIDEOMAE)
         return is_videomae and self.arguments.get("norm_pix_loss") is False
+
+    def autoencoder_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Return the arguments of the file's MaskedAutoencoderViT; overrides replace some of them.
+
+        Another num_frames keeps the number of frames predicted per patch. Raises UserError when
+        neither the file nor the overrides state the size of the clips.
+        """
+        if "num_frames" in overrides and self.has_decoder:
+            predicted = self.arguments["pred_t_dim"] * overrides["num_frames"]
+            overrides = {"pred_t_dim": int(predicted / self.arguments["num_frames"])} | overrides
+        return self._without(["num_classes"], overrides)
+
+    def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Return the arguments of the file's VisionTransformer; see autoencoder_arguments."""
+        return self._without(DECODER_ARGUMENTS, overrides)
+
+    def _without(self, others: Collection[str], overrides: dict[str, Any]) -> dict[str, Any]:
+        self.refuse_doubt(overrides)
+        arguments = {k: v for k, v in self.arguments.items() if k not in others} | overrides
+        norm_layer = partial(nn.LayerNorm, eps=arguments.pop("layer_norm_eps"))
+        return {"norm_layer": norm_layer} | arguments
+
+    def refuse_doubt(self, given: Collection[str] = ()) -> None:
+        """Raise UserError when the size of the clips is neither known nor among the given names."""
+        if self.doubt and not set(given) >= CLIP_SIZE:
+            raise UserError(self.doubt)
 
     def as_stored(self) -> dict[str, Tensor]:
         """Return the tensors in the precision that they have in the file."""
@@ -203,20 +189,13 @@ def is_decoder(name: str) -> bool:
     return name.startswith("decoder_") or name == "mask_token"
 
 
-def _with_norm_layer(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Replace layer_norm_eps by norm_layer, which is what the constructors take."""
-    arguments = dict(arguments)
-    return {"norm_layer": partial(nn.LayerNorm, eps=arguments.pop("layer_norm_eps"))} | arguments
-
-
 # --- names ----------------------------------------------------------------------------------------
 
 
 def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     """Take the tensors out of a checkpoint, under the file's own names without wrappers' prefixes.
 
-    Raises:
-        UserError: there are none, or some are not plain tensors.
+    Raises UserError when there are none, or some are not plain tensors.
     """
     inner = checkpoint
     while wrapper := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
@@ -226,9 +205,7 @@ def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise UserError(
-                f"{path} cannot be used: {name} is sparse, quantised or without numbers"
-            )
+            raise UserError(f"{path} has a tensor that is sparse, quantised or empty: {name}")
     names = [name.replace("_orig_mod.", "") for name in state]
     return dict(zip(_without_prefixes(names), state.values(), strict=True))
 
@@ -241,18 +218,25 @@ def _without_prefixes(names: list[str]) -> list[str]:
     return names if shorter == names else _without_prefixes(shorter)
 
 
+def rename(name: str, names: dict[str, str]) -> str:
+    """Replace what stands in one project's names by what stands there in another's."""
+    for theirs, ours in names.items():
+        if theirs.startswith("."):
+            name = name.replace(theirs, ours)
+        elif name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+    return name
+
+
 def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Rename tensors to ours, split fused q, k, v, and add biases that VideoMAE leaves out as zero.
 
-    Returns:
-        the tensors, and how those that are not simply renamed were made.
+    The second result says how those were made that are not simply renamed.
     """
     renamed: dict[str, Tensor] = {}
     converted: dict[str, str] = {}
     for theirs, tensor in state.items():
-        name = theirs
-        for pattern, ours in RENAMES:
-            name = pattern.sub(ours, name)
+        name = DECODER_NORM.sub(r"decoder_norm.\1", rename(theirs, RENAMES))
         if ".attn.qkv." not in name:
             renamed[name] = tensor
             continue
@@ -264,33 +248,27 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     zeros = {k.replace(".q.", ".k."): v for k, v in renamed.items() if k.endswith(".attn.q.bias")}
     if "encoder_to_decoder.weight" in state:
         zeros["decoder_embed.bias"] = state["encoder_to_decoder.weight"][:, 0]
-    for name, like in zeros.items():
-        if name not in renamed:
-            renamed[name] = torch.zeros_like(like)
-            converted[name] = "zero: the file has none"
+    for name in [k for k in zeros if k not in renamed]:
+        renamed[name] = torch.zeros_like(zeros[name])
+        converted[name] = "zero: the file has none"
     return renamed, converted
 
 
 def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint under this project's parameter names.
-
-    Raises:
-        UserError: there are no tensors in it.
-    """
+    """Return the weights of a checkpoint under our parameter names; see unwrap for errors."""
     return our_names(unwrap(checkpoint, path))[0]
 
 
 def find_source(state: dict[str, Tensor]) -> str:
     """Return the format of a file, from its names and shapes."""
     names = " ".join(state)
-    kernel = state.get(KERNEL)
     if "layernorm_before" in names:
         return HF_VIDEOMAE
     if "q_bias" in names or "encoder_to_decoder" in names:
         return VIDEOMAE
     if "pred_head." in names or "head.projection." in names:
         return PYSLOWFAST
-    if kernel is not None and kernel.ndim == 4:
+    if KERNEL in state and state[KERNEL].ndim == 4:
         return IMAGE_MAE
     if "pos_embed" in state and "cls_token" not in state and ".attn.qkv." in names:
         return FIRST_RELEASE
@@ -304,14 +282,11 @@ def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """Give an image model's tensors the form of a video model's, with patches of one frame so far.
 
     Positions become separable, zero in time: once the kernel is repeated and divided, the model
-    sees a still video as it sees the image.
-
-    Returns:
-        the tensors, and how they were made.
+    sees a still video as it sees the image. The second result says how tensors were made.
     """
     video = state | {KERNEL: state[KERNEL].unsqueeze(2)}
     converted = {KERNEL: f"repeated over {T_PATCH_SIZE} frames and divided"}
-    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+    for name in [k for k in state if k.endswith("pos_embed")]:
         joint = video.pop(name)
         rows, steps = joint.shape[1], NUM_FRAMES // T_PATCH_SIZE
         cls = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)  # one more than a square
@@ -324,12 +299,7 @@ def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
-    """Check that a file has the tensors which tell its model, in possible shapes.
-
-    Raises:
-        UserError: it lacks some; the message names them.
-        ValueError: positions or the patch kernel have an impossible shape.
-    """
+    """Raise UserError when a file lacks tensors that tell its model, ValueError for odd shapes."""
     needed = [KERNEL, KERNEL_BIAS, FC1]
     if "pos_embed_class" in state or "decoder_cls_token" in state:
         needed.append("cls_token")
@@ -339,8 +309,7 @@ def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
         needed += ["pos_embed_spatial", "pos_embed_temporal"]
     elif "pos_embed" not in state and source not in (VIDEOMAE, HF_VIDEOMAE):
         raise UserError(f"{path} has no position embeddings; without them it cannot be used")
-    missing = [name for name in needed if name not in state]
-    if missing:
+    if missing := [name for name in needed if name not in state]:
         raise UserError(f"{path} lacks {', '.join(missing)}: the checkpoint is incomplete")
     for name, tensor in state.items():
         shape = list(tensor.shape)
@@ -365,11 +334,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def read_records(
     checkpoint: dict[str, Any], source: str, path: str, config: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Collect what a file records about its model: arguments of any type, mean and deviation.
-
-    Args:
-        config: Hugging Face's config.json and preprocessor_config.json, empty for other formats.
-    """
+    """Collect what a file, or Hugging Face's config, records: arguments of any type, mean, std."""
     if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
         raise UserError(f"{path} has the activation {config['hidden_act']}, models here have gelu")
     said = checkpoint_args(checkpoint) | config
@@ -394,89 +359,57 @@ def _per_channel(value: Any) -> tuple[float, ...] | None:
     return tuple(float(number) for number in value) if value else None
 
 
-def is_like(value: Any, found: Any) -> bool:
+def _is_like(value: Any, found: Any) -> bool:
     """Return whether a recorded argument can replace one that was found: others are ignored."""
     if isinstance(found, bool) or isinstance(value, bool):
         return isinstance(found, bool) and isinstance(value, bool)
     return isinstance(value, (int, float) if isinstance(found, float) else int) and value > 0
 
 
-class FoundGrid(NamedTuple):
-    """The tokens of a file along time and along a side; stated, doubt: see Weights."""
-
-    t: int
-    side: int
-    stated: bool = True
-    doubt: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def _has_class_token(state: dict[str, Tensor], records: dict[str, Any]) -> bool:
-    recorded = records.get("cls_embed")
-    return recorded if isinstance(recorded, bool) else "cls_token" in state
-
-
-def find_grid(
-    state: dict[str, Tensor], records: dict[str, Any], source: str, path: str
-) -> FoundGrid:
-    """Find the grid of tokens, as far as positions and records determine it.
-
-    Raises:
-        UserError: the positions are not those of square frames.
-    """
+def _find_grid(
+    state: dict[str, Tensor], records: dict[str, Any], cls_embed: bool, path: str
+) -> tuple[tuple[int, int], bool, str]:
+    """Find the tokens along time and a side; return also whether the file tells them, and doubt."""
     t_patch, p = state[KERNEL].shape[2:4]
     if "pos_embed_spatial" in state:
         patches = state["pos_embed_spatial"].shape[1]
-        if math.isqrt(patches) ** 2 != patches:
+        side = math.isqrt(patches)
+        if side**2 != patches:
             raise UserError(f"{path} has {patches} spatial positions: its frames are not square")
-        return FoundGrid(state["pos_embed_temporal"].shape[1], math.isqrt(patches))
+        return (state["pos_embed_temporal"].shape[1], side), True, ""
 
-    frames, pixels = (
-        records[name] if is_like(records.get(name), 1) else None
-        for name in ("num_frames", "img_size")
-    )
+    sizes = (records.get(name) for name in ("num_frames", "img_size"))
+    frames, pixels = (size if _is_like(size, 1) else None for size in sizes)
     usual = ((frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p)
     if "pos_embed" not in state:  # VideoMAE computes its positions
-        if frames and pixels:
-            return FoundGrid(*usual)
-        t, side = usual[0] * t_patch, usual[1] * p
-        note = (
-            "it stores neither positions nor the size of its clips: they are taken to be as large "
-            f"as the model's, or {t} frames of {side} x {side} pixels where the model is built "
-            "from the file alone"
-        )
-        return FoundGrid(*usual, stated=False, notes=(note,))
-
+        return usual, bool(frames and pixels), ""
     # joint positions: all grids of so many tokens, less those that contradict the records
-    patches = state["pos_embed"].shape[1] - int(_has_class_token(state, records))
+    patches = state["pos_embed"].shape[1] - int(cls_embed)
     sides = [g for g in range(1, math.isqrt(patches) + 1) if patches % (g * g) == 0]
     grids = [(patches // (g * g), g) for g in sides]
-    fitting = [
-        (t, g) for t, g in grids if frames in (None, t * t_patch) and pixels in (None, g * p)
-    ]
-    stated = len(fitting) == 1 and (frames, pixels) != (None, None)
-    likely = [usual] if usual in fitting else fitting or grids
-    doubt = ""
+    fits = [(t, g) for t, g in grids if frames in (None, t * t_patch) and pixels in (None, g * p)]
+    stated = len(fits) == 1 and (frames, pixels) != (None, None)
+    likely = [usual] if usual in fits else fits or grids
     # a single column of patches is what remains of a number that has a class token too many
-    if not fitting or len(likely) != 1 or (likely[0][1] == 1 and not stated):
-        sizes = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
-        doubt = (
-            f"{path} has {patches} joint positions and does not say the size of its clips; it may "
-            f"be {sizes} (frames x height x width)"
-        )
-    return FoundGrid(*likely[0], stated, doubt)
+    if fits and len(likely) == 1 and (likely[0][1] > 1 or stated):
+        return likely[0], stated, ""
+    clips = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
+    problem = f"{path} has {patches} joint positions and does not say the size of its clips"
+    return likely[0], stated, f"{problem}; it may be {clips} (frames x height x width)"
 
 
 def find_arguments(
-    state: dict[str, Tensor], records: dict[str, Any], grid: FoundGrid, source: str, path: str
-) -> dict[str, Any]:
-    """Find the constructor arguments from names and shapes, and from the format's custom."""
+    state: dict[str, Tensor], records: dict[str, Any], source: str, path: str
+) -> tuple[dict[str, Any], set[str], str]:
+    """Find arguments, stated and doubt of Weights: from shapes, records, the format's custom."""
     D, C, t_patch, p, _ = state[KERNEL].shape
     hidden = len(state[FC1])
     is_videomae = source in (VIDEOMAE, HF_VIDEOMAE)
-    cls_embed = _has_class_token(state, records)
+    cls_embed = records.get("cls_embed")
+    cls_embed = cls_embed if isinstance(cls_embed, bool) else "cls_token" in state
+    (t, side), is_stated, doubt = _find_grid(state, records, cls_embed, path)
     arguments = {
-        "img_size": grid.side * p,
+        "img_size": side * p,
         "patch_size": p,
         "in_chans": C,
         "embed_dim": D,
@@ -485,7 +418,7 @@ def find_arguments(
         # nextafter: constructors truncate the product
         "mlp_ratio": hidden / D if int(hidden / D * D) == hidden else math.nextafter(hidden / D, 9),
         "layer_norm_eps": 1e-12 if source == HF_VIDEOMAE else 1e-6,
-        "num_frames": grid.t * t_patch,
+        "num_frames": t * t_patch,
         "t_patch_size": t_patch,
         "no_qkv_bias": not any(k.endswith((".attn.q.bias", ".attn.v.bias")) for k in state),
         "sep_pos_embed": "pos_embed" not in state and not is_videomae,
@@ -494,40 +427,35 @@ def find_arguments(
     }
     if "head.weight" in state:
         arguments["num_classes"] = len(state["head.weight"])
-    if "decoder_embed.weight" not in state:
-        return arguments
-    width = len(state["decoder_embed.weight"])
-    has_sixteen = source in (OURS, FIRST_RELEASE, IMAGE_MAE) and width % 16 == 0
-    values = len(state.get("decoder_pred.weight", state.get("decoder_pred.bias", ())))  # per patch
-    raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
-    return arguments | {
-        "decoder_embed_dim": width,
-        "decoder_depth": _count_blocks(state, "decoder_blocks"),
-        "decoder_num_heads": 16 if has_sixteen else num_heads(width),
-        "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
-        "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
-        "strided_targets": source == PYSLOWFAST,
-        "norm_pix_loss": not raw_pixels,
-        "pred_t_dim": max(1, values // (p * p * C)) * grid.t,
+    if "decoder_embed.weight" in state:
+        width = len(state["decoder_embed.weight"])
+        has_sixteen = source in (OURS, FIRST_RELEASE, IMAGE_MAE) and width % 16 == 0
+        pred = len(state.get("decoder_pred.weight", state.get("decoder_pred.bias", ())))
+        raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
+        arguments |= {
+            "decoder_embed_dim": width,
+            "decoder_depth": _count_blocks(state, "decoder_blocks"),
+            "decoder_num_heads": 16 if has_sixteen else num_heads(width),
+            "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
+            "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
+            "strided_targets": source == PYSLOWFAST,
+            "norm_pix_loss": not raw_pixels,
+            "pred_t_dim": max(1, pred // (p * p * C)) * t,
+        }
+    stated = {
+        k for k in arguments.keys() - SHAPE_ARGUMENTS if _is_like(records.get(k), arguments[k])
     }
+    arguments |= {k: records[k] for k in stated}
+    return arguments, stated | (CLIP_SIZE if is_stated else set()), doubt
 
 
 def _count_blocks(state: dict[str, Tensor], name: str) -> int:
-    numbers = [int(k.split(".")[1]) for k in state if k.startswith(name + ".")]
-    return max(numbers, default=-1) + 1
+    return max([int(k.split(".")[1]) + 1 for k in state if k.startswith(f"{name}.")], default=0)
 
 
-def guessed_heads(arguments: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """Return a note about numbers of heads that neither the file nor a published model decides."""
-    guessed = []
-    if arguments["embed_dim"] % 64 and arguments["embed_dim"] not in HEADS_OF_WIDTH:
-        guessed.append("num_heads")
-    if arguments.get("decoder_embed_dim", 512) < 256:  # no published one is as narrow
-        guessed.append("decoder_num_heads")
-    text = " and ".join(f"{name} {arguments[name]}" for name in guessed if name not in recorded)
-    if not text:
-        return []
-    return [
-        f"it does not record its numbers of heads: {text} is a guess by width, "
-        "for models that are built from the file alone"
-    ]
+def guessed_heads(arguments: dict[str, Any], stated: set[str]) -> str:
+    """Return the numbers of heads that neither the file nor a published model decides."""
+    width, decoder_width = arguments["embed_dim"], arguments.get("decoder_embed_dim", 512)
+    guessed = ["num_heads"] if width % 64 and width not in HEADS_OF_WIDTH else []
+    guessed += ["decoder_num_heads"] if decoder_width < 256 else []  # no published one is as narrow
+    return " and ".join(f"{name} {arguments[name]}" for name in guessed if name not in stated)

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import simplejson
@@ -17,7 +18,6 @@ import simplejson
 from util.errors import UserError
 
 Record = dict[str, Any]
-
 # the title of each panel, and the keys of log.txt that it shows with their line styles
 PANELS = (
     ("loss", {"train_loss": "-", "val_loss": "--"}),
@@ -27,18 +27,12 @@ PANELS = (
 
 
 def read_log(run: str) -> list[Record]:
-    """Read the epochs of a run, given its folder or its log.txt.
-
-    Raises:
-        UserError: the file cannot be read, a line of it is not JSON, or it has no epochs.
-    """
+    """Read the epochs of a run, given its folder or its log.txt."""
     path = os.path.join(run, "log.txt") if os.path.isdir(run) else run
     try:
-        with open(path) as file:
-            lines = file.read().splitlines()
+        lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from error
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -55,46 +49,33 @@ def read_log(run: str) -> list[Record]:
 def name_runs(paths: Sequence[str]) -> list[str]:
     """Name runs by their paths, without the folders that all of them share."""
     full = [os.path.abspath(path).removesuffix("/log.txt") for path in paths]
-    if len(set(full)) == 1:
-        return [os.path.basename(path) for path in full]
-    common = os.path.commonpath(full)
+    common = os.path.dirname(full[0]) if len(set(full)) == 1 else os.path.commonpath(full)
     return [os.path.relpath(path, common) for path in full]
 
 
 def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
-    """Draw the runs' curves over epochs into a picture file and return the titles of its panels.
-
-    Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
-    """
+    """Draw the runs' curves over epochs into a picture file and return the titles of its panels."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # draws without a screen
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install matplotlib", status=1) from error
-
-    # Only panels for which a run logged something
     found = {key for records in runs.values() for record in records for key in record}
     panels = [(title, keys) for title, keys in PANELS if found & keys.keys()]
     if not panels:
         known = ", ".join(key for _, keys in PANELS for key in keys)
         raise UserError(f"{', '.join(runs)}: none of {known} is logged")
-
     # A panel for each title, a colour for each run
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)  # works without a screen
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, keys) in zip(grid, panels, strict=True):
         for number, (name, records) in enumerate(runs.items()):
             for key, style in keys.items():
-                epochs = [record["epoch"] + 1 for record in records if key in record]
-                values = [record[key] for record in records if key in record]
-                if not values:
+                points = [(r["epoch"] + 1, r[key]) for r in records if key in r]
+                if not points:
                     continue
                 label = name if len(keys) == 1 else f"{name}: {key}"
-                marker = "o" if len(values) == 1 else None  # one point makes no line
-                look = {"linestyle": style, "color": f"C{number}", "marker": marker}
-                axes.plot(epochs, values, label=label, **look)
+                look = style + ("o" if len(points) == 1 else "")  # one point makes no line
+                axes.plot(*zip(*points, strict=True), look, color=f"C{number}", label=label)
         axes.set(title=title, xlabel="epochs")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -106,15 +87,13 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the tool from the command line."""
+    """Draw what the command line asks for."""
     parser = argparse.ArgumentParser(
-        prog="python -m util.plot_log",
+        "python -m util.plot_log",
         description="Draw the loss, learning rate and accuracy of runs in one picture.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folder of a run, or its log.txt"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder or log.txt of a run")
     parser.add_argument("--out", default="curves.png", help="picture file: png, svg or pdf")
     args = parser.parse_args(argv)
     try:

@@ -43,10 +43,7 @@ def resize_temporal(pos: Tensor, t: int) -> Tensor:
 
 
 def resize_joint(pos: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Resize joint positions, bicubic in space and linear in time: [1, t*h*w, D] -> the new grid's.
-
-    Equal grids return pos itself.
-    """
+    """Resize joint positions [1, t*h*w, D] in space, then in time; equal grids return pos."""
     if old == new:
         return pos
     frames = resize_spatial(pos[0].unflatten(0, (old[0], old[1] * old[2])), old[1:], new[1:])
@@ -67,8 +64,7 @@ def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Ten
         rounding: relative error with which they were stored.
 
     Raises:
-        ValueError: they are no such sum: the best one misses more than a ten thousandth of their
-            spread, and more than the rounding.
+        ValueError: the best such sum misses more than a ten thousandth, and more than the rounding.
     """
     frames = joint.double().unflatten(1, (grid[0], grid[1] * grid[2]))  # (1, t, h*w, D)
     spatial = frames.mean(dim=1)
@@ -83,10 +79,7 @@ def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Ten
 
 
 def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Parts:
-    """Return the positions of a state dict, e.g. "decoder_pos_embed", with the class row apart.
-
-    Empty when it lacks some of the patches' positions.
-    """
+    """Return positions of a state dict, e.g. "decoder_pos_embed"; empty if it lacks patches'."""
     if name in state:
         rows = state[name]
         return {"class": rows[:, :1], "joint": rows[:, 1:]} if cls_embed else {"joint": rows}
@@ -96,11 +89,7 @@ def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Part
 
 
 def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
-    """Resize positions to another grid; the class row stays.
-
-    Raises:
-        RuntimeError: they are not of the old grid.
-    """
+    """Resize positions to another grid; RuntimeError if they are not of the old one."""
     resize = {
         "joint": lambda pos: resize_joint(pos, old, new),
         "spatial": lambda pos: resize_spatial(pos, old[1:], new[1:]),
@@ -113,21 +102,14 @@ def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
 def put_positions(
     parts: Parts, name: str, grid: Grid, joint: bool, rounding: float = 0.0
 ) -> dict[str, Tensor]:
-    """Return positions of a grid, joint or separable, by parameter name.
-
-    Args:
-        rounding: see split.
-
-    Raises:
-        ValueError: joint ones cannot be separated.
-    """
-    if not joint:
-        if "joint" in parts:
-            spatial, temporal = split(parts["joint"], grid, rounding)
-            parts = {"spatial": spatial, "temporal": temporal} | parts
-        return {f"{name}_{part}": pos for part, pos in parts.items() if part != "joint"}
-    rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
-    return {name: torch.cat([parts["class"], rows], dim=1) if "class" in parts else rows}
+    """Return positions of a grid by parameter name, joint or separable; see split for errors."""
+    if joint:
+        rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
+        return {name: torch.cat([parts["class"], rows], dim=1) if "class" in parts else rows}
+    if "joint" in parts:
+        spatial, temporal = split(parts["joint"], grid, rounding)
+        parts = {"spatial": spatial, "temporal": temporal} | parts
+    return {f"{name}_{part}": pos for part, pos in parts.items() if part != "joint"}
 
 
 def resize_kernel(kernel: Tensor, t: int) -> Tensor:

@@ -20,16 +20,15 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
-from av.container import InputContainer, OutputContainer
-from av.video.frame import VideoFrame
+from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from tqdm import tqdm
@@ -42,41 +41,37 @@ from util.video.decode import LENIENT, MAX_PIXELS, Video, VideoError, orientatio
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}
 LISTS = ("train", "val", "test")
-SPLITS = {  # what annotations and folders call a split -> its list
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "validate", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+# what annotations and folders call a split -> its list
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
-# SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, which have no names before PyAV 18. Without them, flat
-# colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
-SCALING = Interpolation.BICUBIC | 0x40000 | 0x2000
+# All copies are BT.601 in limited range, which is what readers assume that ignore the tags. Without
+# SWS_ACCURATE_RND (0x40000) and SWS_FULL_CHR_H_INT (0x2000), which have no names before PyAV 18,
+# flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
+COLOURS: dict[str, Any] = {
+    "dst_colorspace": Colorspace.ITU601,
+    "dst_color_range": ColorRange.MPEG,
+    "interpolation": Interpolation.BICUBIC | 0x40000 | 0x2000,
+}
 
 
 class Clip(NamedTuple):
-    """A labelled video."""
-
     path: str  # or, until it is found, the file's name without suffix
     label: str
     split: str  # of LISTS
 
 
 class DataSet(NamedTuple):
-    """What is known of a data set."""
-
     clips: list[Clip]
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found
 
 
-# --- annotations: Kinetics, Something-Something -------------------------------------------------
-
-
 def read_kinetics(args: argparse.Namespace) -> DataSet:
     """Read the official csvs of Kinetics: label, youtube_id, time_start, time_end, split.
 
-    Rows without a label (in some test sets) are skipped. If there is no column `split`, the name of
-    the file gives the split.
+    Rows without a label (in some test sets) are skipped. Without a column `split`, the name of the
+    file gives the split.
     """
     clips = []
     for path in args.annotations:
@@ -88,16 +83,13 @@ def read_kinetics(args: argparse.Namespace) -> DataSet:
                 raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
             for cells in reader:
                 row = dict(zip_longest(header, map(str.strip, cells), fillvalue=""))
-                if not row.get("label"):
-                    continue
-                start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
-                name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-                clips.append(Clip(name, row["label"], _split(row.get("split", ""), path)))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from error
-        except (ValueError, OverflowError) as error:
-            place = f"{path}, line {reader.line_num}"
-            raise UserError(f"{place}: its times are not numbers") from error
+                if row.get("label"):
+                    start, end = (int(float(row[x])) for x in ("time_start", "time_end"))
+                    name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+                    clips.append(Clip(name, row["label"], _split(row.get("split", ""), path)))
+        except (csv.Error, ValueError, OverflowError) as error:
+            reason = error if isinstance(error, csv.Error) else "its times are not numbers"
+            raise UserError(f"{path}, line {reader.line_num}: {reason}") from error
     return _find(clips, sorted({clip.label for clip in clips}), args)
 
 
@@ -111,12 +103,11 @@ def read_ssv2(args: argparse.Namespace) -> DataSet:
     clips = []
     for path in args.annotations:
         for entry in _read_json(path, list):
-            template = str(entry.get("template", "")).replace("[", "").replace("]", "")
-            if not template:
-                continue
-            if template not in numbers:
+            template = re.sub(r"[\[\]]", "", str(entry.get("template", "")))
+            if template and template not in numbers:
                 raise UserError(f"{path}: template {template!r} is not in {args.labels}")
-            clips.append(Clip(str(entry["id"]), template, _split("", path)))
+            if template:
+                clips.append(Clip(str(entry["id"]), template, _split("", path)))
     return _find(clips, sorted(numbers, key=lambda name: int(numbers[name])), args)
 
 
@@ -143,10 +134,9 @@ def _read_text(path: str) -> str:
 
 def _split(name: str, path: str) -> str:
     """Return the split that an annotation names, or else the one that the file's name holds."""
-    words = [name] if name else re.split(r"[^a-z]+", Path(path).stem.lower())
-    for word in words:
-        if word.lower() in SPLITS:
-            return SPLITS[word.lower()]
+    for word in [name.lower()] if name else re.split(r"[^a-z]+", Path(path).stem.lower()):
+        if word in SPLITS:
+            return SPLITS[word]
     raise UserError(f"{path}: is this train, val or test? Neither a column nor its name says so")
 
 
@@ -154,8 +144,8 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
     """Find the videos of annotated clips at any depth, by their names without suffix."""
     if not clips:
         raise UserError(f"no row of {', '.join(args.annotations)} has a label")
-    videos = find_videos(args.videos)
-    by_name = {Path(path).stem: path for path in reversed(videos)}  # the first of equal names
+    # the first of equal names
+    by_name = {Path(path).stem: path for path in reversed(find_videos(args.videos))}
     found = [clip._replace(path=by_name[clip.path]) for clip in clips if clip.path in by_name]
     missing = [f"{clip.split} {clip.path}" for clip in clips if clip.path not in by_name]
     return DataSet(found, classes, missing)
@@ -163,8 +153,6 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
 
 def find_videos(folder: str) -> list[str]:
     """Return the sorted paths of all videos below a folder; links to folders are followed once."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder} is not a folder")
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(parent)
@@ -175,7 +163,7 @@ def find_videos(folder: str) -> list[str]:
         folders.sort()
         found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
     if not found:
-        raise UserError(f"{folder} holds no videos ({' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder} is no folder with videos ({' '.join(sorted(SUFFIXES))})")
     return sorted(found)
 
 
@@ -185,17 +173,14 @@ def find_videos(folder: str) -> list[str]:
 def read_folders(args: argparse.Namespace) -> DataSet:
     """Read a folder of class folders (UCF101, HMDB51), maybe below folders train, val and test.
 
-    The splits come from lists of `class/name.avi` (UCF101's trainlist01.txt and testlist01.txt), or
-    from a folder of `CLASS_test_split1.txt` files (HMDB51), or from folders train and val. Without
-    any of these, a fixed random share of each class, --val_share, becomes the validation set.
+    The splits come from lists of `class/name.avi` (UCF101), from `CLASS_test_split1.txt` files
+    (HMDB51), or from folders train and val. Without any of these, a fixed random share of each
+    class, --val_share, becomes the validation set.
     """
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
-    for path in videos:
-        if len(parts[path]) < 2:
-            raise UserError(f"{path} is in no class folder")
-
-    # The split of every video
+    if lost := [path for path in videos if len(parts[path]) < 2]:
+        raise UserError(f"{lost[0]} is in no class folder")
     missing: list[str] = []
     if args.train_list or args.test_list or args.hmdb_splits:
         listed = _read_listed(args)
@@ -204,8 +189,11 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         absent = listed.keys() - names.values()
         missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
     else:
-        split_of = _split_by_folder(parts) or _draw_split(videos, args.val_share)
-
+        top = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
+        split_of = {path: SPLITS[name] for path, name in top.items() if name in SPLITS}
+        split_of = split_of or _draw_split(videos, args.val_share)
+        if stray := [path for path in videos if path not in split_of]:
+            raise UserError(f"{stray[0]} is below none of the folders train, val, test; others are")
     clips = [Clip(path, parts[path][-2], split) for path, split in sorted(split_of.items())]
     return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
 
@@ -215,18 +203,15 @@ def _read_listed(args: argparse.Namespace) -> dict[str, str]:
     if args.train_list or args.test_list:
         train = dict.fromkeys((name for name, _ in _read_lines(args.train_list)), "train")
         return train | dict.fromkeys((name for name, _ in _read_lines(args.test_list)), "val")
-
-    # HMDB51 has a list for every class; its numbers mean 1 training, 2 test, 0 unused
+    # HMDB51 has a list for every class; the number 0 means unused
+    splits, listed = {"1": "train", "2": "val"}, {}
     ending = f"_test_split{args.hmdb_split}.txt"
-    files = sorted(Path(args.hmdb_splits).glob(f"*{ending}"))
-    if not files:
-        raise UserError(f"{args.hmdb_splits} holds no *{ending}")
-    listed = {}
-    for path in files:
+    for path in sorted(Path(args.hmdb_splits).glob(f"*{ending}")):
         for name, number in _read_lines(str(path)):
-            if number in ("1", "2"):
-                split = "train" if number == "1" else "val"
-                listed[f"{path.name.removesuffix(ending)}/{name}"] = split
+            if number in splits:
+                listed[f"{path.name.removesuffix(ending)}/{name}"] = splits[number]
+    if not listed:
+        raise UserError(f"{args.hmdb_splits} holds no *{ending} with videos")
     return listed
 
 
@@ -236,30 +221,163 @@ def _read_lines(path: str) -> list[tuple[str, str]]:
     return [(re.sub(r"\s+\d+$", "", line), line.split()[-1]) for line in lines if line]
 
 
-def _split_by_folder(parts: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the splits, by path, that the top folders name; empty if no folder names one."""
-    named = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
-    split_of = {path: SPLITS[name] for path, name in named.items() if name in SPLITS}
-    stray = next((path for path in parts if path not in split_of), None)
-    if split_of and stray:
-        raise UserError(f"{stray} is below none of the folders train, val, test; others are")
-    return split_of
-
-
-def _draw_split(videos: Sequence[str], val_share: float) -> dict[str, str]:
+def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
     """Split the videos of each class at random; the draw depends only on how many there are."""
-    classes: dict[str, list[str]] = {}
-    for path in videos:
-        classes.setdefault(os.path.dirname(path), []).append(path)
     split = {}
-    for paths in classes.values():
+    for _, group in groupby(sorted(videos, key=os.path.dirname), os.path.dirname):
+        paths = list(group)
         shuffled = random.Random(0).sample(paths, len(paths))
         count = round(val_share * len(paths))
         split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
     return split
 
 
-# --- what is written ---------------------------------------------------------------------------
+# --- re-encoding and verifying ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a video to decode all of it on this thread."""
+    Video(path).close()  # raises VideoError if it is not a video or too large
+    with av.open(os.path.abspath(path), **LENIENT) as container:
+        stream = video_stream(container)
+        assert stream is not None  # Video has opened it
+        stream.codec_context.thread_type = "NONE"
+        yield container, stream
+
+
+def transcode(
+    source: str,
+    target: str,
+    short_side: int | None = 256,
+    gop: int = 32,  # frames from one key frame to the next, at most
+    crf: float = 23,  # x264's quality; smaller is better, 18 is visually lossless
+    tune: str | None = "fastdecode",  # x264's tuning for what is cheap to decode
+) -> int:
+    """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
+
+    All frames keep their times; frames with a larger short side are scaled down to it. The copy
+    takes its name after it has been written and opened again. If the source cannot be decoded to
+    its end, this raises VideoError, and `target` stays as it was.
+    """
+    temporary = f"{target}.{os.getpid()}.tmp.mp4"
+    options = {"crf": f"{crf:g}"} | ({"tune": tune} if tune else {})
+    reformatter = VideoReformatter()
+    count, start, time = 0, 0, -1
+    try:
+        with _opened(source) as (old, stream), av.open(temporary, "w") as new:
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            rate = stream.average_rate or stream.guessed_rate or Fraction(30)
+            encoder = new.add_stream("libx264", rate=rate, options=options)
+            encoder.codec_context.gop_size = gop
+            for frame in old.decode(stream):
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {count} is damaged")
+                if not count:
+                    _set_up(encoder, frame, short_side)
+                    start = frame.pts or 0
+                size = encoder.width, encoder.height
+                image = reformatter.reformat(frame, *size, "yuv420p", threads=1, **COLOURS)
+                time = time + 1 if frame.pts is None else max(frame.pts - start, time + 1)
+                image.pts, image.time_base = time, encoder.codec_context.time_base
+                image.pict_type = 0  # the encoder chooses the types of pictures, not the source
+                new.mux(encoder.encode(image))
+                count += 1
+            if not count:
+                raise ValueError("no frames")
+            new.mux(encoder.encode(None))
+        with Video(temporary) as video:
+            if video.num_frames != count:
+                raise ValueError(f"{video.num_frames} of {count} frames were written")
+        os.replace(temporary, target)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{source}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return count
+
+
+def _set_up(encoder: VideoStream, frame: av.VideoFrame, short_side: int | None) -> None:
+    """Choose size, clock, colours and orientation of the copy after the first frame."""
+    context, sides = encoder.codec_context, (frame.width, frame.height)
+    scale = min(1.0, short_side / min(sides)) if short_side else 1.0
+    width, height = (max(2, round(side * scale / 2) * 2) for side in sides)  # even, for 4:2:0
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+    context.thread_count = 1
+    context.time_base = frame.time_base or 1 / encoder.rate
+    context.colorspace, context.color_range = BT601, ColorRange.MPEG
+    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+    a, b, c, d = (value << 16 for value in orientation(frame))  # 16.16 fixed-point numbers
+    encoder.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))  # the last one is 2.30
+
+
+def find_damage(path: str) -> str:
+    """Decode a whole video; return 'PATH: reason' if something is wrong with it, otherwise ''."""
+    frames = errors = 0
+    try:
+        with _opened(path) as (container, stream):
+            for packet in container.demux(stream):
+                try:
+                    decoded: list[av.VideoFrame] = stream.codec_context.decode(packet)
+                except av.FFmpegError:
+                    errors += 1
+                    continue
+                frames += len(decoded)
+                errors += sum(frame.is_corrupt for frame in decoded)
+            promised = stream.frames
+    except (VideoError, av.FFmpegError, OSError, ValueError) as error:
+        return str(error) if isinstance(error, VideoError) else f"{path}: {error}"
+    if not frames:
+        return f"{path}: no frame can be decoded"
+    if errors:
+        return f"{path}: {errors} damaged frames ({frames} decoded)"
+    if frames < 0.99 * promised - 1:
+        return f"{path}: breaks off after {frames} of {promised} frames"
+    return ""
+
+
+def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str]]:
+    """Re-encode all videos; return the data set of the copies, and 'PATH: reason' of failures.
+
+    Copies that exist and can be opened are kept, so that an interrupted run can continue.
+    """
+    targets, sources = {}, {}
+    for path, _, _ in data.clips:
+        name = Path(path).relative_to(args.videos).with_suffix(".mp4")
+        targets[path] = target = os.path.join(args.reencode, name)
+        if sources.setdefault(target, path) != path:
+            raise UserError(f"{path} and {sources[target]} would have one copy: rename one")
+        if os.path.exists(target) and os.path.samefile(path, target):
+            raise UserError(f"--reencode {args.reencode} would overwrite {path}: choose another")
+
+    def work(path: str) -> str:
+        with contextlib.suppress(VideoError), Video(targets[path]):
+            return ""  # it was copied earlier
+        os.makedirs(os.path.dirname(targets[path]), exist_ok=True)
+        try:
+            transcode(path, targets[path], short_side=args.short_side, gop=args.gop, crf=args.crf)
+        except VideoError as error:
+            return str(error)
+        return ""
+
+    failed = _in_parallel(work, targets, args.workers, "re-encoding")
+    copies = [c._replace(path=targets[c.path]) for c in data.clips if c.path not in failed]
+    return data._replace(clips=copies), sorted(failed.values())
+
+
+def _in_parallel(
+    work: Callable[[str], str], paths: Iterable[str], workers: int, title: str
+) -> dict[str, str]:
+    """Call work(path) for every path, with a progress bar; return answers that are not empty."""
+    paths = list(dict.fromkeys(paths))
+    # Threads are enough: decoding and encoding release the interpreter's lock. After an error or
+    # Ctrl-C, map cancels what has not begun; copies under way are finished or removed.
+    with ThreadPoolExecutor(workers) as pool:
+        answers = list(tqdm(pool.map(work, paths), title, len(paths)))
+    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
+
+
+# --- lists and command line ---------------------------------------------------------------------
 
 
 def write_lists(data: DataSet, out: str) -> None:
@@ -285,203 +403,12 @@ def write_lists(data: DataSet, out: str) -> None:
         write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
 
 
-# --- re-encoding and verifying ------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a video to decode all of it on this thread."""
-    with Video(path):  # raises VideoError if it is not a video or too large
-        pass
-    with av.open(os.path.abspath(path), **LENIENT) as container:
-        stream = video_stream(container)
-        assert stream is not None  # Video has opened it
-        stream.codec_context.thread_type = "NONE"
-        yield container, stream
-
-
-def transcode(
-    source: str,
-    target: str,
-    short_side: int | None = 256,
-    gop: int = 32,
-    crf: float = 23,
-    tune: str | None = "fastdecode",
-) -> int:
-    """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
-
-    All frames keep their times; frames with a larger short side are scaled down to it. The copy
-    takes its name after it has been written and opened again.
-
-    Args:
-        gop: at most so many frames from one key frame to the next.
-        crf: x264's quality; smaller is better, 18 is visually lossless.
-        tune: x264's tuning; "fastdecode" avoids what is slow to decode, None changes nothing.
-
-    Raises:
-        VideoError: the source cannot be decoded to its end; `target` is as it was.
-    """
-    temporary = f"{target}.{os.getpid()}.tmp.mp4"
-    options = {"crf": f"{crf:g}"} | ({"tune": tune} if tune else {})
-    try:
-        with _opened(source) as (old, stream), av.open(temporary, "w") as new:
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            rate = stream.average_rate or stream.guessed_rate or Fraction(30)
-            encoder = new.add_stream("libx264", rate=rate, options=options)
-            encoder.codec_context.gop_size = gop
-            count = _encode(old.decode(stream), encoder, new, short_side)
-        with Video(temporary) as video:
-            if video.num_frames != count:
-                raise ValueError(f"{video.num_frames} of {count} frames were written")
-        os.replace(temporary, target)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{source}: {error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return count
-
-
-def _encode(
-    frames: Iterable[VideoFrame], encoder: VideoStream, new: OutputContainer, short_side: int | None
-) -> int:
-    """Encode frames and return how many there were."""
-    reformatter = VideoReformatter()
-    count, start, last = 0, 0, -1
-    for frame in frames:
-        if frame.is_corrupt:
-            raise ValueError(f"frame {count} is damaged")
-        if not count:
-            _set_up(encoder, frame, short_side)
-            start = frame.pts or 0
-        image = reformatter.reformat(
-            frame,
-            encoder.width,
-            encoder.height,
-            "yuv420p",
-            dst_colorspace=Colorspace.ITU601,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=SCALING,
-            threads=1,
-        )
-        time = last + 1 if frame.pts is None else max(frame.pts - start, last + 1)
-        image.pts, image.time_base = time, encoder.codec_context.time_base
-        image.pict_type = 0  # the encoder chooses the types of pictures, not the source
-        new.mux(encoder.encode(image))
-        count, last = count + 1, time
-    if not count:
-        raise ValueError("no frames")
-    new.mux(encoder.encode(None))
-    return count
-
-
-def _set_up(encoder: VideoStream, frame: VideoFrame, short_side: int | None) -> None:
-    """Choose size, clock, colours and orientation of the copy after the first frame.
-
-    All copies are BT.601 in limited range, which is what readers assume that ignore the tags.
-    """
-    context = encoder.codec_context
-    # Both sides are even, as 4:2:0 needs
-    scale = min(1.0, short_side / min(frame.width, frame.height)) if short_side else 1.0
-    encoder.width, encoder.height = (
-        max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height)
-    )
-    encoder.pix_fmt = "yuv420p"
-    context.thread_count = 1
-    context.time_base = frame.time_base or 1 / encoder.rate
-    context.colorspace, context.color_range = BT601, ColorRange.MPEG
-    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
-    a, b, c, d = (value << 16 for value in orientation(frame))  # 16.16 fixed-point numbers
-    encoder.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))  # the last one is 2.30
-
-
-def find_damage(path: str) -> str:
-    """Decode a whole video; return 'PATH: reason' if something is wrong with it, otherwise ''."""
-    frames = errors = 0
-    try:
-        with _opened(path) as (container, stream):
-            for packet in container.demux(stream):
-                try:
-                    decoded: list[VideoFrame] = stream.codec_context.decode(packet)
-                except av.FFmpegError:
-                    errors += 1
-                    continue
-                frames += len(decoded)
-                errors += sum(frame.is_corrupt for frame in decoded)
-            promised = stream.frames
-    except VideoError as error:
-        return str(error)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        return f"{path}: {error}"
-    if not frames:
-        return f"{path}: no frame can be decoded"
-    if errors:
-        return f"{path}: {errors} damaged frames ({frames} decoded)"
-    if frames < 0.99 * promised - 1:
-        return f"{path}: breaks off after {frames} of {promised} frames"
-    return ""
-
-
-def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str]]:
-    """Re-encode all videos; return the data set of the copies, and 'PATH: reason' of failures.
-
-    Copies that exist and can be opened are kept, so that an interrupted run can continue.
-    """
-    targets, sources = {}, {}
-    for path, _, _ in data.clips:
-        name = Path(path).relative_to(args.videos).with_suffix(".mp4")
-        targets[path] = target = os.path.join(args.reencode, name)
-        if sources.setdefault(target, path) != path:
-            raise UserError(f"{path} and {sources[target]} would have one copy: rename one")
-        if os.path.exists(target) and os.path.samefile(path, target):
-            folder = f"--reencode {args.reencode}"
-            raise UserError(f"{folder} would overwrite {path}; choose another folder")
-
-    def work(path: str) -> str:
-        with contextlib.suppress(VideoError), Video(targets[path]):
-            return ""  # it was copied earlier
-        os.makedirs(os.path.dirname(targets[path]), exist_ok=True)
-        try:
-            transcode(path, targets[path], short_side=args.short_side, gop=args.gop, crf=args.crf)
-        except VideoError as error:
-            return str(error)
-        return ""
-
-    failed = _in_parallel(work, targets, args.workers, "re-encoding")
-    copies = [c._replace(path=targets[c.path]) for c in data.clips if c.path not in failed]
-    return data._replace(clips=copies), sorted(failed.values())
-
-
-def _in_parallel(
-    work: Callable[[str], str], paths: Iterable[str], workers: int, title: str
-) -> dict[str, str]:
-    """Call work(path) for every path, with a progress bar; return the answers that are not empty.
-
-    Threads are enough: decoding and encoding release the interpreter's lock.
-    """
-    answers = {}
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(work, path): path for path in dict.fromkeys(paths)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=title):
-                if future.result():
-                    answers[futures[future]] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # copies under way are finished or removed
-            raise
-    return answers
-
-
-# --- command line -------------------------------------------------------------------------------
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the flags: one command per kind of data set."""
     parser = argparse.ArgumentParser(
-        prog="python -m util.prepare_kinetics",
+        "python -m util.prepare_kinetics",
         description="Write train.csv, val.csv, test.csv and classes.txt for a data set",
     )
-    # Flags of all commands
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("videos", help="folder of the videos")
     common.add_argument("out", help="folder to write the lists to")
@@ -492,8 +419,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crf", 23, "x264's quality, smaller is better", float)
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos at a time", positive_int)
-
-    # Commands
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official csv files")
     group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")
@@ -511,15 +436,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
-    read = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}[args.kind]
-    data = read(args)
+    data = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}[args.kind](args)
     if not data.clips:
         first = f", such as {data.missing[0]}" if data.missing else ""
         raise UserError(f"none of the annotated videos{first} is below {args.videos}")
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
-
     broken = []
     if args.reencode:
         data, broken = reencode(data, args)
@@ -527,7 +450,6 @@ def main(args: argparse.Namespace) -> int:
     if args.verify:
         paths = (clip.path for clip in data.clips)
         broken += sorted(_in_parallel(find_damage, paths, args.workers, "verifying").values())
-
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
     print(f"{args.out}: {counts}; {len(data.classes)} classes; {len(data.missing)} not found")

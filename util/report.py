@@ -9,6 +9,7 @@ import contextlib
 import csv
 import io
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 PICTURE_SIDE = 400  # pixels at least, and one per class
 BLUE, RED = (8, 48, 107), (165, 15, 21)  # of right and wrong predictions; darker means more
-
-
-# --- counting -----------------------------------------------------------------------------------
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -54,11 +52,9 @@ class ClassReport(NamedTuple):
 
 
 def report_classes(confusion: np.ndarray, unpredicted: np.ndarray | int = 0) -> list[ClassReport]:
-    """Describe every class, in the order of the labels.
+    """Describe every class, in the order of the labels, from counts int [C, C].
 
-    Args:
-        confusion: int [C, C].
-        unpredicted: int [C], videos of each class without a prediction, which count as wrong.
+    `unpredicted` (int [C]) counts the videos of each class without a prediction, as wrong ones.
     """
     videos = confusion.sum(axis=1) + unpredicted
     wrong = confusion - np.diag(confusion.diagonal())
@@ -82,9 +78,6 @@ def read_class_names(folder: str, num_classes: int) -> list[str]:
             if len(names) == num_classes:
                 return names
     return [str(label) for label in range(num_classes)]
-
-
-# --- the results of a test ----------------------------------------------------------------------
 
 
 class VideoScores(NamedTuple):
@@ -112,96 +105,82 @@ def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -
 
     # What is printed
     if errors:
-        print(f"{len(errors)} unreadable videos, counted as wrong:")
-        print("\n".join(f"  {error}" for error in errors))
-    print(
-        f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble}): "
-        f"top-1 {top1:.2f} %  top-5 {top5:.2f} %; predictions, classes and scores go to "
-        f"{args.output_dir}",
-        flush=True,
-    )
+        print(f"{len(errors)} unreadable videos, counted as wrong:", *errors, sep="\n  ")
+    each = f"{args.num_clips * args.num_crops} views ({args.ensemble})"
+    accuracy = f"{len(index)} videos x {each}: top-1 {top1:.2f} %  top-5 {top5:.2f} %"
+    print(f"{accuracy}; predictions, classes and scores go to {args.output_dir}", flush=True)
 
     # What is written
+    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
+    predictions, classes, scores = (
+        os.path.join(args.output_dir, name)
+        for name in ("predictions.csv", "classes.csv", "scores.npz")
+    )
+    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
+    write_predictions(predictions, result, index, ranking, views)
+    write_classes(classes, result.readable, index.labels, ranking, names)
+    write_atomically(scores, lambda f: np.savez(f, scores=result.scores, labels=index.labels))
     record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
     record["test_mean_class_acc"] = 100 * float(np.mean(per_class))
     flags = "finetune", "num_clips", "num_crops", "ensemble"
-    record |= {name: getattr(args, name) for name in flags}
-    write_predictions(result, index, ranking, args)
-    write_classes(result, index, ranking, args)
-    write_scores(result, index, args)
-    append_log(args.output_dir, record)
+    append_log(args.output_dir, record | {name: getattr(args, name) for name in flags})
 
 
 def write_predictions(
-    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
+    path: str, result: VideoScores, index: "VideoIndex", ranking: np.ndarray, views: int
 ) -> None:
-    """Write predictions.csv, a row per video; its score is the mean over views, or the maximum."""
-    views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
-    rows = []
+    """Write a row per video; its score is the mean over views, or their maximum if views = 1."""
+    rows: list[list[Any]] = ["video label prediction correct score top5 error".split()]
     for i, label in enumerate(index.labels.tolist()):
+        cells = ["", 0, "", "", result.errors[i]]
         if result.readable[i]:
             best = ranking[i].tolist()
             score = f"{result.scores[i, best[0]] / views:.4f}"
             cells = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
-        else:
-            cells = ["", 0, "", "", result.errors[i]]
         rows.append([index.path(i), label, *cells])
-    columns = "video label prediction correct score top5 error"
-    _write_csv(os.path.join(args.output_dir, "predictions.csv"), columns, rows)
+    write_csv(path, rows)
 
 
 def write_classes(
-    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, args: argparse.Namespace
+    path: str, good: np.ndarray, labels: np.ndarray, ranking: np.ndarray, names: list[str]
 ) -> None:
-    """Write classes.csv, a row per class in the order of the labels; accuracies in percent."""
-    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
-    labels, good = index.labels, result.readable
-    pairs = torch.from_numpy(labels[good]), torch.from_numpy(ranking[good, 0])
-    confusion = count_confusions(*pairs, len(names)).numpy()
+    """Write a row per class: videos, accuracy in percent, and what it is mostly confused with."""
+    confusion = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(confusion, (labels[good], ranking[good, 0]), 1)
     unreadable = np.bincount(labels[~good], minlength=len(names))
     in_top5 = good & (ranking == labels[:, None]).any(axis=1)
     top5 = np.bincount(labels[in_top5], minlength=len(names))
-    rows = []
-    for c, videos, accuracy, other, confusions in report_classes(confusion, unreadable):
-        shares = [f"{accuracy:.2f}", f"{100 * top5[c] / videos:.2f}"] if videos else ["", ""]
+    header = "label name videos unreadable top1 top5 confused_with confusions"
+    rows: list[list[Any]] = [header.split()]
+    for c, total, accuracy, other, confusions in report_classes(confusion, unreadable):
+        shares = [f"{accuracy:.2f}", f"{100 * top5[c] / total:.2f}"] if total else ["", ""]
         confused_with = "" if other is None else names[other]
-        rows.append([c, names[c], videos, unreadable[c], *shares, confused_with, confusions])
-    columns = "label name videos unreadable top1 top5 confused_with confusions"
-    _write_csv(os.path.join(args.output_dir, "classes.csv"), columns, rows)
+        rows.append([c, names[c], total, unreadable[c], *shares, confused_with, confusions])
+    write_csv(path, rows)
 
 
-def _write_csv(path: str, columns: str, rows: list[list[Any]]) -> None:
+def write_csv(path: str, rows: list[list[Any]]) -> None:
+    """Write rows of cells; names of files may be any bytes, which os.fsdecode has escaped."""
     text = io.StringIO()
-    csv.writer(text).writerows([columns.split(), *rows])
-    data = text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be any bytes
-    write_atomically(path, lambda file: file.write(data))
-
-
-def write_scores(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -> None:
-    """Write scores.npz, the scores and labels of all videos."""
-    path = os.path.join(args.output_dir, "scores.npz")
-    write_atomically(path, lambda file: np.savez(file, scores=result.scores, labels=index.labels))
-
-
-# --- pictures and tables in TensorBoard ---------------------------------------------------------
+    csv.writer(text).writerows(rows)
+    write_atomically(path, lambda f: f.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 def worst_classes(reports: list[ClassReport], names: list[str], count: int = 20) -> str:
     """Return a Markdown table of the classes with the lowest accuracy."""
     shown = sorted((r for r in reports if r.videos), key=lambda r: r.accuracy)[:count]
     lines = ["| class | videos | top-1 % | mostly taken for |", "|---|---|---|---|"]
+    names = [name.replace("|", "\\|") for name in names]
     for label, videos, accuracy, other, times in shown:
         taken_for = "" if other is None else f"{names[other]} ({times} x)"
-        cells = names[label], videos, f"{accuracy:.1f}", taken_for
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append(f"| {names[label]} | {videos} | {accuracy:.1f} | {taken_for} |")
     return "\n".join(lines)
 
 
 def draw_confusion(confusion: np.ndarray) -> np.ndarray:
     """Draw a confusion matrix int [C, C], each row as shares of its sum: uint8 [H, W, 3].
 
-    Label 0 is the top row and prediction 0 the left column. Right predictions are blue, wrong ones
-    red. When the cells are large enough, they show percents, and the margins show the labels.
+    Right predictions are blue, wrong ones red. Large cells show percents, and the margins labels.
     """
     # One square of pixels per cell
     classes = len(confusion)
@@ -217,13 +196,12 @@ def draw_confusion(confusion: np.ndarray) -> np.ndarray:
     margin = 24
     image = Image.new("RGB", (len(pixels) + margin, len(pixels) + margin), "white")
     image.paste(Image.fromarray(pixels), (margin, margin))
-    draw = ImageDraw.Draw(image)
-    for i in range(classes):
-        middle = margin + i * side + side // 2
-        draw.text((margin // 2, middle), str(i), "black", anchor="mm")
-        draw.text((middle, margin // 2), str(i), "black", anchor="mm")
+    write = partial(ImageDraw.Draw(image).text, anchor="mm")
+    middles = range(margin + side // 2, len(pixels) + margin, side)
+    for i, y in enumerate(middles):
+        write((margin // 2, y), str(i), "black")
+        write((y, margin // 2), str(i), "black")
         for j in np.flatnonzero(confusion[i]).tolist():
             colour = "white" if share[i, j] > 0.5 else "black"
-            place = margin + j * side + side // 2, middle
-            draw.text(place, f"{100 * share[i, j]:.0f}", colour, anchor="mm")
+            write((middles[j], y), f"{100 * share[i, j]:.0f}", colour)
     return np.asarray(image)

@@ -1,43 +1,42 @@
 """The embedded data set: short H.264 videos whose class only the motion tells.
 
 Every video shows a few textured shapes that move together over a textured background. The class is
-the kind and direction of this movement. Everything else is drawn independently of the class:
-textures, colours, shapes, their positions and speed, and the slow drift of the background. Both
-layers wrap around the edges of the frame, so the shapes are equally likely to be anywhere in every
-frame, also the first and the last: a single frame says nothing about the class.
+the kind and direction of this movement. Textures, colours, shapes, their positions and speed, and
+the slow drift of the background do not depend on it. Both layers wrap around the edges, so that the
+shapes are equally likely to be anywhere in every frame: a single one says nothing about the class.
 
     python -m util.synthetic OUT
     python main_pretrain.py --path_to_data_dir OUT/pretrain @recipes/synthetic_pretrain.args
 
-The first command writes the layout of Kinetics::
+The first command writes the layout of Kinetics; dataset.json with the parameters comes last::
 
     OUT/videos/CLASS/ID_000000_000002.mp4   every video; ID: train000017, val__000003, test_000003
     OUT/classes.txt                         one class per line, in the order of the labels
     OUT/pretrain/train.csv                  all training videos
     OUT/finetune/train.csv                  the few of them that are labelled
     OUT/finetune/val.csv, test.csv          held-out videos, for validation and for the test
-    OUT/dataset.json                        the parameters, written last
 
 Shapes: T frames, H W pixels (H = W = size), K layers.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in notebooks a widget, elsewhere a line of text
 
 from util import dist
 
@@ -45,9 +44,6 @@ ROOT = Path(__file__).parent.parent  # of the project
 MARKER = "dataset.json"
 SPLITS = ("train", "val__", "test_")  # five letters and a number of six make an ID of eleven
 FORMAT = 1  # increased when the same parameters would give other videos
-
-
-# --- movements: the classes ---------------------------------------------------------------------
 
 
 def straight(degrees: float, distance: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -68,21 +64,16 @@ def swing(degrees: float, distance: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return straight(degrees, 1.3 * radius * np.cos(turn), turn)
 
 
+ANGLES = {"right": 0, "down": 90, "left": 180, "up": 270}
+ANGLES |= {"down_right": 45, "down_left": 135, "up_left": 225, "up_right": 315}
 # Each function takes the distance covered [T] (pixels) and the phase [T] (radians, with a random
 # start) and returns a path [T, 2]. The classes of a data set are the first num_classes of them.
 MOVEMENTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "moving_right": functools.partial(straight, 0),
-    "moving_down": functools.partial(straight, 90),
-    "moving_left": functools.partial(straight, 180),
-    "moving_up": functools.partial(straight, 270),
-    "moving_down_right": functools.partial(straight, 45),
-    "moving_down_left": functools.partial(straight, 135),
-    "moving_up_left": functools.partial(straight, 225),
-    "moving_up_right": functools.partial(straight, 315),
-    "circling_clockwise": functools.partial(circle, 1),
-    "circling_anticlockwise": functools.partial(circle, -1),
-    "swinging_sideways": functools.partial(swing, 0),
-    "swinging_up_and_down": functools.partial(swing, 90),
+    **{f"moving_{name}": partial(straight, degrees) for name, degrees in ANGLES.items()},
+    "circling_clockwise": partial(circle, 1),
+    "circling_anticlockwise": partial(circle, -1),
+    "swinging_sideways": partial(swing, 0),
+    "swinging_up_and_down": partial(swing, 90),
 }
 
 
@@ -97,9 +88,8 @@ def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
     so a masked autoencoder has to see motion. As in photographs, luminance varies most, blue-yellow
     less and red-green least.
     """
-    rows = np.fft.fftfreq(size)[:, None] * size
-    columns = np.fft.rfftfreq(size) * size
-    frequency = np.hypot(rows, columns)  # cycles per frame
+    # cycles per frame
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size) * size)
     amplitude = frequency / (1 + (frequency / 3) ** 6)
     spectrum = np.fft.rfft2(rng.standard_normal((3, size, size))) * amplitude
     texture = np.fft.irfft2(spectrum, s=(size, size))
@@ -110,11 +100,10 @@ def smooth_texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def random_blob(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw the opacity [H, W], 0 to 1, of a smooth shape anywhere; it wraps around the edges."""
-    centre = rng.uniform(0, size, 2)
+    centre = rng.uniform(0, size, (2, 1))
     radius = rng.uniform(0.22, 0.34) * size
-    grid = np.arange(size) + 0.5
-    y = ((grid - centre[0] + size / 2) % size - size / 2)[:, None]
-    x = ((grid - centre[1] + size / 2) % size - size / 2)[None, :]
+    y, x = (np.arange(size) + 0.5 - centre + size / 2) % size - size / 2
+    y = y[:, None]
     angle = np.arctan2(y, x)
     outline = np.ones((size, size))
     for waves in (2, 3, 4):
@@ -169,15 +158,14 @@ def render_video(rng: np.random.Generator, movement: str, size: int, num_frames:
     return np.clip(frames, 0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Encode uint8 RGB frames [T, H, W, 3] as an H.264 mp4."""
-    # One thread, so that the bytes do not depend on the number of cores. A key frame every half
-    # second, so that a clip in the middle needs only a few frames before it.
-    options = {"preset": "superfast", "crf": "16", "g": str(max(fps // 2, 1)), "threads": "1"}
-    with av.open(str(path), "w") as container:
+def write_video(
+    file: str | BinaryIO, frames: np.ndarray, fps: int | Fraction, options: dict[str, str]
+) -> None:
+    """Encode uint8 RGB frames [T, H, W, 3] as H.264 in MP4, with options of x264."""
+    with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuv420p"  # all players can show it
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -186,70 +174,59 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 # --- the data set -------------------------------------------------------------------------------
 
 
-def _number(default: int, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _number(default: int, least: int, text: str) -> Any:
+    return field(default=default, metadata={"least": least, "help": text})
 
 
 @dataclass(frozen=True)
 class Parameters:
     """What a data set holds; each field is also a flag of the command line."""
 
-    num_videos: int = _number(2048, "training videos, the labelled ones included")
-    num_labelled: int = _number(32, "training videos that finetune/train.csv lists")
-    num_val: int = _number(64, "held-out videos in finetune/val.csv")
-    num_test: int = _number(512, "other held-out videos, in finetune/test.csv")
-    num_classes: int = _number(8, f"movements, 2 to {len(MOVEMENTS)}")
-    size: int = _number(48, "height and width in pixels, an even number of at least 32")
-    num_frames: int = _number(20, "frames of a video")
-    fps: int = _number(15, "frames per second")
-    seed: int = _number(0, "seed of all random choices")
+    num_videos: int = _number(2048, 1, "training videos, the labelled ones included")
+    num_labelled: int = _number(32, 1, "training videos that finetune/train.csv lists")
+    num_val: int = _number(64, 1, "held-out videos in finetune/val.csv")
+    num_test: int = _number(512, 1, "other held-out videos, in finetune/test.csv")
+    num_classes: int = _number(8, 2, f"movements, 2 to {len(MOVEMENTS)}")
+    size: int = _number(48, 32, "height and width in pixels, an even number of at least 32")
+    num_frames: int = _number(20, 2, "frames of a video")
+    fps: int = _number(15, 1, "frames per second")
+    seed: int = _number(0, 0, "seed of all random choices")
 
     def __post_init__(self) -> None:
-        among = f"1 to num_videos={self.num_videos}"
-        for right, name, wanted in (
-            (2 <= self.num_classes <= len(MOVEMENTS), "num_classes", f"2 to {len(MOVEMENTS)}"),
-            (1 <= self.num_labelled <= self.num_videos, "num_labelled", among),
-            (self.num_val >= 1, "num_val", "at least 1"),
-            (self.num_test >= 1, "num_test", "at least 1"),
-            (self.size >= 32 and not self.size % 2, "size", "an even number of at least 32 pixels"),
-            (self.num_frames >= 2, "num_frames", "at least 2"),
-            (self.fps >= 1, "fps", "at least 1"),
-        ):
-            if not right:
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        most = {"num_classes": len(MOVEMENTS), "num_labelled": self.num_videos}
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            if not least <= value <= most.get(f.name, value):
+                limits = f"{least} to {most[f.name]}" if f.name in most else f"at least {least}"
+                raise ValueError(f"{f.name} must be {limits}, not {value}")
+        if self.size % 2:
+            raise ValueError(f"size must be an even number of pixels, not {self.size}")
 
 
 def write_dataset(out: str | os.PathLike[str], *, num_workers: int = 0, **parameters: int) -> Path:
     """Write the data set to the folder `out`, unless it is already there, and return the folder.
 
-    The same parameters, the fields of Parameters, give the same frames with any num_workers
-    (threads, 0 = one per core). The folder appears when it is complete, so several processes may
-    call this at the same time, before every run.
-
-    Raises:
-        ValueError: a parameter is out of range; the message names it.
-        FileExistsError: the folder holds something else, which stays untouched.
+    The same fields of Parameters give the same frames with any num_workers (threads, 0 = one per
+    core). The folder appears when it is complete, so several processes may call this at once.
+    Raises ValueError for a parameter out of range, FileExistsError if the folder holds other files.
     """
     out = Path(out).absolute()
     p = Parameters(**parameters)
     marker = {"format": FORMAT, **asdict(p)}
     if _is_written(out, marker):
         return out
-
     # The set is written beside its place and then renamed: a killed run leaves a *.partial-*
     # folder, but never half a set under the final name.
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
+    unfinished = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
     try:
-        _write_files(partial, p, num_workers)
-        (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        try:
-            partial.rename(out)
-        except OSError:
-            if not _is_written(out, marker):  # otherwise another process was faster
-                raise
+        _write_files(unfinished, p, num_workers)
+        (unfinished / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        unfinished.rename(out)
+    except OSError:
+        if not _is_written(out, marker):  # otherwise another process was faster
+            raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
@@ -260,24 +237,23 @@ def _is_written(out: Path, marker: dict[str, int]) -> bool:
     if not (out / MARKER).exists():
         raise FileExistsError(f"{out} holds no synthetic data set: choose another folder")
     found = json.loads((out / MARKER).read_text())
-    other = {name: value for name, value in marker.items() if found.get(name) != value}
-    if other:
-        differences = (f"{name}={found.get(name)} (asked for: {other[name]})" for name in other)
-        advice = "remove it or choose another folder"
-        raise FileExistsError(
-            f"{out} holds a synthetic data set with {', '.join(differences)}: {advice}"
-        )
+    others = [name for name, value in marker.items() if found.get(name) != value]
+    words = ", ".join(f"{name}={found.get(name)} (asked for: {marker[name]})" for name in others)
+    if others:
+        raise FileExistsError(f"{out} holds a data set with {words}: remove it or use another path")
     return True
 
 
 def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
     """Write the videos, classes.txt and the csvs."""
-    # Folders and names of the classes
     classes = list(MOVEMENTS)[: p.num_classes]
     for name in ("pretrain", "finetune", *(f"videos/{name}" for name in classes)):
         (root / name).mkdir(parents=True)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     end = math.ceil(p.num_frames / p.fps)  # seconds, as in the names of Kinetics
+    # One thread, so that the bytes do not depend on the number of cores. A key frame every half
+    # second, so that a clip in the middle needs only a few frames before it.
+    options = {"preset": "superfast", "crf": "16", "g": str(max(p.fps // 2, 1)), "threads": "1"}
 
     def write_one(job: tuple[int, int]) -> str:
         """Write one video and return its line in a csv."""
@@ -285,21 +261,17 @@ def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
         label = index % p.num_classes  # in turn, so that every part of a split is balanced
         rng = np.random.default_rng((p.seed, split, index))
         path = f"videos/{classes[label]}/{SPLITS[split]}{index:06d}_000000_{end:06d}.mp4"
-        write_video(root / path, render_video(rng, classes[label], p.size, p.num_frames), p.fps)
+        frames = render_video(rng, classes[label], p.size, p.num_frames)
+        write_video(str(root / path), frames, p.fps, options)
         return f"../{path} {label}\n"
 
-    # Threads are enough: the FFT and the encoder release the interpreter's lock.
+    # Threads are enough: the FFT and the encoder release the interpreter's lock. After an error or
+    # Ctrl-C, map cancels the videos that no thread has begun.
     counts = (p.num_videos, p.num_val, p.num_test)
     jobs = [(split, index) for split, count in enumerate(counts) for index in range(count)]
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-        try:
-            written = pool.map(write_one, jobs)
-            title = "Writing synthetic videos"
-            lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the other videos
-            raise
-
+        written, title = pool.map(write_one, jobs), "Writing synthetic videos"
+        lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
     train, held_out = lines[: p.num_videos], lines[p.num_videos :]
     (root / "pretrain/train.csv").write_text("".join(train))
     (root / "finetune/train.csv").write_text("".join(train[: p.num_labelled]))
@@ -307,23 +279,18 @@ def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
     (root / "finetune/test.csv").write_text("".join(held_out[p.num_val :]))
 
 
-# --- runs without --path_to_data_dir ------------------------------------------------------------
+# --- runs without --path_to_data_dir, and the command line --------------------------------------
 
 
-def synthetic_recipe(name: str) -> Callable[[argparse.Namespace], Sequence[str]]:
+def synthetic_recipe(name: str) -> Callable[[argparse.Namespace], list[str]]:
     """Return a function that gives runs without --path_to_data_dir the flags in recipes/NAME."""
-
-    def default_flags(args: argparse.Namespace) -> Sequence[str]:
-        return [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
-
-    return default_flags
+    return lambda args: [] if args.path_to_data_dir else [f"@{ROOT / 'recipes' / name}"]
 
 
 def data_dir(args: argparse.Namespace, task: str) -> str:
     """Return the folder of csvs: --path_to_data_dir, or the embedded videos, written if needed.
 
-    Args:
-        task: "pretrain" (all training videos) or "finetune" (the few labelled ones).
+    `task` is "pretrain" (all training videos) or "finetune" (the few labelled ones).
     """
     if args.path_to_data_dir:
         return args.path_to_data_dir
@@ -338,21 +305,18 @@ def data_dir(args: argparse.Namespace, task: str) -> str:
     return str(folder / task)
 
 
-# --- command line -------------------------------------------------------------------------------
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     """Build the command line: a flag for every field of Parameters."""
     parser = argparse.ArgumentParser(
-        prog="python -m util.synthetic",
+        "python -m util.synthetic",
         description="Write short H.264 videos whose class only the motion tells.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("out", help="folder to create")
-    flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Parameters)}
-    flags["num_workers"] = 0, "threads, 0 = one per core"
-    for name, (default, text) in flags.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    add = partial(parser.add_argument, type=int, metavar="N")
+    for f in fields(Parameters):
+        add(f"--{f.name}", default=f.default, help=f.metadata["help"])
+    add("--num_workers", default=0, help="threads, 0 = one per core")
     return parser
 
 
@@ -363,8 +327,7 @@ def main() -> None:
         out = write_dataset(**vars(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    held_out = f"{args.num_val} + {args.num_test} held out"
-    print(f"{out} holds {args.num_videos} training videos, {held_out}")
+    print(f"{out}: {args.num_videos} training videos, {args.num_val} + {args.num_test} held out")
 
 
 if __name__ == "__main__":

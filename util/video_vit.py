@@ -97,9 +97,9 @@ class Attention(nn.Module):
         layers = self.q, self.k, self.v
         weight = torch.cat([layer.weight for layer in layers])  # one product instead of three
         bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
-        qkv = F.linear(x, weight, bias).view(N, L, 3, self.num_heads, -1)
+        qkv = F.linear(x, weight, bias).view(N, L, 3, self.num_heads, -1)  # (N, L, 3, nh, hd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, nh, L, hd) each
-        x = F.scaled_dot_product_attention(q, k, v)  # scale hd^-0.5
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, nh, L, hd), scale hd^-0.5
         return self.proj(x.transpose(1, 2).reshape(N, L, D))
 
 

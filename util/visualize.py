@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from util.dist import print0
 from util.meters import last_x
 from util.optim import autocast
 from util.report import draw_confusion, report_classes, worst_classes
+from util.synthetic import write_video
 from util.video.transforms import MEAN, STD, normalize
 
 if TYPE_CHECKING:
@@ -35,12 +35,8 @@ GAP, WHITE = 4, 255  # pixels between pictures, and their grey level
 # Of the clips in TensorBoard
 NUM_CLIPS = 4
 MAX_READS = 4 * NUM_CLIPS  # videos to try
-MASK_SEED = 0
 STRIP_FRAMES = 4  # frames of a still picture
 MIN_SIDE = 96  # pixels; smaller frames are enlarged
-
-
-# --- masks --------------------------------------------------------------------------------------
 
 
 class Masks(NamedTuple):
@@ -60,13 +56,10 @@ def draw_masks(
 
     Args:
         grid: tokens along t, h, w.
-        mask_ratio: share to remove, above 0 and below 1; one patch, tube or step always stays.
+        mask_ratio: share to remove; one patch, tube or step always stays.
         mask_type: "random": single patches, as in pre-training; "tube": the same places at all
             times; "time": whole time steps; "block": cuboids half as long as the clip in every
             direction, until enough is removed.
-
-    Raises:
-        ValueError: the ratio or the type is not one of these, or the seed is negative.
     """
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio = {mask_ratio:g} is not above 0 and below 1")
@@ -76,8 +69,7 @@ def draw_masks(
         raise ValueError(f"seed = {seed} is negative")
     t, h, w = grid
     unit = {"tube": t, "time": h * w}.get(mask_type, 1)  # tokens removed or kept together
-    L = t * h * w
-    K = max(1, int(L // unit * (1 - mask_ratio))) * unit  # truncated, as in pre-training
+    K = max(1, int(t * h * w // unit * (1 - mask_ratio))) * unit  # truncated, as in pre-training
     rngs = [np.random.default_rng((seed, i)) for i in range(num_clips)]
     noise = torch.stack([torch.from_numpy(_noise(rng, grid, mask_type)) for rng in rngs])
     # a stable sort keeps the tokens of a tube or step, which have equal noise, together
@@ -96,13 +88,11 @@ def _noise(rng: np.random.Generator, grid: "Grid", mask_type: str) -> np.ndarray
     # Cover the grid with one cuboid after the other; tokens covered first have the most noise
     half = (np.array(grid) + 1) // 2
     noise = np.zeros(grid)
-    cuboid = 0
-    while (noise == 0).any():
-        cuboid += 1
+    while not noise.all():
         start = rng.integers(1 - half, grid)  # cuboids may stick out, so all places are alike
         place = tuple(slice(max(a, 0), a + n) for a, n in zip(start, half, strict=True))
         covered = noise[place]
-        covered[covered == 0] = -cuboid
+        covered[covered == 0] = noise.min() - 1
     return noise
 
 
@@ -128,7 +118,7 @@ def reconstruct(
     seed: int = 0,
     paste_visible: bool = True,
 ) -> Reconstruction:
-    """Remove patches of clips and let a masked autoencoder predict them.
+    """Remove patches of clips and let a masked autoencoder predict them; the result is on the CPU.
 
     A model that was trained on normalised targets (norm_pix_loss) knows neither brightness nor
     contrast of a patch: its predictions get the mean and the deviation of the true patch.
@@ -137,24 +127,17 @@ def reconstruct(
         model: a MaskedAutoencoderViT on any device. Its training mode and the global random state
             stay as they are. For another precision, call this under autocast.
         clips: uint8 [N, T, H, W, C], of the model's size, on any device.
-        mask_ratio, mask_type, seed: as in draw_masks.
         paste_visible: show the true pixels of visible patches in the reconstruction, instead of
-            predictions that no loss has trained.
-
-    Returns:
-        everything on the CPU; t is the model's pred_t_dim.
-
-    Raises:
-        ValueError: clips of another size, or what draw_masks raises.
+            predictions that no loss has trained. The other arguments are those of draw_masks.
     """
-    side, frames = model.patch_embed.img_size, model.patch_embed.num_frames
-    if tuple(clips.shape[1:]) != (frames, side, side, 3):
-        wanted = f"[N, {frames}, {side}, {side}, 3]"
-        raise ValueError(f"clips of shape {list(clips.shape)} are not the model's: {wanted}")
+    embed = model.patch_embed
+    size = [len(clips), embed.num_frames, embed.img_size, embed.img_size, 3]
+    if list(clips.shape) != size:
+        raise ValueError(f"clips of shape {list(clips.shape)} are not the model's: {size}")
     # Predict
     device = next(model.parameters()).device
     imgs = normalize(clips.to(device))  # (N, C, T, H, W)
-    masks = draw_masks(len(imgs), model.patch_embed.input_size, mask_ratio, mask_type, seed)
+    masks = draw_masks(len(imgs), embed.input_size, mask_ratio, mask_type, seed)
     mask, ids_restore, ids_keep = (tensor.to(device) for tensor in masks)
     latent = model.encode(imgs, ids_keep)
     if model.cls_embed and not model.cls_through_decoder:
@@ -195,19 +178,12 @@ def tile(rows: Sequence[Sequence[Tensor]], gap: int = GAP) -> Tensor:
     Videos in a row have the same height, and those in a column the same width. A row may have fewer
     videos than the first one; the rest of it is white.
     """
-    heights = [row[0].shape[1] for row in rows]
-    widths = [video.shape[2] for video in rows[0]]
-    t, C = rows[0][0].shape[0], rows[0][0].shape[3]
-    size = [sum(extents) + gap * (len(extents) - 1) for extents in (heights, widths)]
-    sheet = torch.full((t, *size, C), WHITE, dtype=torch.uint8)
-    top = 0
-    for row, height in zip(rows, heights, strict=True):
-        left = 0
-        for video, width in zip(row, widths, strict=False):
-            sheet[:, top : top + height, left : left + width] = video
-            left += width + gap
-        top += height + gap
-    return sheet
+    margins = (0, 0, 0, gap, 0, gap)  # of channels, width, height
+    strips = [torch.cat([F.pad(v, margins, value=WHITE) for v in row], dim=2) for row in rows]
+    width = strips[0].shape[2]
+    strips = [F.pad(strip, (0, 0, 0, width - strip.shape[2]), value=WHITE) for strip in strips]
+    sheet = torch.cat(strips, dim=1)
+    return sheet[:, : sheet.shape[1] - gap, : width - gap].contiguous()
 
 
 def encode_gif(video: Tensor, fps: float) -> bytes:
@@ -228,9 +204,8 @@ def encode_gif(video: Tensor, fps: float) -> bytes:
         indexed.append(Image.fromarray(index))
         indexed[-1].putpalette([*colours, *[REMOVED] * 3, *[WHITE] * 3])
     file = io.BytesIO()
-    duration = max(2, round(100 / fps)) * 10  # ms; browsers slow down GIFs with less than 20
-    options = {"append_images": indexed[1:], "duration": duration, "loop": 0}
-    indexed[0].save(file, "GIF", save_all=True, **options)
+    time = max(2, round(100 / fps)) * 10  # ms; browsers slow down GIFs with less than 20
+    indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=time, loop=0)
     return file.getvalue()
 
 
@@ -239,14 +214,7 @@ def encode_mp4(video: Tensor, fps: float) -> bytes:
     _, height, width, _ = video.shape
     even = F.pad(video, (0, 0, 0, width % 2, 0, height % 2), value=WHITE)
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        rate = Fraction(fps).limit_denominator(1000)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-        stream.height, stream.width = even.shape[1:3]
-        stream.pix_fmt = "yuv420p"  # all players can show it
-        for frame in even.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(file, even.numpy(), Fraction(fps).limit_denominator(1000), {"crf": "18"})
     return file.getvalue()
 
 
@@ -258,26 +226,16 @@ class FixedClips:
 
     The clips are the centres of the first readable videos of the csv. Only the main process draws;
     the other ranks wait for it at their next exchange. Training is not affected: the random state
-    and the model's mode stay as they are, and the loader is not used.
-
-    Args:
-        dataset: in mode "test", with one view per video.
-        args: with mask_ratio, vis_period (epochs, 0: never), epochs, precision, repeat_aug,
-            num_frames and sampling_rate.
+    and the model's mode stay as they are, and the loader is not used. `dataset` is one in mode
+    "test" with one view per video, and `args` are the flags of pre-training.
     """
 
     def __init__(self, dataset: "Kinetics", args: Namespace, device: torch.device):
-        self.dataset = dataset
-        self.args = args
-        self.device = device
+        self.dataset, self.args, self.device = dataset, args, device
         self.clips: Tensor | None = None  # uint8 [N, T, H, W, C], read when first needed
 
     def show(self, model: nn.Module, epoch: int, log: "RunLog") -> None:
-        """Log pictures and losses after an epoch, every vis_period epochs and after the last one.
-
-        Args:
-            model: a MaskedAutoencoderViT without wrappers.
-        """
+        """Log what the unwrapped model predicts, every vis_period epochs and after the last one."""
         period = self.args.vis_period
         due = period and ((epoch + 1) % period == 0 or epoch + 1 == self.args.epochs)
         if not due or log.writer is None:
@@ -287,7 +245,7 @@ class FixedClips:
         if not len(self.clips):
             return
         with autocast(self.device, self.args.precision):
-            result = reconstruct(model, self.clips, self.args.mask_ratio, seed=MASK_SEED)
+            result = reconstruct(model, self.clips, self.args.mask_ratio)
 
         # The losses of the removed patches
         x = last_x(epoch, self.args.repeat_aug)
@@ -298,12 +256,12 @@ class FixedClips:
         # Original, masked and reconstruction side by side: as a GIF, and a few frames as a picture
         versions = zip(result.original, result.masked, result.reconstruction, strict=True)
         factor = max(1, MIN_SIDE // self.clips.shape[2])
+        t = result.original.shape[1]
+        fps = 30 / self.args.sampling_rate * t / self.args.num_frames
+        step = -(-t // STRIP_FRAMES)
         for i, clip in enumerate(versions):
             rows = [enlarge(frames, factor) for frames in clip]
-            video = tile([rows])
-            fps = 30 / self.args.sampling_rate * len(video) / self.args.num_frames
-            log.gif(f"fixed_clips/video_{i}", encode_gif(video, fps), x)
-            step = -(-len(video) // STRIP_FRAMES)
+            log.gif(f"fixed_clips/video_{i}", encode_gif(tile([rows]), fps), x)
             strip = tile([list(row[::step, None]) for row in rows])[0]
             log.image(f"fixed_clips/frames_{i}", strip.numpy(), x)
 
@@ -312,23 +270,17 @@ class FixedClips:
         clips: list[Tensor] = []
         for row in range(min(MAX_READS, len(self.dataset))):
             sample = self.dataset[0, row]
-            if sample.errors:
-                reason = "; ".join(sample.errors.values())
-                print0(f"unreadable video, not shown in TensorBoard: {reason}")
-            else:
+            if not sample.errors:
                 clips.append(sample.clips[0])
+            for reason in sample.errors.values():
+                print0(f"unreadable video, not shown in TensorBoard: {reason}")
             if len(clips) == NUM_CLIPS:
                 break
         return torch.stack(clips) if clips else torch.empty(0)
 
 
 def show_classes(confusion: np.ndarray, names: list[str], log: "RunLog", x: int) -> None:
-    """Log the confusion matrix, a histogram of the classes' accuracies and the worst classes.
-
-    Args:
-        confusion: int [C, C], labels by predictions.
-        x: place on TensorBoard's x axis.
-    """
+    """Log a confusion matrix int [C, C], a histogram of accuracies and the worst classes at x."""
     if log.writer is None or not confusion.any():
         return
     reports = report_classes(confusion)

@@ -5,44 +5,39 @@ their names. util/checkpoint.py writes the checkpoints of a run.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from util import formats
+from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, forget, is_remote, open_file, refuse_other_kinds
-from util.formats import HF_VIDEOMAE, IMAGE_MAE, KERNEL, SINCOS, VIDEOMAE, Weights, token_grid
-from util.pos_embed import (
-    Grid,
-    put_positions,
-    resize_kernel,
-    resize_positions,
-    sincos_pos_embed,
-    take_positions,
-)
+from util.formats import HF_VIDEOMAE, IMAGE_MAE, KERNEL, KERNEL_BIAS, VIDEOMAE, Weights, token_grid
+from util.pos_embed import Grid, resize_kernel, sincos_pos_embed
 from util.video.transforms import MEAN, STD
-
-# what a Hugging Face folder holds: weights in one of these, and descriptions beside them
-HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-HF_CONFIGS = ("config.json", "preprocessor_config.json")
-NO_CLASS_ROW = "its row of the class token is missing and left as drawn"
 
 MODEL_FLAGS = """
     input_size num_frames sampling_rate sampling t_patch_size sep_pos_embed sincos_pos_embed
     cls_embed no_qkv_bias num_classes
 """.split()
+
+# raised by names, shapes and records that make no sense, where they are used
+ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+SINCOS = "VideoMAE's sine-cosine table"
+# flags of a model without which it lacks, or has, some of the tensors
+WHOLE = ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed")
+NO_CLASS_ROW = "its row of the class token is missing and left as drawn"
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -70,15 +65,12 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
         try:
             if start[8:9] == b"{":
                 return _read_safetensors(local, file)
-            is_zip = start.startswith(b"PK\x03\x04")
-            mmap = mmap and is_zip and not is_remote(local)
+            mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
+            source = local if mmap else file
             with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(
-                    local if mmap else file, "cpu", weights_only=True, mmap=mmap
-                )
+                checkpoint = torch.load(source, "cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # torch's readers raise every kind of them for damaged files
-            code = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if code:
+            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise UserError(
                     f"{path} is not loaded: it asks to run code ({code[1]}), not only for weights"
                 ) from error
@@ -95,12 +87,12 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
     """Read a .safetensors file: mapped into memory, or from the stream of one that is remote."""
     if is_remote(local):
-        data = file.read()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return {"model": safetensors.torch.load(data), "metadata": header.get("__metadata__", {})}
-    with safetensors.safe_open(local, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return {"model": tensors, "metadata": opened.metadata() or {}}
+        tensors = safetensors.torch.load(file.read())
+    else:
+        tensors = safetensors.torch.load_file(local)
+    file.seek(0)
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {"model": tensors, "metadata": header.get("__metadata__", {})}
 
 
 def read_weights(path: str) -> Weights:
@@ -111,31 +103,28 @@ def read_weights(path: str) -> Weights:
 
     Args:
         path: a path, an address, the name of a released checkpoint, or a Hugging Face folder.
-
-    Raises:
-        UserError: it cannot be read, holds no video transformer, or lacks tensors that tell which.
     """
-    version, weights = _handed_over.pop(path, (None, None))
-    if weights is not None and version == _version(path):
-        return weights
-    inside = [] if is_remote(path) else [os.path.join(path, name) for name in HF_WEIGHTS]
+    weights = _read(*_versioned(path))
+    _read.cache_clear()  # whoever has them may change them
+    return weights
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: str, version: tuple[int, ...]) -> Weights:
+    return interpret(read_checkpoint(path, mmap=True), path)
+
+
+def _versioned(path: str) -> tuple[str, tuple[int, ...]]:
+    """Return the file of a path or Hugging Face folder, and what changes when it is replaced."""
+    inside = (os.path.join(path, name) for name in formats.HF_WEIGHTS)
     path = next(filter(os.path.isfile, inside), path)
-    return interpret(read_checkpoint(path, mmap=True), path, lambda: _read_configs(path))
+    files = filter(os.path.isfile, (fetch(path), *_configs_beside(path)))
+    return path, tuple(n for s in map(os.stat, files) for n in (s.st_ino, s.st_size, s.st_mtime_ns))
 
 
-# what checkpoint_flags read last, for read_weights: weights by path, with the file's version
-_handed_over: dict[str, tuple[list[tuple[int, ...]], Weights]] = {}
-
-
-def _version(path: str) -> list[tuple[int, ...]]:
-    """Return what changes when a file, or one of those beside it, is replaced; empty if unknown."""
-    local = fetch(path)
-    if is_remote(local):
-        return []
-    folder = local if os.path.isdir(local) else os.path.dirname(local)
-    paths = [local, *(os.path.join(folder, name) for name in (*HF_WEIGHTS, *HF_CONFIGS))]
-    stats = [os.stat(name) for name in paths if os.path.exists(name)]
-    return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
+def _configs_beside(path: str) -> list[str]:
+    beside = (os.path.join(os.path.dirname(path), name) for name in formats.HF_FILES)
+    return [config for config in beside if os.path.isfile(config)]
 
 
 def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]:
@@ -143,16 +132,16 @@ def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]
 
     The weights stay in memory for the next read_weights of the same path.
     """
-    version, weights = _version(path), read_weights(path)
-    _handed_over.clear()
-    if version:
-        _handed_over[path] = version, weights
+    weights = _read(*_versioned(path))
     values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
     if weights.doubt:  # the user must say
         values |= {"input_size": None, "num_frames": None}
+    return _as_flags({name: values.get(name) for name in names})
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
     flags = []
-    for name in names:
-        value = values.get(name)
+    for name, value in values.items():
         if name == "no_qkv_bias":
             flags += ["--no_qkv_bias"] if value else []
         elif isinstance(value, bool):
@@ -162,60 +151,25 @@ def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]
     return flags
 
 
-def _read_configs(path: str) -> dict[str, Any]:
-    """Read what Hugging Face's files beside a file record, as one dict; empty where there are none.
-
-    Raises:
-        UserError: one is damaged.
-    """
-    config: dict[str, Any] = {}
-    for name in () if is_remote(path) else HF_CONFIGS:
-        beside = os.path.join(os.path.dirname(path), name)
-        if os.path.isfile(beside):
-            with open_file(beside, "rb") as file:
-                try:
-                    config = config | json.load(file)
-                except (TypeError, ValueError) as error:  # TypeError: no names and values
-                    raise UserError(f"{beside} is damaged: {error}") from error
-    return config
-
-
 # --- understanding --------------------------------------------------------------------------------
 
 
-def interpret(
-    checkpoint: dict[str, Any], path: str, read_config: Callable[[], dict[str, Any]] = dict
-) -> Weights:
-    """Understand a checkpoint of any known format.
+def interpret(checkpoint: dict[str, Any], path: str) -> Weights:
+    """Understand the contents of a checkpoint file of any known format.
 
-    Args:
-        checkpoint: the file's contents (util.weights.read_checkpoint).
-        path: names the file in messages; hints in its name are used where the file is silent.
-        read_config: reads Hugging Face's config.json and preprocessor_config.json, which lie beside
-            the file, as one dict; called for Hugging Face's files only.
+    Where it is silent, hints in its name are used, and Hugging Face's files beside it.
 
     Raises:
-        UserError: it holds no video transformer, lacks tensors that tell the model, or has contents
-            that make no sense.
+        UserError: it holds no video transformer, lacks tensors that tell which, or makes no sense.
     """
     try:
-        return _interpret(checkpoint, path, read_config)
-    # raised by names, shapes and records that make no sense, where they are used
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as odd:
+        return _interpret(checkpoint, path)
+    except ODD as odd:
         reason = (str(odd).splitlines() or [type(odd).__name__])[0]
         raise UserError(f"{path} is damaged or not a known checkpoint: {reason}") from odd
 
 
-def _interpret(
-    checkpoint: dict[str, Any], path: str, read_config: Callable[[], dict[str, Any]]
-) -> Weights:
+def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
     theirs = formats.unwrap(checkpoint, path)
     source = formats.find_source(theirs)
     is_videomae = source in (VIDEOMAE, HF_VIDEOMAE)
@@ -244,15 +198,27 @@ def _interpret(
         wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
         stored.pop(KERNEL, None)
 
-    # find the model, from the tensors and from what the file records
-    config = read_config() if source == HF_VIDEOMAE else {}
+    # find the model, from the tensors and from what the file and those beside it record
+    config: dict[str, Any] = {}
+    for beside in _configs_beside(path) if source == HF_VIDEOMAE else ():
+        with open_file(beside, "rb") as file:
+            try:
+                config = config | json.load(file)
+            except (TypeError, ValueError) as error:  # TypeError: no names and values
+                raise UserError(f"{beside} is damaged: {error}") from error
     records, mean, std = formats.read_records(checkpoint, source, path, config)
-    grid = formats.find_grid(wide, records, source, path)
-    arguments = formats.find_arguments(wide, records, grid, source, path)
-    recorded = {k: v for k, v in records.items() if formats.is_like(v, arguments.get(k, 1))}
-    notes += [*grid.notes, *formats.guessed_heads(arguments, recorded)]
-    replaceable = arguments.keys() - set(formats.SHAPE_ARGUMENTS)
-    arguments |= {k: v for k, v in recorded.items() if k in replaceable}
+    arguments, stated, doubt = formats.find_arguments(wide, records, source, path)
+    if "pos_embed" not in wide and is_videomae and not stated >= formats.CLIP_SIZE:
+        notes.append(
+            "it stores neither positions nor the size of its clips: they are taken to be as large "
+            "as the model's, or {num_frames} frames of {img_size} x {img_size} pixels where the "
+            "model is built from the file alone".format(**arguments)
+        )
+    if guessed := formats.guessed_heads(arguments, stated):
+        notes.append(
+            f"it does not record its numbers of heads: {guessed} is a guess by width, "
+            "for models that are built from the file alone"
+        )
 
     # write out the positions that VideoMAE computes
     tokens = math.prod(token_grid(arguments))
@@ -261,29 +227,16 @@ def _interpret(
             wide[name] = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
             converted[name] = SINCOS
 
-    channels = arguments["in_chans"]
+    flags, channels = formats.checkpoint_args(checkpoint), arguments["in_chans"]
     if mean and std and not len(mean) == len(std) == channels:
         raise ValueError(f"mean {mean} and std {std} are not of {channels} channels")
     weights = Weights(
-        state=wide,
-        arguments=arguments,
-        source=source,
-        path=path,
-        stored=stored,
-        recorded=recorded,
-        flags=formats.checkpoint_args(checkpoint),
-        converted=converted,
-        unused=unused,
-        mean=mean,
-        std=std,
-        notes=notes,
-        grid_stated=grid.stated,
-        doubt=grid.doubt,
+        wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt
     )
-    if (mean, std) == ((MEAN,) * channels, (STD,) * channels):
-        if not weights.predicts_unit_pixels:
-            weights.mean = weights.std = None
-    elif mean is not None:
+    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
+    if weights.predicts_unit_pixels or not is_ours:
+        weights.mean, weights.std = mean, std
+    if mean is not None and not is_ours:
         notes.append(
             f"it was trained on clips normalised by mean {mean} and std {std}; "
             "models here get that folded into their patch embedding"
@@ -303,8 +256,13 @@ def with_our_normalisation(weights: Weights) -> Weights:
     if weights.mean is None or weights.std is None:
         return weights
     mean, std = torch.tensor([weights.mean, weights.std], dtype=torch.float64)
-    # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift
-    folded = _fold_input(weights.state, STD / std, (MEAN - mean) / std)
+    # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift, by channel
+    scale, shift = (STD / std).view(-1, 1, 1, 1), (MEAN - mean) / std
+    weight, bias = weights.state[KERNEL], weights.state[KERNEL_BIAS]  # (D, C, t, p, p), (D,)
+    folded = {
+        KERNEL: (weight.double() * scale).to(weight.dtype),
+        KERNEL_BIAS: (bias + weight.double().sum((2, 3, 4)) @ shift).to(bias.dtype),
+    }
     converted = dict.fromkeys(folded, "input normalisation folded in")
     if weights.arguments.get("norm_pix_loss") is False:
         if weights.predicts_unit_pixels:
@@ -312,23 +270,9 @@ def with_our_normalisation(weights: Weights) -> Weights:
         pred = fold_output(weights.state, std / STD, (mean - MEAN) / STD)
         folded |= pred
         converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
-    return replace(
-        weights,
-        state=weights.state | folded,
-        stored={k: v for k, v in weights.stored.items() if k not in folded},
-        converted=weights.converted | converted,
-        mean=None,
-        std=None,
-    )
-
-
-def _fold_input(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return the patch embedding that sees x as the file's sees scale * x + shift, by channel."""
-    weight, bias = state[KERNEL].double(), state[formats.KERNEL_BIAS]  # (D, C, t, p, p), (D,)
-    return {
-        KERNEL: (weight * scale.view(-1, 1, 1, 1)).to(state[KERNEL].dtype),
-        formats.KERNEL_BIAS: (bias + weight.sum((2, 3, 4)) @ shift).to(bias.dtype),
-    }
+    state, converted = weights.state | folded, weights.converted | converted
+    stored = {k: v for k, v in weights.stored.items() if k not in folded}
+    return replace(weights, state=state, converted=converted, stored=stored, mean=None, std=None)
 
 
 def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
@@ -341,8 +285,7 @@ def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[
         if name in state:
             rows = state[name].double().unflatten(0, (-1, len(scale)))  # (u*p*p, C[, D])
             rows = rows * scale.view(-1, *[1] * (rows.ndim - 2))
-            if name.endswith("bias"):
-                rows = rows + shift
+            rows = rows + shift if name.endswith("bias") else rows
             folded[name] = rows.flatten(0, 1).to(state[name].dtype)
     return folded
 
@@ -367,53 +310,60 @@ def apply_weights(
         allow_missing: leave weights as drawn that the file lacks, with a warning.
 
     Raises:
-        UserError: weights (with keep_head the head's too) are missing or of another shape; or the
-            file's model is deeper or has other numbers of heads, which no shape shows.
+        UserError: weights are missing or of another shape, or the file's model is another one.
     """
-    weights = with_our_normalisation(weights)
+    weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
-    fitted = fit_state(weights, own, vars(model)["arguments"])
-    state = {k: v for k, v in fitted.state.items() if keep_head or not k.startswith("head.")}
+    wanted = {k: v for k, v in own.items() if keep_head or not k.startswith("head.")}
+    state, how, used = fit_state(weights, wanted, here)
 
-    wrong_shape = [
-        f"{k} is {list(state[k].shape)} there and {list(own[k].shape)} here"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if wrong_shape:
+    # no shape shows other numbers of heads, and the first blocks of a deeper file would fit
+    wrong = []
+    for name, theirs in weights.arguments.items():
+        ours = here.get(name, theirs)
+        has_other_heads = name.endswith("num_heads") and name in weights.stated and theirs != ours
+        if has_other_heads or (name.endswith("depth") and theirs > ours):
+            wrong.append(f"{name} is {theirs} there and {ours} here")
+    for k, mine in own.items():
+        if k in state and state[k].shape != mine.shape:
+            wrong.append(f"{k} is {list(state[k].shape)} there and {list(mine.shape)} here")
+    if wrong:
         raise UserError(
-            f"{weights.path} is of another shape: {_some(wrong_shape, joint='; ')}; "
+            f"{weights.path} does not fit the model: {some(wrong, joint='; ')}; "
             "check --model, --input_size, --num_frames, --t_patch_size and --num_classes"
         )
-    _refuse_other_models(weights, vars(model)["arguments"])
-    missing = [k for k in own if k not in state]
-    missing += [f"{k}_class" for k in own if fitted.how.get(k) == NO_CLASS_ROW]
-    missing = [k for k in missing if keep_head or not k.startswith("head.")]
+    missing = [k for k in wanted if k not in state]
+    missing += [f"{k}_class" for k in wanted if how.get(k) == NO_CLASS_ROW]
     if missing:
         problem = f"{weights.path} lacks {len(missing)} weights of the model"
         if not allow_missing:
-            hint = _flags_hint(weights, vars(model)["arguments"])
-            raise UserError(f"{problem} ({_some(missing)}); {hint}")
-        print0(f"WARNING: {problem}: {_some(missing)} stay as drawn (--allow_missing)")
+            theirs = {k: weights.arguments[k] for k in WHOLE if weights.arguments[k] != here[k]}
+            flags = " ".join(_as_flags(theirs))
+            hint = "check --model, or load the rest with main_finetune.py --allow_missing"
+            hint = f"the file is of a model with {flags}" if flags else hint
+            raise UserError(f"{problem} ({some(missing)}); {hint}")
+        print0(f"WARNING: {problem}: {some(missing)} stay as drawn (--allow_missing)")
 
     # the meta device has no memory to copy to: the model takes copies for its own tensors
     is_meta = any(tensor.is_meta for tensor in own.values())
     state = {k: v.to(own[k].dtype, copy=is_meta) for k, v in state.items()}
     model.load_state_dict(state, strict=False, assign=is_meta)
-    print0(loading_report(weights, own, state, fitted))
 
-
-def _refuse_other_models(weights: Weights, here: dict[str, Any]) -> None:
-    """Raise UserError for a file with other numbers of heads, or more blocks than the model has."""
-    wrong = []
-    for prefix in ("", "decoder_") if "decoder_depth" in here else ("",):
-        heads, depth = f"{prefix}num_heads", f"{prefix}depth"
-        if weights.recorded.get(heads, here[heads]) != here[heads]:
-            wrong.append(f"{heads} is {weights.recorded[heads]} there and {here[heads]} here")
-        if weights.arguments.get(depth, 0) > here[depth]:
-            wrong.append(f"{depth} is {weights.arguments[depth]} there and {here[depth]} here")
-    if wrong:
-        raise UserError(f"{weights.path} is of another model: {'; '.join(wrong)}; check --model")
+    # report what became of every tensor of the model and of the file
+    rows: dict[str, list[str]] = {"loaded": []}
+    for name in own:
+        row = how.get(name, "loaded") if name in state else "missing, left as drawn"
+        rows.setdefault(row, []).append(name)
+    dropped = [k for k in weights.state if k not in state and k not in used] + weights.unused
+    if dropped:
+        rows["dropped"] = dropped
+    print0(f"loaded {len(state)} of {len(own)} tensors from {weights.path} ({weights.source})")
+    for note in weights.notes:
+        print0(f"  note: {note}")
+    for row, names in rows.items():
+        # the same name in many blocks is written once
+        brief = list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
+        print0(f"  {len(names):4}  {row}: {some(brief, 8 if row == 'loaded' else len(names))}")
 
 
 def has_head_for(weights: Weights, model: nn.Module) -> bool:
@@ -422,98 +372,53 @@ def has_head_for(weights: Weights, model: nn.Module) -> bool:
     return head is not None and head.shape == model.state_dict()["head.weight"].shape
 
 
-def _flags_hint(weights: Weights, here: dict[str, Any]) -> str:
-    """Name the flags that would build the model of the file."""
-    flags = []
-    for name in ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed"):
-        theirs = weights.arguments[name]
-        if theirs != here[name] and (theirs or name != "no_qkv_bias"):
-            flags.append(f"--{name}" if theirs else f"--no-{name}")
-    if flags:
-        return f"the file is of a model with {' '.join(flags)}"
-    return "check --model, or load the rest with main_finetune.py --allow_missing"
-
-
-class Fitted(NamedTuple):
-    """A file's tensors in a model's form, how they were made, and the file's names of them."""
-
-    state: dict[str, Tensor]
-    how: dict[str, str]
-    used: set[str]
-
-
-def loading_report(
-    weights: Weights, own: dict[str, Tensor], state: dict[str, Tensor], fitted: Fitted
-) -> str:
-    """Write a table of what became of every tensor of the file and of the model.
-
-    Args:
-        own: the model's state dict.
-        state: the tensors that it was given.
-    """
-    rows: dict[str, list[str]] = {"loaded": []}
-    for name in own:
-        row = fitted.how.get(name, "loaded") if name in state else "missing, left as drawn"
-        rows.setdefault(row, []).append(name)
-    dropped = [k for k in weights.state if k not in state and k not in fitted.used]
-    if dropped or weights.unused:
-        rows["dropped"] = dropped + weights.unused
-    loaded = sum(name in state for name in own)
-    lines = [f"loaded {loaded} of {len(own)} tensors from {weights.path} ({weights.source})"]
-    lines += [f"  note: {note}" for note in weights.notes]
-    for row, names in rows.items():
-        # the same name in many blocks is written once
-        brief = list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
-        shown = _some(brief, 8 if row == "loaded" else len(names))
-        lines.append(f"  {len(names):4}  {row}: {shown}")
-    return "\n".join(lines)
-
-
-def _some(names: list[str], count: int = 4, joint: str = ", ") -> str:
-    """Join the first few names."""
+def some(names: list[str], count: int = 4, joint: str = ", ") -> str:
+    """Join the first few names and say how many more there are."""
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return (joint.join(names[:count]) or "none") + rest
 
 
-# --- fitting to a model ---------------------------------------------------------------------------
+def fit_state(
+    weights: Weights, own: dict[str, Tensor], arguments: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """Bring a file's tensors into the form of a model's (own), as far as that needs no guess.
 
-
-def fit_state(weights: Weights, own: dict[str, Tensor], arguments: dict[str, Any]) -> Fitted:
-    """Bring a file's tensors into a model's form, as far as that needs no guess.
-
-    Args:
-        own: the model's state dict.
-        arguments: the model's constructor arguments.
-
-    Raises:
-        UserError: positions that cannot take the model's form.
+    Returns:
+        the tensors, how they were made, and the names of positions in the file that went into them.
     """
-    state = dict(weights.state)
+    state, used = dict(weights.state), set()
     how = {name: f"converted: {text}" for name, text in weights.converted.items()}
-    used: set[str] = set()
     for name in ("pos_embed", "decoder_pos_embed"):
-        parts = take_positions(state, name, weights.arguments["cls_embed"])
+        parts = pos_embed.take_positions(state, name, weights.arguments["cls_embed"])
         if not parts or not any(k.startswith(name) for k in own):
             continue
-        is_joint, to_joint = "joint" in parts, name in own
-        taken = {name} if is_joint else {f"{name}_{part}" for part in parts}
         if not arguments["cls_embed"]:
             parts.pop("class", None)
-            taken.discard(f"{name}_class")
+        is_joint, to_joint = "joint" in parts, name in own
+        taken = {name} if is_joint else {f"{name}_{part}" for part in parts}
         old, new = weights.grid, token_grid(arguments)
-        if is_joint and not weights.grid_stated:
-            parts["joint"], old = _guess_grid(weights, name, parts["joint"], new)
-        try:
-            parts = resize_positions(parts, old, new)
-        except RuntimeError as error:  # the grid is a guess, or the file contradicts itself
-            wrong = f"{weights.path}: {name} is not of {_times(old)} tokens"
-            raise UserError(weights.doubt or wrong) from error
+
+        # where the file does not tell the grid of joint positions, they may be of the model's
+        if is_joint and not weights.stated >= formats.CLIP_SIZE:
+            rows = parts["joint"]
+            if weights.converted.get(name) == SINCOS:  # computed for a guess: compute the model's
+                rows = sincos_pos_embed(math.prod(new), rows.shape[-1]).unsqueeze(0)
+            if rows.shape[1] == math.prod(new):
+                parts["joint"], old = rows, new
+            else:
+                weights.refuse_doubt()
+
+        # the model's own row stays; the meta device has none, and apply_weights refuses
         lacks_row = to_joint and arguments["cls_embed"] and "class" not in parts
-        if lacks_row:  # the model's own stays; the meta device has none, and apply_weights refuses
+        if lacks_row:
             row = own[name][:, :1]
             parts["class"] = torch.zeros_like(row, device="cpu") if row.is_meta else row
         try:
-            fitted = put_positions(parts, name, new, to_joint, weights.rounding(name))
+            parts = pos_embed.resize_positions(parts, old, new)
+            fitted = pos_embed.put_positions(parts, name, new, to_joint, weights.rounding(name))
+        except RuntimeError as error:  # the grid is a guess, or the file contradicts itself
+            wrong = f"{weights.path}: {name} is not of {_times(old)} tokens"
+            raise UserError(weights.doubt or wrong) from error
         except ValueError as error:
             raise UserError(f"{weights.path}: {error}") from error
         state = {k: v for k, v in state.items() if k not in taken} | fitted
@@ -525,25 +430,11 @@ def fit_state(weights: Weights, own: dict[str, Tensor], arguments: dict[str, Any
                 how[key] = f"resized: {_times(old)} -> {_times(new)} tokens"
             elif to_joint != is_joint:
                 how[key] = f"converted: from {'joint' if is_joint else 'separable'} positions"
-    t_patch = arguments["t_patch_size"]
-    if state[KERNEL].shape[2] != t_patch:
-        how[KERNEL] = f"resized: {state[KERNEL].shape[2]} -> {t_patch} frames"
+    t_patch, frames = arguments["t_patch_size"], state[KERNEL].shape[2]
+    if frames != t_patch:
+        how[KERNEL] = f"resized: {frames} -> {t_patch} frames"
         state[KERNEL] = resize_kernel(state[KERNEL], t_patch)
-    return Fitted({k: v for k, v in state.items() if k in own}, how, used)
-
-
-def _guess_grid(weights: Weights, name: str, joint: Tensor, new: Grid) -> tuple[Tensor, Grid]:
-    """Return joint positions that may be of several grids, and their grid: the model's if it fits.
-
-    Raises:
-        UserError: it does not fit, and several others do.
-    """
-    if weights.converted.get(name) == SINCOS:  # computed for a guess: compute the model's
-        joint = sincos_pos_embed(math.prod(new), joint.shape[-1]).unsqueeze(0)
-    if joint.shape[1] == math.prod(new):
-        return joint, new
-    weights.refuse_doubt()
-    return joint, weights.grid
+    return {k: v for k, v in state.items() if k in own}, how, used
 
 
 def _times(grid: Grid) -> str:
