@@ -23,7 +23,7 @@ SIZES = ("patch_size", "embed_dim", "depth")
 HEADS = ("num_heads", "decoder_num_heads")
 
 
-@run.usage_errors()  # from ValueErrors of the constructors
+@run.usage_errors()  # for ValueErrors of the constructors
 def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> nn.Module:
     """Build a model by name.
 

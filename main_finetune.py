@@ -53,7 +53,7 @@ def get_args_parser() -> flags.Parser:
     add("--cutmix_minmax", None, side, flags.share, action=flags.Range, nargs=2)
     add("--mixup_prob", 1.0, "probability of mixing a batch at all", flags.share)
     add("--mixup_switch_prob", 0.5, "probability of cutmix instead of mixup", flags.share)
-    add("--mask_ratio", 0.0, "share of patches left out for speed; falls to 0 as a cosine", float)
+    add("--mask_ratio", 0.0, "share of patches left out for speed; falls to 0 by a cosine", float)
     flags.add_optim_args(parser)
     add = flags.adder(parser)
     add(

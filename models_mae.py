@@ -232,8 +232,8 @@ class MaskedAutoencoderViT(Encoder):
     ) -> Tensor:
         """Predict only some of the removed patches, for speed; all other predictions are zero.
 
-        The decoder leaves out a share decoder_mask_ratio of the removed patches, which the same
-        noise chooses that also chose the removed ones.
+        The decoder leaves out a share decoder_mask_ratio of the removed patches. The noise that
+        chose the removed patches also chooses these.
         """
         cls_token, x = self._embed_latent(x)
         (N, K, _), L = x.shape, ids_restore.shape[1]

@@ -469,7 +469,9 @@ def test_joint_positions_of_the_model(tmp_path):
 
 def test_positions_that_are_no_sum_are_not_split(tmp_path):
     path = saved(tmp_path / "videomae.pth", formats.videomae("finetune"))
-    with pytest.raises(UserError, match=r"videomae\.pth: joint positions are no sum.*--no-sep_pos"):
+    with pytest.raises(
+        UserError, match=r"videomae\.pth: joint positions are not a sum.*--no-sep_pos"
+    ):
         classifier(path, sep_pos_embed=True, sincos_pos_embed=False)
 
 
@@ -984,7 +986,7 @@ KERNEL = "patch_embed.proj.weight"
     [
         ({0: torch.zeros(1)}, ""),
         ({KERNEL: torch.zeros(64, 192)}, "patch_embed"),
-        ({"pos_embed_spatial": torch.zeros(16, 64)}, "pos_embed_spatial is"),
+        ({"pos_embed_spatial": torch.zeros(16, 64)}, "pos_embed_spatial has the shape"),
         ({"blocks.0.attn.qkv.weight": torch.zeros(2, 64)}, "2 rows"),
         ({"blocks.x.norm1.weight": torch.zeros(64)}, ""),
         ({"head.weight": torch.tensor(1.0)}, "0-d"),

@@ -105,7 +105,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
     add("--repeat_aug", 1, "clips taken from each loaded video", positive_int)
     limits = {"kind": positive_float, "nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
-    add("--jitter_scales_relative", jitter_scales, "random crop's share of the picture", **limits)
+    add("--jitter_scales_relative", jitter_scales, "random crop's area / frame's area", **limits)
     add("--jitter_aspect_relative", (3 / 4, 4 / 3), "width / height of the random crop", **limits)
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 

@@ -168,8 +168,8 @@ class Checkpoints:
     """Save the objects of a run and restore them.
 
     Only the main process writes. A thread writes the file atomically from a copy in host memory;
-    training waits only in the next optimiser step, until the copy is complete. If a write fails
-    (full disk, lost folder), a warning says so, the older files stay and training goes on.
+    training waits for the copy in the next optimiser step, and for an earlier save that still runs.
+    If a write fails (full disk, lost folder), this warns, keeps the older files and goes on.
 
     Args:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
@@ -406,7 +406,7 @@ class Checkpoints:
         if trained not in (None, self.args.model):
             way_out = "--finetune (main_finetune.py) to start from its weights"
             way_out = way_out if self.args.resume else "another --output_dir"
-            raise UserError(f"{path} has --model {trained}, not {self.args.model}; use {way_out}")
+            raise UserError(f"{path} is of --model {trained}, not {self.args.model}; use {way_out}")
         # the user has chosen the file of --resume; one found in the folder may be another run's
         wanted = getattr(self.args, "finetune", None)
         if not self.args.resume and None not in (started_from, wanted) and started_from != wanted:

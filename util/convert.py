@@ -109,7 +109,7 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
             reasons.append(f"its {name} is not VideoMAE's fixed sine-cosine table")
     if weights.has_decoder:
         if arguments["pred_t_dim"] != arguments["num_frames"]:
-            reasons.append("it predicts some of the frames of a patch and VideoMAE all")
+            reasons.append("it predicts some of the frames of a patch and VideoMAE predicts all")
         if not arguments["norm_pix_loss"] and not weights.predicts_unit_pixels:
             per_channel = torch.ones(arguments["in_chans"], dtype=torch.float64)
             state |= fold_output(weights.state, STD * per_channel, MEAN * per_channel)

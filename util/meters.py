@@ -120,7 +120,7 @@ class RunLog:
         self.guard = UpdateGuard(0)
         self.meters = Meters(device)
         self.repeat_aug = 1  # for the x axis
-        self.time_first_step = False  # print how long the first step takes, which compiles
+        self.time_first_step = False  # print how long the first step takes: it compiles
         self.session_end: Any = None  # see hparams
         self.writer = None
         if is_main() and log_dir:
@@ -228,7 +228,7 @@ class RunLog:
         self._write("add_summary", Summary(value=[Summary.Value(tag=name, image=image)]), x)
 
     def hparams(self, flags: dict[str, Any]) -> None:
-        """Let TensorBoard compare runs by flags and last scalars, in this run's own entry."""
+        """Let TensorBoard compare this run with others by its flags and last scalars."""
         if self.writer is not None:  # writer.add_hparams would create another run
             from torch.utils.tensorboard.summary import hparams
 

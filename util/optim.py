@@ -38,7 +38,7 @@ def param_groups_weight_decay(
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Return a parameter's layer: 0 for patches and positions, i + 1 for block i, then the rest."""
+    """Number the layers: 0 for patches and positions, i + 1 for block i, depth + 1 for the rest."""
     if name.startswith(("patch_embed", "pos_embed", "cls_token")):
         return 0
     if name.startswith("blocks."):

@@ -45,7 +45,7 @@ LISTS = ("train", "val", "test")
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
-# All copies are BT.601 in limited range, as readers assume that ignore the tags. Without
+# All copies are BT.601 in limited range, which readers that ignore the tags assume. Without
 # SWS_ACCURATE_RND (0x40000) and SWS_FULL_CHR_H_INT (0x2000), which have no names before PyAV 18,
 # flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
 COLOURS: dict[str, Any] = {

@@ -67,7 +67,7 @@ def report_classes(confusion: np.ndarray, unpredicted: np.ndarray | int = 0) -> 
 
 
 def read_class_names(folder: str, num_classes: int) -> list[str]:
-    """Read the names in classes.txt, beside the csvs or one folder above, or else numbers.
+    """Return the names in classes.txt, beside the csvs or one folder above; else the numbers.
 
     A file with another number of names belongs to another data set and is ignored.
     """
@@ -97,7 +97,7 @@ def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -
         raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
 
     # Rank the five best classes of every video and compare them with its label.
-    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # equals: first one
+    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # of equals, the first
     hits = (ranking == index.labels[:, None]) & result.readable[:, None]
     top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
     per_class = [hits[index.labels == label, 0].mean() for label in np.unique(index.labels)]

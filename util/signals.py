@@ -1,4 +1,4 @@
-"""Signals that stop all ranks after the same step, and handlers of libraries kept away."""
+"""Signals that stop all ranks after the same step, without interference from libraries."""
 
 import contextlib
 import os

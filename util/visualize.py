@@ -50,7 +50,7 @@ class Masks(NamedTuple):
 def draw_masks(
     num_clips: int, grid: "Grid", mask_ratio: float, mask_type: str = "random", seed: int = 0
 ) -> Masks:
-    """Draw masks of a kind that the paper compares; clip i's depends on (seed, i) only.
+    """Draw masks of a kind that the paper compares; that of clip i depends only on (seed, i).
 
     With the same seed, patches that are visible at a high ratio stay visible at a lower one.
 
@@ -89,7 +89,7 @@ def _noise(rng: np.random.Generator, grid: "Grid", mask_type: str) -> np.ndarray
     half = (np.array(grid) + 1) // 2
     noise = np.zeros(grid)
     while not noise.all():
-        start = rng.integers(1 - half, grid)  # may stick out, so that all places are as likely
+        start = rng.integers(1 - half, grid)  # cuboids may stick out: no place is favoured
         place = tuple(slice(max(a, 0), a + n) for a, n in zip(start, half, strict=True))
         covered = noise[place]
         covered[covered == 0] = noise.min() - 1

@@ -141,7 +141,7 @@ def warp(clip: np.ndarray, matrix: Matrix, box: Box | None = None) -> np.ndarray
 def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.ndarray:
     """Shift a clip by (dy, dx) pixels, of which one is 0, as `warp` would.
 
-    All pixels lie at the same place between their neighbours, so a convolution of 4 weights does it.
+    All pixels lie at the same place between their neighbours: four weights in a convolution do it.
     """
     T, H, W, C = clip.shape
     top, left, h, w = box or (0, 0, H, W)

@@ -241,10 +241,10 @@ class Video:
             yield from self._decode_everything(left)
 
     def _decode_needed(self, left: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """Yield wanted frames as they come, and take them off `left`; stop at the first surprise."""
+        """Yield wanted frames as they come, take them off `left`; stop at the first surprise."""
         wanted = {self._shown[number] for number in left}
         for first, last in self._runs(sorted(wanted)):
-            # Decoding must start at a key frame; what the container says is not enough for that.
+            # Decoding must start at a key frame, and the container may have marked it wrongly.
             entered = self._packets[first].is_discard
             for frame in self._decode_run(first, last, wanted):
                 number = self._number.get(frame.pts)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-LONGEST = 1.0  # seconds; a longer time between two looks at the clock counts as this
+LONGEST = 1.0  # seconds; a longer time between two looks at the clock counts only this much
 
 
 class TimeLimit:
