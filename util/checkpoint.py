@@ -422,10 +422,10 @@ class Checkpoints:
             )
         if checkpoint.get("progress", {}).get("step") and then != now:
             raise UserError(
-                f"{path} is in the middle of an epoch of {then['joint_batch']} videos per step of "
+                f"{path} was saved within an epoch of {then['joint_batch']} videos per step over "
                 f"all ranks, --accum_iter {then['accum']} and --seed {then['seed']}; now they are "
-                f"{now['joint_batch']}, {now['accum']} and {now['seed']}. Use the same, or "
-                "--resume the last checkpoint at the end of an epoch"
+                f"{now['joint_batch']}, {now['accum']} and {now['seed']}. Use the same values, or "
+                "--resume the last checkpoint from the end of an epoch"
             )
 
 
