@@ -1,6 +1,6 @@
 """Fine-tuning, validation and multi-view testing of a classifier.
 
-Shapes: B videos, R augmentations of a clip of each, N = B * R clips, C channels, T frames,
+Shapes: B videos, R augmentations of one clip of each, N = B * R clips, C channels, T frames,
 H W pixels, V views of a test video.
 """
 
@@ -41,9 +41,9 @@ def train_one_epoch(
     log: RunLog,
     args: Namespace,
 ) -> dict[str, float]:
-    """Train on every batch of the loader once, from where checkpoints.progress says.
+    """Train on the batches of one epoch, starting at the step in checkpoints.progress.
 
-    accum_iter micro-steps make an update; what is left over at the end of an epoch is not applied.
+    An update takes accum_iter micro-steps; those left over at the end of an epoch are not applied.
     A signal ends the loop early, after the same update on every rank. Returns the epoch's mean
     metrics over all ranks.
 
@@ -59,8 +59,8 @@ def train_one_epoch(
 
     loader.set_epoch(progress.epoch, progress.step)
     for step, batch in log.every(loader, header, clips_per_step, progress):
-        # Drop path, dropout and erasing noise depend on the step alone, and so does mixup.
-        seed_step(args.seed, progress.epoch, step, rank())  # drop path, dropout, erasing noise
+        # All random choices, those of mixup included, depend on the step and the rank alone.
+        seed_step(args.seed, progress.epoch, step, rank())  # masks, drop path, dropout, erasing
         rng = np.random.default_rng((args.seed, progress.epoch, step, rank()))
 
         # Set the learning rate at the first micro-step of every update.
@@ -76,7 +76,7 @@ def train_one_epoch(
         erase = batch.erase.to(device, non_blocking=True).flatten(0, 1) if args.reprob else None
         clips = augment_on_device(clips, flip, erase)  # float (N, C, T, H, W)
 
-        # Mix clips and labels; soft targets (N, classes) are smoothed already.
+        # Mix clips and labels; the mixed targets (N, classes) are already smoothed.
         labels = batch.label.to(device, non_blocking=True)  # (B,)
         targets, smoothing = labels.repeat_interleave(args.repeat_aug), args.smoothing  # (N,)
         if mixup is not None:
@@ -91,7 +91,7 @@ def train_one_epoch(
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             scaler.scale(loss / args.accum_iter).backward()
 
-        # Clip the gradient and step, unless the guard finds it bad (--skip_nonfinite).
+        # Clip the gradient and step, unless the guard rejects the update (--skip_nonfinite).
         metrics = {"loss": loss.detach(), "lr": lr}
         log.guard.observe(step, batch.row, loss)
         if update:
@@ -116,23 +116,23 @@ def evaluate(
     log: RunLog,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Classify the centre view of every video, each on one rank.
+    """Classify the centre view of every video; the ranks share the videos.
 
     Args:
-        stop: called after every step that all ranks take; true, alike on every rank, ends the loop
-            early. The result is then of no use.
+        stop: called before every step that all ranks take. When it returns True, on all ranks at
+            once, the loop ends early and the result is incomplete.
 
     Returns:
-        loss, acc1, acc5 and mean_class_acc (the mean of the classes' acc1), percent, over all
-        readable videos; bad, the number of the others; and their confusion matrix over all ranks,
-        int64 [C, C], labels by predictions.
+        loss, acc1, acc5 and mean_class_acc (the mean of the classes' acc1; all three in percent)
+        over the readable videos of all ranks, and bad, the number of unreadable ones; the confusion
+        matrix of the readable videos, int64 [C, C], labels by predictions.
     """
     model.eval()
-    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack it
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's have no float64
     sums = torch.zeros(2, dtype=exact, device=device)  # loss, top-5
     confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
     clips_per_step = loader.batch_size * world_size()
-    common_steps = len(loader.dataset) // world_size() // loader.batch_size  # of all ranks
+    common_steps = len(loader.dataset) // world_size() // loader.batch_size  # that all ranks take
     for step, batch in log.every(loader, "Validate", clips_per_step):
         if stop is not None and step < common_steps and stop():
             break
@@ -142,10 +142,10 @@ def evaluate(
         if not good:
             continue
         clips, labels = batch.clips, batch.label
-        if len(good) < len(clips):  # otherwise do not copy
+        if len(good) < len(clips):  # indexing copies
             clips, labels = clips[good], labels[good]
 
-        # Classify the others and count, without waiting for the device.
+        # Classify the readable videos and count, without waiting for the device.
         clips = clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
         labels = labels.to(device, non_blocking=True)  # (N,)
         with autocast(device, precision):
@@ -155,7 +155,7 @@ def evaluate(
         sums[1] += topk_correct(logits, labels, 5)
         confusion += count_confusions(labels, logits.argmax(dim=1), num_classes)
 
-    # Add up the ranks.
+    # Add up the counts of all ranks.
     loss, top5 = all_reduce_sum(sums).tolist()
     counts = all_reduce_sum(confusion).cpu().numpy()
     videos, seen = int(counts.sum()), counts.sum(axis=1) > 0
@@ -180,7 +180,7 @@ def test(
     ensemble: str,
     log: RunLog,
 ) -> VideoScores:
-    """Score every video: the softmax of each of its views, combined by their sum or maximum.
+    """Score every video by the sum or the maximum of the softmax of its views.
 
     Args:
         loader: gives one video, with all its views, per batch.

@@ -34,9 +34,9 @@ def train_one_epoch(
     log: RunLog,
     args: Namespace,
 ) -> dict[str, float]:
-    """Train on every batch of the loader once, from where checkpoints.progress says.
+    """Train on the batches of one epoch, starting at the step in checkpoints.progress.
 
-    accum_iter micro-steps make an update; what is left over at the end of an epoch is not applied.
+    An update takes accum_iter micro-steps; those left over at the end of an epoch are not applied.
     A signal ends the loop early, after the same update on every rank. Returns the epoch's mean
     metrics over all ranks.
 
@@ -72,7 +72,7 @@ def train_one_epoch(
                 loss, _, _ = model(clips, args.mask_ratio, args.decoder_mask_ratio)
             scaler.scale(loss / args.accum_iter).backward()
 
-        # Clip the gradient and step, unless the guard finds it bad (--skip_nonfinite).
+        # Clip the gradient and step, unless the guard rejects the update (--skip_nonfinite).
         metrics = {"loss": loss.detach(), "lr": lr}
         log.guard.observe(step, batch.row, loss)
         if update:

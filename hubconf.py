@@ -1,9 +1,9 @@
 """Models for torch.hub: torch.hub.load("OWNER/REPO", "mae_vit_large_patch16", pretrained="k400").
 
 `pretrained` is the name of a data set with released weights (k400, k600, k700; ViT-L and ViT-H), or
-the path or address of a checkpoint of any format that util/formats.py reads. Clips are
-[N, 3, T, H, W], normalised by mean 0.45 and deviation 0.225; `model.forward_features(clips)` gives
-their patch tokens [N, L, D].
+the path or address of a checkpoint in a format that util/weights.py reads. Clips are float
+[N, 3, T, H, W], normalised by mean 0.45 and standard deviation 0.225;
+`model.forward_features(clips)` returns their patch tokens [N, L, D].
 """
 
 import functools
@@ -15,7 +15,7 @@ import models_mae
 import models_vit
 from util import errors, file_io, run, weights
 
-# torch.hub.list shows every public callable of this file: only modules are imported.
+# Only modules are imported here, because torch.hub.list shows every public callable of this file.
 
 dependencies = ["cv2", "torch", "timm", "numpy", "iopath", "safetensors"]
 
@@ -23,7 +23,7 @@ SIZES = ("patch_size", "embed_dim", "depth")
 HEADS = ("num_heads", "decoder_num_heads")
 
 
-@run.usage_errors()  # the constructors name the arguments
+@run.usage_errors()  # for ValueErrors of the constructors
 def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> nn.Module:
     """Build a model by name.
 
@@ -33,7 +33,7 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
             positions are resized to another img_size or num_frames.
 
     Raises:
-        UserError: there are no such weights, they are of another size, or sizes do not divide.
+        UserError: the weights do not exist or have other sizes, or sizes do not divide.
     """
     build: typing.Any = (models_mae.MODELS | models_vit.MODELS)[name]
     if pretrained is None:
@@ -43,14 +43,14 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
     if f"{pretrained}/vit_large" in file_io.MD5:
         pretrained = f"{pretrained}/{name.removeprefix('mae_').removesuffix('_patch16')}"
         if pretrained not in file_io.MD5:
-            there = "there are mae_vit_large_patch16 and mae_vit_huge_patch16"
+            there = "there are some of mae_vit_large_patch16 and mae_vit_huge_patch16"
             raise errors.UserError(f"no released weights of {name}; {there}")
     found = weights.read_weights(pretrained)
     wanted = {k: build.keywords[k] for k in SIZES}
     sizes = {k: found.arguments[k] for k in SIZES}
     if wanted != sizes:
-        raise errors.UserError(f"{pretrained} is no {name}: it has {sizes}, not {wanted}")
-    # no shape shows the heads: where the file does not state them, the name does
+        raise errors.UserError(f"{pretrained} is not a {name}: it has {sizes}, not {wanted}")
+    # shapes do not show the number of heads: if the file does not state it, the name gives it
     heads = {k: build.keywords[k] for k in HEADS if k in build.keywords}
     arguments = {k: v for k, v in heads.items() if k not in found.stated} | arguments
     if name in models_mae.MODELS:

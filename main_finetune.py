@@ -53,7 +53,7 @@ def get_args_parser() -> flags.Parser:
     add("--cutmix_minmax", None, side, flags.share, action=flags.Range, nargs=2)
     add("--mixup_prob", 1.0, "probability of mixing a batch at all", flags.share)
     add("--mixup_switch_prob", 0.5, "probability of cutmix instead of mixup", flags.share)
-    add("--mask_ratio", 0.0, "share of patches left out, falling to 0 by a cosine: faster", float)
+    add("--mask_ratio", 0.0, "share of patches left out for speed; falls to 0 by a cosine", float)
     flags.add_optim_args(parser)
     add = flags.adder(parser)
     add(
@@ -66,8 +66,8 @@ def get_args_parser() -> flags.Parser:
     add(
         "--finetune",
         "",
-        "encoder to start from: path, address or released name (k400/vit_large) of a checkpoint, "
-        "of other projects too; empty: train from scratch",
+        "checkpoint of the encoder to start from, also from other projects: path, address or "
+        "released name (k400/vit_large); empty: train from scratch",
     )
     add("--keep_head", False, "keep the head of --finetune if it has the same number of classes")
     add("--allow_missing", False, "start even if --finetune lacks some of the encoder's weights")
@@ -84,7 +84,7 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse flags; without --path_to_data_dir, the embedded videos' recipe sets the defaults.
 
-    With --eval, those of the model default to what the checkpoint holds.
+    With --eval, the model's flags default to those of the checkpoint.
 
     Args:
         add_args: adds a launcher's own flags.
@@ -104,7 +104,7 @@ def parse_args(
 
 
 def make_mixup(args: argparse.Namespace) -> Mixup | None:
-    """Build mixup and cutmix over the clips of a batch, or None when both are off."""
+    """Build mixup and cutmix for the clips of a batch; return None if both are off."""
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
     return Mixup(
@@ -155,12 +155,12 @@ def open_train(args: argparse.Namespace, folder: str, device: torch.device) -> V
     )
     highest = int(index.labels.max())
     if highest + 1 < args.num_classes:
-        print0(f"WARNING: --num_classes {args.num_classes}, but the labels end at {highest}")
+        print0(f"WARNING: --num_classes is {args.num_classes}, but the largest label is {highest}")
     return VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
 
 
 def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> VideoLoader:
-    """Open the validation videos: one centre view of each, as many clips a batch as in training."""
+    """Open the validation videos: a centre view of each, as many clips per batch as in training."""
     index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
     dataset = Kinetics(index, "test", **flags.clip_options(args))
     batch_size = args.batch_size * args.repeat_aug
@@ -168,7 +168,7 @@ def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> Vid
 
 
 def validate(args: argparse.Namespace, folder: str, device: torch.device) -> None:
-    """Print how well the weights of --resume do on the validation videos (--eval)."""
+    """Print the accuracy of the weights of --resume on the validation videos (--eval)."""
     if not args.resume:
         raise UserError("--eval needs weights: give --resume CHECKPOINT")
     loader = open_val(args, folder, device)
@@ -183,7 +183,7 @@ def validate(args: argparse.Namespace, folder: str, device: torch.device) -> Non
 
 
 def print_validation(val: dict[str, float], more: str = "") -> None:
-    """Print the numbers that evaluate returns, in a line."""
+    """Print the statistics that evaluate returns, in one line."""
     unreadable = f"  unreadable {val['bad']}" if val["bad"] else ""
     print0(
         f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
@@ -211,10 +211,10 @@ def main(args: argparse.Namespace) -> None:
     train_loader = open_train(args, folder, device)
     train_set = train_loader.dataset
     val_loader = open_val(args, folder, device)
-    print0(f"{len(train_set)} videos to train, {len(val_loader.dataset)} to validate on")
+    print0(f"{len(train_set)} videos to train on, {len(val_loader.dataset)} to validate on")
     mixup = make_mixup(args)  # or None
 
-    # Model, from scratch or from --finetune, unless a checkpoint is about to replace the weights.
+    # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
     model = build_model(args)
     latest = load_latest(args)
     if args.finetune and not latest:
@@ -228,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return print_flops(model, args)
 
-    # Optimiser: earlier layers get a smaller rate.
+    # Optimiser: earlier layers get a smaller learning rate.
     groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)
@@ -237,10 +237,10 @@ def main(args: argparse.Namespace) -> None:
     checkpoints = Checkpoints(args, model, optimizer, scaler, train_set.index.fingerprint())
     if latest:
         checkpoints.resume(*latest)
-        del latest  # and its memory
+        del latest  # frees its memory
     progress = checkpoints.progress
 
-    # Logs, and the model as it is trained: compiled, wrapped for several ranks.
+    # Open the logs; compile the model and wrap it for several ranks.
     log = open_log(args, device, progress, len(train_loader), flags.compared(args))
     class_names = read_class_names(folder, args.num_classes)
     ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing)
@@ -254,11 +254,11 @@ def main(args: argparse.Namespace) -> None:
             )
         except NonFiniteError as error:
             raise checkpoints.bad_step_report(error, train_set.index) from error
-        checkpoints.exit_if_stopped()  # after a signal: save, and end here
+        checkpoints.exit_if_stopped()  # after a signal: save and exit
 
         # Validate.
         checkpoints.before_validation()
-        stop = checkpoints.interruption.after_step  # a signal ends the validation, too
+        stop = checkpoints.interruption.after_step  # a signal also ends the validation
         val, confusion = evaluate(
             model, val_loader, device, args.precision, args.num_classes, log, stop
         )

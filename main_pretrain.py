@@ -44,13 +44,13 @@ def get_args_parser() -> flags.Parser:
     add(
         "--decoder_mask_ratio",
         0.0,
-        "share of the removed patches that are not decoded either: faster, but not in the paper",
+        "share of the removed patches that the decoder skips too: faster, but not in the paper",
         float,
     )
     add("--decoder_embed_dim", 512, "decoder width", int)
     add("--decoder_depth", 4, "decoder blocks", int)
     add("--decoder_num_heads", 16, "attention heads of a decoder block", int)
-    add("--norm_pix_loss", True, "normalise each target patch by its own mean and deviation")
+    add("--norm_pix_loss", True, "normalise each target patch by its mean and standard deviation")
     add("--pred_t_dim", 8, "frames to predict per clip", int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
@@ -150,10 +150,10 @@ def main(args: argparse.Namespace) -> None:
     latest = load_latest(args)
     if latest:
         checkpoints.resume(*latest)
-        del latest  # and its memory
+        del latest  # frees its memory
     progress = checkpoints.progress
 
-    # Logs, and the model as it is trained: compiled, wrapped for several ranks.
+    # Open the logs; compile the model and wrap it for several ranks.
     log = open_log(args, device, progress, len(loader), flags.compared(args))
     fixed_clips = FixedClips(Kinetics(index, "test", **flags.clip_options(args)), args, device)
     ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing, dynamic=False)
@@ -167,10 +167,10 @@ def main(args: argparse.Namespace) -> None:
             )
         except NonFiniteError as error:
             raise checkpoints.bad_step_report(error, index) from error
-        checkpoints.exit_if_stopped()  # after a signal: save, and end here
+        checkpoints.exit_if_stopped()  # after a signal: save and exit
 
         # Log the epoch and show what the model reconstructs.
-        if "loss" in stats:  # --skip_nonfinite may have left out every step
+        if "loss" in stats:  # with --skip_nonfinite, every step may have been skipped
             log.scalar("epoch/loss", stats["loss"], last_x(progress.epoch, args.repeat_aug))
         fixed_clips.show(model, progress.epoch, log)
         log.flush()

@@ -2,7 +2,7 @@
 
     python main_test.py --path_to_data_dir /data/k400 --finetune checkpoint-00049.pth
 
-The model is the one in the checkpoint, which may be of another project. See FINETUNE.md.
+The checkpoint defines the model and may come from another project. See FINETUNE.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from util.report import report
 from util.synthetic import data_dir
 from util.weights import apply_weights, checkpoint_flags, read_weights
 
-# Flags of training that the reference's test script has, too, and that change no result.
+# Training flags that the reference's test script also has; they change no result.
 OBSOLETE_FLAGS = flags.OBSOLETE_FLAGS | {"checkpoint_period": 1, "drop_path_rate": 1, "dropout": 1}
 OBSOLETE_FLAGS |= {"eval": 0, "rand_aug": 0, "repeat_aug": 1}
 
@@ -35,7 +35,7 @@ def get_args_parser() -> flags.Parser:
     flags.add_data_args(parser)
     flags.add_model_args(parser, ["", *models_vit.MODELS], "", classifier=True)
     add = flags.adder(parser, "test")
-    add("--finetune --resume", "", "fine-tuned classifier's path or address, of other projects too")
+    add("--finetune --resume", "", "path or address of a fine-tuned classifier of any project")
     add("--num_clips", 10, "temporal views of a video", flags.positive_int)
     add("--num_crops", 3, "spatial views of a clip", flags.positive_int)
     add("--ensemble", "sum", "how the scores of views are combined", choices=("sum", "max"))
@@ -48,7 +48,7 @@ def parse_args(
     argv: Sequence[str] | None = None,
     add_args: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """Parse flags; those of the model default to what the checkpoint holds.
+    """Parse flags; the model's flags default to those of the checkpoint.
 
     Args:
         add_args: adds a launcher's own flags.
@@ -65,7 +65,7 @@ def parse_args(
 
 
 def load_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
-    """Rebuild the classifier of --finetune; flags replace what its file says."""
+    """Rebuild the classifier of --finetune; flags override what its file records."""
     weights = read_weights(args.finetune)
     sizes = {"num_frames": args.num_frames, "img_size": args.input_size}
     build = partial(models_vit.VisionTransformer, **weights.classifier_arguments(**sizes))
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     """Build data and model, score every video, report and write the scores."""
     device = run.start(args)
 
-    # Data: one video at a time, whose views fill the forward passes.
+    # Data: one video at a time; its views fill the forward passes.
     folder = data_dir(args, "finetune")
     index = VideoIndex(os.path.join(folder, "test.csv"), args.path_prefix, args.num_classes)
     views = {"num_clips": args.num_clips, "num_crops": args.num_crops}

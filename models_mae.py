@@ -139,7 +139,7 @@ class MaskedAutoencoderViT(Encoder):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw fresh weights; decoder_cls_token stays zero, the patch bias has Conv3d's default."""
+        """Draw fresh weights; decoder_cls_token stays zero and the patch bias Conv3d's default."""
         draw = nn.init.xavier_uniform_
         if self.trunc_init:
             draw = partial(nn.init.trunc_normal_, std=0.02)
@@ -180,21 +180,21 @@ class MaskedAutoencoderViT(Encoder):
         return torch.stack([imgs[:, :, t] for t in self.predicted_frames], dim=2)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keep a random subset of the tokens of every clip: the paper's agnostic sampling.
+        """Keep a random subset of the tokens x [N, L, D]: the paper's agnostic sampling.
 
         This is the definition. `forward_encoder` draws the same masks, but embeds only the tokens
         that are kept.
 
         Returns:
-            of tokens x [N, L, D] the K = int(L * (1 - mask_ratio)) kept ones [N, K, D] in noise
-            order, mask [N, L] (1 = removed), ids_restore [N, L] and ids_keep [N, K].
+            the K = int(L * (1 - mask_ratio)) kept tokens [N, K, D] in noise order, mask [N, L]
+            (1 = removed), ids_restore [N, L] and ids_keep [N, K].
         """
         mask, ids_restore, ids_keep = random_mask(len(x), x.shape[1], mask_ratio, x.device)
         kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (N, K, D)
         return kept, mask, ids_restore, ids_keep
 
     def encode(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode all patches, or those numbered ids_keep [N, K] -> [N, (1 +) L or K, D], normed."""
+        """Encode all patches, or only ids_keep [N, K], and apply norm -> [N, (1 +) L or K, D]."""
         return self.norm(self.run_blocks(self.blocks, self.embed(imgs, ids_keep)))
 
     def forward_features(self, imgs: Tensor) -> Tensor:
@@ -230,10 +230,10 @@ class MaskedAutoencoderViT(Encoder):
     def forward_part_of_decoder(
         self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float
     ) -> Tensor:
-        """Predict only some of the removed patches, for speed: all other predictions are zero.
+        """Predict only some of the removed patches, for speed; all other predictions are zero.
 
-        The decoder leaves out a share of decoder_mask_ratio. The noise that removed the patches
-        also decides which.
+        The decoder leaves out a share decoder_mask_ratio of the removed patches. The noise that
+        chose the removed patches also chooses these.
         """
         cls_token, x = self._embed_latent(x)
         (N, K, _), L = x.shape, ids_restore.shape[1]
@@ -259,7 +259,7 @@ class MaskedAutoencoderViT(Encoder):
         return getattr(self, "decoder_cls_token", None), x
 
     def _decode(self, x: Tensor, cls_token: Tensor | None, cls_pos: Tensor | None) -> Tensor:
-        """Run tokens [N, L, D] through the decoder, behind the class token if there is one."""
+        """Pass tokens [N, L, D] through the decoder, after the class token if there is one."""
         if cls_token is not None and cls_pos is not None:
             x = torch.cat([(cls_token + cls_pos).expand(len(x), -1, -1), x], dim=1)
         return self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
@@ -290,7 +290,7 @@ class MaskedAutoencoderViT(Encoder):
             loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed, and decoded).
 
         Raises:
-            ValueError: a mask_ratio that keeps or removes nothing, or nothing to decode.
+            ValueError: the ratios keep, remove or decode nothing.
         """
         L = self.patch_embed.num_patches
         check_mask_ratio(L, mask_ratio, decoder_mask_ratio)
@@ -324,14 +324,14 @@ def choose_frames(num_frames: int, t_patch_size: int, pred_t_dim: int, strided: 
         )
     if strided:
         return list(range(0, num_frames, num_frames // pred_t_dim))
-    # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15. The model
-    # keeps plain numbers: an index tensor made on the host in every step would wait for the device.
+    # float32 and truncation are part of the definition: 16 -> 8 gives 0 2 4 6 8 10 12 15. This
+    # is a list, because copying an index tensor to the device in every step would wait for it.
     index = torch.linspace(0, num_frames - 1, pred_t_dim, dtype=torch.float32, device="cpu")
     return index.long().tolist()
 
 
 def num_decoded(num_removed: int, decoder_mask_ratio: float) -> int:
-    """Count the removed patches that are decoded: all with 0; truncated as in num_visible."""
+    """Count the removed patches that are decoded (all at ratio 0), truncated as in num_visible."""
     return num_visible(num_removed, decoder_mask_ratio)
 
 

@@ -1,4 +1,4 @@
-"""Submit main_pretrain.py as a Slurm job: its own flags plus those of the job.
+"""Submit main_pretrain.py as a Slurm job, with its own flags and those of the job.
 
 python submitit_pretrain.py --nodes 8 --ngpus 8 --partition gpu --path_to_data_dir /data/k400
 """

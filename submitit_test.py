@@ -1,4 +1,4 @@
-"""Submit main_test.py as a Slurm job: its own flags plus those of the job.
+"""Submit main_test.py as a Slurm job, with its own flags and those of the job.
 
 python submitit_test.py --nodes 2 --ngpus 8 --partition gpu --finetune checkpoint-00049.pth
 """

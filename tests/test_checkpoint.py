@@ -244,7 +244,7 @@ def test_resuming_on_other_videos_is_refused(tmp_path, trained):
 
 @pytest.mark.parametrize("change", [{"batch_size": 4}, {"accum_iter": 2}, {"seed": 1}])
 def test_another_batch_goes_on_at_the_end_of_an_epoch_alone(tmp_path, trained, change):
-    match = r"middle of an epoch of 2 videos.*--accum_iter 1 and --seed 0; now they are \d, \d and"
+    match = r"within an epoch of 2 videos.*--accum_iter 1 and --seed 0; now they are \d, \d and"
     refused(trained.save(tmp_path, step=3), Training(init=1, **change), match)
     assert Training(init=1, **change).resume(trained.save(tmp_path)).epoch == 4
 

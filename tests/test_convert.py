@@ -374,7 +374,7 @@ SEPARABLE = {"img_size": 32, "patch_size": 8, "num_frames": 4, "embed_dim": 64, 
     "to, arguments, reason",
     [
         ("videomae-hf", SINCOS | {"cls_embed": True, "sincos_pos_embed": False},
-         "has a class token, VideoMAE has none"),
+         "has a class token and VideoMAE has none"),
         ("videomae-hf", SINCOS | {"sep_pos_embed": True, "sincos_pos_embed": False},
          "pos_embed is not joint"),
         ("videomae-hf", SINCOS | {"sincos_pos_embed": False},
@@ -383,7 +383,7 @@ SEPARABLE = {"img_size": 32, "patch_size": 8, "num_frames": 4, "embed_dim": 64, 
         ("pyslowfast", SEPARABLE, "class token of its own"),
         ("pyslowfast", SEPARABLE | {"cls_through_decoder": True}, "64 channels per head"),
         ("pyslowfast", SEPARABLE | {"sep_pos_embed": False, "decoder_sep_pos_embed": False},
-         "no sum of positions in space"),
+         "not a sum of positions in space"),
     ],
 )  # fmt: skip
 def test_what_other_projects_cannot_express_is_refused(tmp_path, capsys, to, arguments, reason):
@@ -469,7 +469,9 @@ def test_joint_positions_of_the_model(tmp_path):
 
 def test_positions_that_are_no_sum_are_not_split(tmp_path):
     path = saved(tmp_path / "videomae.pth", formats.videomae("finetune"))
-    with pytest.raises(UserError, match=r"videomae\.pth: joint positions are no sum.*--no-sep_pos"):
+    with pytest.raises(
+        UserError, match=r"videomae\.pth: joint positions are not a sum.*--no-sep_pos"
+    ):
         classifier(path, sep_pos_embed=True, sincos_pos_embed=False)
 
 
@@ -815,7 +817,8 @@ def test_a_missing_row_of_joint_positions_is_missing(capsys):
         apply_weights(model, weights, keep_head=True)
     apply_weights(model, weights, keep_head=True, allow_missing=True)
     assert model.pos_embed[0, 0].eq(1).all() and not model.pos_embed[0, 1:].eq(1).any()
-    assert "is missing and left as drawn: pos_embed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the class token's row is missing and left as drawn: pos_embed" in out
     weights = interpret({"model": tiny().state_dict()}, "in.pth")
     without_class = VisionTransformer(**TINY, sep_pos_embed=False, cls_embed=False)
     apply_weights(without_class, weights, keep_head=True)
@@ -827,7 +830,7 @@ def test_other_heads_and_deeper_files_are_refused(change, name):
     other = tiny(**change)
     checkpoint = {"model": other.state_dict(), "arguments": other.arguments}
     weights = interpret(checkpoint, "in.pth")
-    with pytest.raises(UserError, match=rf"{name} is {change[name]} there and \d here"):
+    with pytest.raises(UserError, match=rf"{name} is {change[name]} in the file and \d here"):
         apply_weights(tiny(), weights, keep_head=True)
 
 
@@ -983,7 +986,7 @@ KERNEL = "patch_embed.proj.weight"
     [
         ({0: torch.zeros(1)}, ""),
         ({KERNEL: torch.zeros(64, 192)}, "patch_embed"),
-        ({"pos_embed_spatial": torch.zeros(16, 64)}, "pos_embed_spatial is"),
+        ({"pos_embed_spatial": torch.zeros(16, 64)}, "pos_embed_spatial has the shape"),
         ({"blocks.0.attn.qkv.weight": torch.zeros(2, 64)}, "2 rows"),
         ({"blocks.x.norm1.weight": torch.zeros(64)}, ""),
         ({"head.weight": torch.tensor(1.0)}, "0-d"),

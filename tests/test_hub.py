@@ -86,11 +86,12 @@ def test_names_of_released_weights(monkeypatch):
 
     monkeypatch.setattr(weights, "read_weights", read_weights)
     for name in ("mae_vit_large_patch16", "vit_huge_patch16"):
-        with pytest.raises(UserError, match=rf"is no {name}: it has .*'embed_dim': 128"):
+        with pytest.raises(UserError, match=rf"is not a {name}: it has .*'embed_dim': 128"):
             load(name, pretrained="k700")
     assert paths == ["k700/vit_large", "k700/vit_huge"]
     for name in ("mae_vit_base_patch16", "vit_huge_patch14"):
-        with pytest.raises(UserError, match=f"no released weights of {name}; there are mae_vit_l"):
+        message = f"no released weights of {name}; there are some of mae_vit_l"
+        with pytest.raises(UserError, match=message):
             load(name, pretrained="k400")
     with pytest.raises(UserError, match="pretrained = True must be k400, k600, k700 or a path"):
         load("mae_vit_large_patch16", pretrained=True)

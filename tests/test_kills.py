@@ -187,7 +187,7 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     began = time.monotonic()
     out += process.communicate(timeout=120)[0]
     assert f"{number.name}: stopping after this step" in out
-    assert out.count("the same command goes on from here") == 1, out
+    assert out.count("the same command continues from here") == 1, out
     if ranks == 1:
         assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS)
         assert "Traceback" not in out

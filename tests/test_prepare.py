@@ -210,7 +210,7 @@ def test_folders_without_lists(tmp_path):
     assert lines(tmp_path / "val.csv")[0] == "parts/val/a/0.mp4 0"
     assert len(lines(tmp_path / "val.csv")) == 6
     touch(tmp_path / "plain/lost.mp4")
-    with pytest.raises(UserError, match=r"lost\.mp4 is in no class folder"):
+    with pytest.raises(UserError, match=r"lost\.mp4 is not in a class folder"):
         prepare("folders", tmp_path / "plain", tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_folders_without_lists(tmp_path):
 def test_a_stray_folder_beside_those_of_the_splits_is_named(tmp_path, stray):
     for name in ("train/a/0.mp4", "Val/a/1.mp4", stray):
         touch(tmp_path / "v" / name)
-    with pytest.raises(UserError, match=f"{stray} is below none of the folders train, val"):
+    with pytest.raises(UserError, match=f"{stray} is not below a folder train, val or"):
         prepare("folders", tmp_path / "v", tmp_path)
 
 
@@ -481,7 +481,7 @@ def test_reencode_refuses_two_videos_of_one_name(tmp_path):
     for suffix in ("mp4", "avi"):
         (tmp_path / "v/a").mkdir(parents=True, exist_ok=True)
         write_counter_video(tmp_path / f"v/a/0.{suffix}", 3, codec="mpeg4")
-    with pytest.raises(UserError, match="would have one copy"):
+    with pytest.raises(UserError, match="would have the same copy"):
         prepare("folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "small")
 
 

@@ -132,7 +132,7 @@ def test_learning_rate_arithmetic(videos, tmp_path, capsys):
 def test_classes_without_videos_are_told(videos, tmp_path, capsys):
     call(main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE,
          "--num_classes", 400, "--dry_run")  # fmt: skip
-    assert "WARNING: --num_classes 400, but the labels end at 2" in capsys.readouterr().out
+    assert "WARNING: --num_classes is 400, but the largest label is 2" in capsys.readouterr().out
 
 
 def test_flags_by_hand_override_those_of_a_file(tmp_path):
@@ -399,7 +399,7 @@ def test_finetune_from_another_shape_and_from_rubbish(capsys, videos, tmp_path, 
     status, text = fails(capsys, main_finetune, *common, pretrained / "checkpoint-00000.pth",
                          "--model", "vit_small_patch16")  # fmt: skip
     assert status == 2
-    assert "cls_token is [1, 1, 128] there and [1, 1, 384] here" in text
+    assert "cls_token is [1, 1, 128] in the file and [1, 1, 384] here" in text
     rubbish = tmp_path / "rubbish.pth"
     rubbish.write_text("<html>404</html>")
     status, text = fails(capsys, main_finetune, *common, rubbish)

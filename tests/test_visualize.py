@@ -106,7 +106,7 @@ def test_masks_depend_on_seed_and_clip_and_are_nested(mask_type):
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 95, float("nan")])
 def test_bad_ratio_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"mask_ratio = .* is not above 0 and below 1"):
+    with pytest.raises(ValueError, match=r"mask_ratio = .* must be above 0 and below 1"):
         draw_masks(1, GRID, ratio)
 
 

@@ -47,7 +47,7 @@ share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 class Range(argparse.Action):
-    """Take two numbers in order."""
+    """Accept two numbers in ascending order."""
 
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
         low, high = values
@@ -71,7 +71,7 @@ class Parser(ArgumentParser):
 def adder(parser: ArgumentParser, group: str = "") -> Callable[..., None]:
     """Return add(names, default, text, kind=None, **options), which adds a flag.
 
-    A default of True adds --name and --no-name, one of False --name alone. `names` are separated
+    A default of True adds --name and --no-name; False adds --name alone. `names` are separated
     by spaces, `kind` is the type of a value, and `options` go to ArgumentParser.add_argument.
     `group` is the title of a new group in --help.
     """
@@ -91,11 +91,11 @@ def adder(parser: ArgumentParser, group: str = "") -> Callable[..., None]:
 
 
 def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | None = None) -> None:
-    """Add the flags of the videos; given a default area of random crops, those of training too."""
+    """Add the flags of the videos; with jitter_scales, also those of training videos."""
     add = adder(parser, "data")
     add("--path_to_data_dir", "", "folder of train.csv, val.csv, test.csv; empty: synthetic videos")
     add("--path_prefix", "", "folder that relative paths start from; empty: the csv file's folder")
-    add("--num_workers", None, "loader processes per rank; not given: the rank's CPUs", natural_int)
+    add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", natural_int)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
     how = "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts"
@@ -105,7 +105,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
     add("--repeat_aug", 1, "clips taken from each loaded video", positive_int)
     limits = {"kind": positive_float, "nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
-    add("--jitter_scales_relative", jitter_scales, "random crop's share of the frame", **limits)
+    add("--jitter_scales_relative", jitter_scales, "random crop's area / frame's area", **limits)
     add("--jitter_aspect_relative", (3 / 4, 4 / 3), "width / height of the random crop", **limits)
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
@@ -113,7 +113,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
 def add_model_args(
     parser: ArgumentParser, models: Sequence[str], default: str, classifier: bool = False
 ) -> None:
-    """Add the flags of the model; the data use its clip sizes too."""
+    """Add the flags of the model; the data set also uses its clip sizes."""
     add = adder(parser, "model")
     names = "one of " + ", ".join(filter(None, models))
     checkpoint = "; empty: the model in the checkpoint" if "" in models else ""
@@ -177,12 +177,12 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     add("--checkpoint_minutes", 30, "minutes between saves within an epoch; 0: none", natural_float)
     add("--keep_last", 0, "number of newest epoch checkpoints to keep; 0: all", natural_int)
     add("--keep_every", 0, "keep every n-th epoch's checkpoint anyway; 0: none", natural_int)
-    add("--resume", "", "checkpoint to continue; empty: the newest in --output_dir, if any")
+    add("--resume", "", "checkpoint to continue from; empty: the newest in --output_dir, if any")
 
 
 # --- parsing ------------------------------------------------------------------------------------
 
-# flags of the reference that do nothing here, or not in every script: the number of their values
+# flags of the reference that have no effect in some script here, and how many values each takes
 OBSOLETE_FLAGS = {
     **dict.fromkeys("distributed no_env dist_on_itp dist_eval pin_mem no_pin_mem".split(), 0),
     **dict.fromkeys("global_pool cpu_mix resplit".split(), 0),
@@ -203,11 +203,11 @@ def parse(
     """Parse flags; obsolete ones that the script does not have are listed in args.notice.
 
     Args:
-        default_flags: maps the parsed flags to more flags, which those of argv then override
-            (a recipe for the embedded videos, or the flags a checkpoint was trained with).
+        default_flags: takes the parsed flags and returns more flags, which argv overrides (a recipe
+            for the embedded videos, or the flags that a checkpoint was trained with).
     """
     argv = sys.argv[1:] if argv is None else argv
-    # flags given by hand override those of an @FILE, whether they stand before or after it
+    # flags on the command line override those of an @FILE, whether it comes before or after them
     argv = sorted(argv, key=lambda word: not word.startswith("@"))
     add = adder(parser)
     for name, num_values in obsolete.items():
@@ -226,6 +226,6 @@ def parse(
 
 
 def clip_options(args: Namespace) -> dict[str, Any]:
-    """Return the arguments of Kinetics that the flags set alike for every data set."""
+    """Return the arguments of Kinetics that are the same for all data sets of a script."""
     names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
     return {name: getattr(args, name) for name in names.split()}

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 # --- the files of a run -------------------------------------------------------------------------
 
-# checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13 are
+# checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
-END = float("inf")  # sorts the end of an epoch behind its steps
+END = float("inf")  # sorts the end of an epoch after its steps
 
 
 def checkpoint_order(path: str) -> tuple[int, float] | None:
@@ -71,11 +71,11 @@ def superfluous(
 ) -> list[str]:
     """Choose the checkpoints to delete once `newest` is on the disk.
 
-    In mid-epoch, the newest and the one before it stay, in case the newest proves damaged. Of the
-    finished epochs, the last keep_last stay (0: all), every keep_every-th and the best.
+    Of those within an epoch, only the newest and the one before it stay, in case the newest proves
+    damaged. Of finished epochs, the last keep_last stay (0: all), every keep_every-th and the best.
 
     Args:
-        paths: checkpoints of one folder, oldest first; those beyond `newest` are another run's
+        paths: checkpoints of one folder, oldest first; those after `newest` belong to another run
             and stay. An object store may not list `newest` yet.
     """
 
@@ -99,7 +99,7 @@ def superfluous(
 def read_intact(path: str) -> dict[str, Any]:
     """Read a training checkpoint after checking the checksum of every tensor in it.
 
-    That reads a local file once; its tensors are then mapped. Raise UserError if it is damaged.
+    This reads a local file once and then maps its tensors. Raise UserError if it is damaged.
     """
     if not is_remote(path):
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
@@ -112,16 +112,16 @@ def read_intact(path: str) -> dict[str, Any]:
 def load_latest(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     """Read the checkpoint to resume from: (path, content) on every rank, None if there is none.
 
-    It is the newest of the output folder; a damaged one is reported and the one before it taken.
-    With --resume it is that file, or the newest that the same command has saved since: the folder
-    may hold checkpoints of other commands. If --resume is damaged, every rank raises UserError.
+    This takes the newest in the output folder; if it is damaged, it warns and tries the one before.
+    With --resume, only checkpoints that the same command has saved count (the folder may also hold
+    others), and the last one tried is --resume itself; if it is damaged, all ranks raise UserError.
     """
     path, content, problem = args.resume, None, ""
     if is_main():
         # The main rank checks every candidate as a whole, from the newest on.
         for candidate in reversed(list_checkpoints(args.output_dir)):
             try:
-                if args.resume:  # look at the flags first, before gigabytes are read
+                if args.resume:  # check the flags before reading gigabytes
                     flags = checkpoint_args(read_checkpoint(candidate, mmap=True))
                     if flags.get("resume") != args.resume:
                         continue
@@ -149,7 +149,7 @@ def load_latest(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
 
 @dataclass
 class Progress:
-    """The place of a run: `step` micro-steps of `epoch` are done, `updates` before that epoch."""
+    """How far a run is: `step` micro-steps of `epoch` done, after `updates` in earlier epochs."""
 
     epoch: int = 0
     step: int = 0
@@ -160,21 +160,21 @@ class Progress:
     best_epoch: int | None = None
 
     def best(self, metric: str) -> float:
-        """Return the highest value of a metric in the lines of log.txt so far, -1 without any."""
+        """Return the highest value of a metric in the lines of log.txt so far; -1 without lines."""
         return max((line[metric] for line in self.log), default=-1.0)
 
 
 class Checkpoints:
-    """Save the objects of a run, and bring them back.
+    """Save the objects of a run and restore them.
 
-    Only the main process writes. A thread writes the file, atomically, from a copy in host memory;
-    only an optimiser step waits, for as long as the copy is still being made. A write that fails
-    (full disk, lost folder) is reported loudly and leaves the older files; training goes on.
+    Only the main process writes. A thread writes the file atomically from a copy in host memory;
+    training waits for the copy in the next optimiser step, and for an earlier save that still runs.
+    If a write fails (full disk, lost folder), this warns, keeps the older files and goes on.
 
     Args:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
             keep_every and model.
-        fingerprint: of the training videos; a checkpoint of other videos is refused.
+        fingerprint: checksum of the training videos; a checkpoint of other videos is refused.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Checkpoints:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
-        self.identity = {  # what must be equal for an epoch to be continued with the same steps
+        self.identity = {  # must be equal for an epoch to go on with the same steps
             "data": fingerprint,
             "joint_batch": args.batch_size * world_size(),
             "accum": args.accum_iter,
@@ -206,17 +206,17 @@ class Checkpoints:
     # --- in the training loop -----------------------------------------------------------------
 
     def after_step(self, step: int, log: "RunLog") -> bool:
-        """Save if it is time to, and return whether to leave the loop, alike on every rank.
+        """Save if checkpoint_minutes are over; return whether all ranks end the loop here.
 
-        Where `log` prints a line the metrics have been read anyway: that is when this looks at
-        the clock (checkpoint_minutes). Between updates it neither saves nor stops: the gradients
-        gathered so far are not part of a checkpoint.
+        The clock is checked only where `log` prints a line, because the metrics are read there
+        anyway. Between two updates this neither saves nor stops, because a checkpoint does not hold
+        accumulated gradients.
         """
         update = (step + 1) % self.args.accum_iter == 0
         stop = update and self.interruption.after_step()
         if stop or log.is_due(step):
             log.read(step)
-            log.flush()  # what the checkpoint counts as done must be on the disk
+            log.flush()  # before a checkpoint counts these steps as done
             if update or step + 1 == log.num_steps:
                 progress, meters = self.progress, log.meters
                 progress.step = step + 1
@@ -227,23 +227,23 @@ class Checkpoints:
         return stop
 
     def exit_if_stopped(self) -> None:
-        """Save and end the process if a signal has asked for it; call this after every loop."""
+        """If a signal has asked for it, save and end the process; call this after every loop."""
         if self.interruption.agreed:
             self.save()
             self.wait()
             self.interruption.leave()
 
     def before_validation(self) -> None:
-        """Save the finished steps of an epoch, which a kill in a long validation would lose."""
+        """Save the finished steps, so that a kill in a long validation does not lose them."""
         if self.args.checkpoint_minutes:
             self.save()
 
     def finish_epoch(self, record: dict[str, Any], steps: int, metric: str = "") -> None:
-        """Add an epoch's line to log.txt; save if the epoch is due, the last or the best.
+        """Add an epoch's line to log.txt; save if a checkpoint is due or the epoch is last or best.
 
         Args:
             steps: micro-steps of the epoch.
-            metric: the key of `record` that decides which epoch is best; empty: none is.
+            metric: the best epoch has the highest record[metric]; empty: no epoch is best.
         """
         progress, args = self.progress, self.args
         is_best = bool(metric) and record[metric] > progress.best(metric)
@@ -258,7 +258,7 @@ class Checkpoints:
         write_log(args.output_dir, progress.log)
 
     def bad_step_report(self, error: "NonFiniteError", index: "VideoIndex") -> UserError:
-        """Name step, videos and last good checkpoint of a bad step; call this on every rank."""
+        """Return an error naming the bad step, its videos and the last good file, on all ranks."""
         own = [] if error.samples is None else [index.path(int(i)) for i in error.samples]
         self.wait()
         files = [path for paths in gather_objects(own) for path in paths]
@@ -274,7 +274,7 @@ class Checkpoints:
     # --- saving -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this moment in a thread; training goes on at once."""
+        """Save the present state from a thread; training goes on at once."""
         self.last_saved = time.monotonic()
         if not is_main():
             return
@@ -309,7 +309,7 @@ class Checkpoints:
             self.thread = None
 
     def close(self) -> None:
-        """Wait for the last save and restore signal handlers; raise UserError if it has failed."""
+        """Wait for the last save, restore signal handlers, raise UserError if the save failed."""
         self.wait()
         self.interruption.close()
         if self.failure:
@@ -330,7 +330,7 @@ class Checkpoints:
         self.failure = ""
         print0(f"saved {path}")
 
-        # Only now that it is on the disk may older ones go.
+        # Delete older checkpoints only now that this one is on the disk.
         args = self.args
         try:
             paths = list_checkpoints(args.output_dir)
@@ -342,10 +342,10 @@ class Checkpoints:
     # --- resuming ---------------------------------------------------------------------------
 
     def resume(self, path: str, checkpoint: dict[str, Any]) -> None:
-        """Bring back a run's objects, progress and log.txt from the content of the file `path`.
+        """Restore a run's objects, progress and log.txt from the content of the file `path`.
 
         Raises:
-            UserError: it is no training checkpoint, or is of another model or data set.
+            UserError: it is not a training checkpoint, or belongs to another model or data set.
         """
         self.wait()
         self._refuse_others(checkpoint, path)
@@ -354,8 +354,8 @@ class Checkpoints:
             self.model.load_state_dict(model_state(checkpoint, path))
             optimizer = checkpoint["optimizer"]
             for group in optimizer["param_groups"]:
-                group["fused"] = self.optimizer.defaults["fused"]  # as suits this device
-            # on a CPU the optimiser would work in the mapped file: give it memory of its own
+                group["fused"] = self.optimizer.defaults["fused"]  # the best for this device
+            # copy it, because on a CPU the optimiser would otherwise work in the mapped file
             self.optimizer.load_state_dict(tree_map_only(Tensor, torch.clone, optimizer))
         except (RuntimeError, ValueError, KeyError) as error:
             detail = " ".join(str(error).split())
@@ -394,7 +394,7 @@ class Checkpoints:
         )
 
     def _refuse_others(self, checkpoint: dict[str, Any], path: str) -> None:
-        """Raise UserError for a file that this run cannot go on from."""
+        """Raise UserError for a file from which this run cannot continue."""
         for key in ("model", "optimizer", "epoch"):
             if key not in checkpoint:
                 raise UserError(
@@ -407,7 +407,7 @@ class Checkpoints:
             way_out = "--finetune (main_finetune.py) to start from its weights"
             way_out = way_out if self.args.resume else "another --output_dir"
             raise UserError(f"{path} is of --model {trained}, not {self.args.model}; use {way_out}")
-        # a checkpoint named by --resume is meant; one found in the folder may be another run's
+        # the user has chosen the file of --resume; one found in the folder may be another run's
         wanted = getattr(self.args, "finetune", None)
         if not self.args.resume and None not in (started_from, wanted) and started_from != wanted:
             raise UserError(
@@ -422,19 +422,19 @@ class Checkpoints:
             )
         if checkpoint.get("progress", {}).get("step") and then != now:
             raise UserError(
-                f"{path} is in the middle of an epoch of {then['joint_batch']} videos per step of "
+                f"{path} was saved within an epoch of {then['joint_batch']} videos per step over "
                 f"all ranks, --accum_iter {then['accum']} and --seed {then['seed']}; now they are "
-                f"{now['joint_batch']}, {now['accum']} and {now['seed']}. Use the same, or "
-                "--resume the last checkpoint at the end of an epoch"
+                f"{now['joint_batch']}, {now['accum']} and {now['seed']}. Use the same values, or "
+                "--resume the last checkpoint from the end of an epoch"
             )
 
 
 class HostCopy:
-    """A copy of a run's state in host memory, kept from save to save.
+    """A copy of a run's state in host memory, reused from save to save.
 
     On a CPU the writing thread copies while the next forward and backward passes run; an optimiser
-    step, which changes the tensors, must `wait` for it. On a GPU copies into page-locked memory are
-    enqueued at once; the stream itself makes later changes come after them.
+    step, which changes the tensors, must `wait` for it. On a GPU, copies to page-locked memory are
+    queued at once, and the stream runs them before any later change.
     """
 
     def __init__(self) -> None:
@@ -443,7 +443,7 @@ class HostCopy:
         self.complete.set()
 
     def begin(self, state: dict[str, Any], on_gpu: bool) -> Callable[[], dict[str, Any]]:
-        """Return a function for the writing thread that returns the copy; the last copy is gone."""
+        """Begin a copy over the last one; return a function that gives it to the writing thread."""
         if on_gpu:
             copy = self._copy(state)
             copied, device = torch.cuda.Event(), torch.cuda.current_device()
@@ -481,7 +481,7 @@ class HostCopy:
             if buffer.shape != x.shape or buffer.dtype != x.dtype:
                 try:
                     buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-                except RuntimeError:  # no more memory may be page-locked: this copy will be slow
+                except RuntimeError:  # no more memory can be page-locked: the copy will be slow
                     buffer = torch.empty(x.shape, dtype=x.dtype)
                 self.buffers[used] = buffer
             used += 1

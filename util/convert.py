@@ -38,8 +38,8 @@ def drop_decoder(weights: Weights) -> Weights:
 def to_mae_st(weights: Weights) -> dict[str, Any]:
     """Return a checkpoint in the reference implementation's and our own layout.
 
-    Its encoder and head load in the reference implementation. `arguments`, which only this project
-    reads, rebuild the model, also with decoders that the reference does not have.
+    Its encoder and head load in the reference implementation. Only this project reads `arguments`;
+    they rebuild the model, even with a decoder that the reference does not have.
     """
     arguments = weights.arguments
     flags = {k: arguments[k] for k in ("num_frames", "t_patch_size")}
@@ -65,7 +65,7 @@ def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
             spatial, temporal = split(joint, weights.grid, weights.rounding("pos_embed"))
             state |= {"pos_embed_spatial": spatial, "pos_embed_temporal": temporal}
         except ValueError:
-            reasons.append("its joint positions are no sum of positions in space and in time")
+            reasons.append("its joint positions are not a sum of positions in space and in time")
     if arguments.get("decoder_sep_pos_embed"):
         first = [state["decoder_pos_embed_class"]] if cls else []
         parts = [weights.state[f"decoder_pos_embed_{part}"] for part in ("spatial", "temporal")]
@@ -80,7 +80,7 @@ def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
         if cls and not arguments["cls_through_decoder"]:
             reasons.append("its decoder has a class token of its own, not the encoder's")
         if heads != num_heads(arguments["decoder_embed_dim"]):
-            reasons.append(f"its decoder has {heads} heads, PySlowFast's 64 channels per head")
+            reasons.append(f"its decoder has {heads} heads, not PySlowFast's 64 channels per head")
     _refuse("PySlowFast", reasons, weights.has_decoder)
 
     names = {ours: theirs for theirs, ours in formats.PYSLOWFAST_NAMES.items()}
@@ -94,27 +94,27 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     """Return tensors, config.json and preprocessor_config.json of a Hugging Face VideoMAE.
 
     Key biases are left out: they add the same number to all attention scores of a query, which
-    softmax does not see. Raises ValueError when VideoMAE has no such model.
+    softmax ignores. Raises ValueError when VideoMAE has no such model.
     """
     arguments, state = weights.arguments, weights.as_stored()
-    reasons = ["it has a class token, VideoMAE has none"] if arguments["cls_embed"] else []
+    reasons = ["it has a class token and VideoMAE has none"] if arguments["cls_embed"] else []
     for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
         if width not in arguments:
             continue
         table = sincos_pos_embed(math.prod(weights.grid), arguments[width])
         tolerance = max(1e-5, weights.rounding(name))
         if state.pop(name, None) is None or weights.state[name].shape[1:] != table.shape:
-            reasons.append(f"its {name} is not joint, VideoMAE's is a fixed sine-cosine table")
+            reasons.append(f"its {name} is not joint, but VideoMAE's is a fixed sine-cosine table")
         elif not torch.allclose(weights.state[name][0].float(), table, rtol=0, atol=tolerance):
             reasons.append(f"its {name} is not VideoMAE's fixed sine-cosine table")
     if weights.has_decoder:
         if arguments["pred_t_dim"] != arguments["num_frames"]:
-            reasons.append("it predicts some of the frames of a patch, VideoMAE predicts all")
+            reasons.append("it predicts some of the frames of a patch and VideoMAE predicts all")
         if not arguments["norm_pix_loss"] and not weights.predicts_unit_pixels:
             per_channel = torch.ones(arguments["in_chans"], dtype=torch.float64)
             state |= fold_output(weights.state, STD * per_channel, MEAN * per_channel)
         if state.pop("decoder_embed.bias").any():
-            reasons.append("its decoder_embed has a bias, VideoMAE's has none")
+            reasons.append("its decoder_embed has a bias and VideoMAE's has none")
         if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
             reasons.append("its encoder and decoder do not both have biases of q and v")
     _refuse("VideoMAE", reasons, weights.has_decoder)
@@ -171,12 +171,12 @@ def _normalisation(weights: Weights) -> dict[str, Sequence[float]]:
 def write(weights: Weights, path: str, to: str) -> None:
     """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file."""
     weights.refuse_doubt()
-    if to != "videomae-hf":  # which says what normalisation its clips need
+    if to != "videomae-hf":  # its config records the normalisation
         weights = with_our_normalisation(weights)
     if to in ("videomae-hf", "safetensors"):
         is_folder = to == "videomae-hf"
         state, *configs = to_videomae_hf(weights) if is_folder else (weights.as_stored(),)
-        # the header rebuilds the model; "format" is what transformers asks for
+        # the header holds what rebuilds the model; transformers needs "format"
         said = json.dumps({"arguments": weights.arguments} | _normalisation(weights))
         content = safetensors_bytes(_own_storage(state), {"format": "pt", formats.METADATA: said})
         if is_folder:
@@ -193,7 +193,7 @@ def write(weights: Weights, path: str, to: str) -> None:
 
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy views, which files would store with all of what they view, and what is shared."""
+    """Copy tensors that share memory, and views, which a file would store with all they view."""
     own: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in state.items():
@@ -214,7 +214,7 @@ def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:
 
 def refuse_incomplete(weights: Weights, to: str) -> None:
     """Raise UserError when the file lacks weights of its own model."""
-    # only the command line uses models, which this folder does not know otherwise
+    # util imports the models only here, for the command line
     from models_mae import MaskedAutoencoderViT
     from models_vit import VisionTransformer
 
@@ -225,12 +225,12 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
             model = VisionTransformer(**weights.classifier_arguments())
     optional = [] if weights.has_head else ["head."]
     if to == "videomae-hf" and not any(name.startswith("norm.") for name in weights.state):
-        optional.append("norm.")  # theirs without a head may lack it: use_mean_pooling
+        optional.append("norm.")  # with use_mean_pooling, VideoMAE without a head has none
     needed = [k for k in model.state_dict() if not k.startswith(tuple(optional))]
     if lacking := [k for k in needed if k not in weights.state]:
         raise UserError(
             f"{weights.path} lacks {len(lacking)} weights of its model ({some(lacking)}) "
-            "and would be written as if whole"
+            "and its copy would look complete"
         )
 
 
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join q, k and v of every block to one qkv: the other way round than our_names."""
+    """Join q, k and v of every block into one qkv, which our_names splits."""
     fused = {}
     for name, tensor in state.items():
         if ".attn.q." in name:

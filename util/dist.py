@@ -87,10 +87,10 @@ def shutdown() -> None:
 
 
 def exit_alone(status: int) -> NoReturn:
-    """End this process though the other ranks do not end yet; a running save is finished first.
+    """End this process while the other ranks still run; finish a save in progress first.
 
-    NCCL would not leave its group while another rank waits in a collective, and the others wait
-    for this process. They and the launcher notice that something is wrong when it is gone.
+    NCCL could not leave its group: another rank may wait in a collective, for this process. Once
+    this process is gone, the other ranks and the launcher notice that something is wrong.
     """
     for thread in threading.enumerate():
         if thread.name == SAVING:
@@ -119,7 +119,7 @@ def get_device(name: str) -> torch.device:
 
     count, index = torch.cuda.device_count(), device.index
     if count == 0:
-        raise ValueError(f"--device {name} asks for a GPU and PyTorch sees none; use cpu")
+        raise ValueError(f"--device {name} asks for a GPU, but PyTorch sees none; use cpu")
     if index is None:
         # srun may let each task see only its own GPU; torchrun does not
         alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -127,7 +127,7 @@ def get_device(name: str) -> torch.device:
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"--device {name} is one GPU for all processes; cuda gives each its own")
     if index >= count:
-        raise ValueError(f"GPU {index} was asked for and this machine has {count}")
+        raise ValueError(f"GPU {index} was asked for, but this machine has {count}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -29,7 +29,7 @@ MD5 = {
     "k700/vit_huge": "4c4e3c",
 }
 ADDRESS = "https://dl.fbaipublicfiles.com/video-mae/pretrain/mae_pretrain_{size}_{data}.pth"
-FILE_NAMES = (  # what they are called there, and at another address
+FILE_NAMES = (  # at ADDRESS, and at another address
     re.compile(r"(^|/)mae_pretrain_(?P<size>vit_(large|huge))_(?P<data>k\d00)(\.pth)?$"),
     re.compile(r"/(?P<size>vit_[lh])/(?P<data>k\d00)_400ep_rep4_mr9_16x4\.pyth$"),
 )
@@ -42,21 +42,21 @@ path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
 HAS_S3 = importlib.util.find_spec("boto3") is not None  # not a dependency: only s3:// needs it
 if HAS_S3:
-    # the profile of AWS's own variables and files; iopath's default is Facebook's
+    # None: the profile in AWS's own variables and files; iopath's default is Facebook's
     path_manager.register_handler(S3PathHandler(profile=None))
 
 # --- paths and addresses --------------------------------------------------------------------------
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a path is an address (s3://, https://) and not one of this machine."""
+    """Return whether a path is an address (s3://, https://), not a path on this machine."""
     return "://" in path
 
 
 def open_file(path: str, mode: str = "r") -> IO:
-    """Open a path or address as `open` does; raise UserError, which names it, if that fails."""
+    """Open a path or address like `open`; if that fails, raise a UserError that names it."""
     try:
-        if "r" in mode and path.startswith("http"):  # see local_path
+        if "r" in mode and path.startswith("http"):  # into the cache
             path = local_path(path)
         return path_manager.open(path, mode)
     except OSError as error:
@@ -74,12 +74,12 @@ def local_path(path: str) -> str:
         raise UserError(f"cannot fetch {path}: addresses start with {', '.join(ADDRESSES)}")
     options = {}
     try:
-        if not path.startswith("s3://"):  # the cache would take files of one name for one
+        if not path.startswith("s3://"):  # iopath tells cached files apart by path alone
             address = urlparse(path)
             name = f"{address.netloc}{zlib.crc32(address.query.encode()) if address.query else ''}"
             options["cache_dir"] = os.path.join(get_cache_dir(), name)
         return path_manager.get_local_path(path, **options)
-    # S3PathHandler asserts that the file is there; ValueError: an address that is none
+    # S3PathHandler asserts that the file is there; ValueError: not an address
     except (OSError, HTTPException, AssertionError, ValueError) as error:
         hint = "; without a network, fetch it elsewhere and give its path"
         hint = hint if path.startswith("http") else ""
@@ -87,7 +87,7 @@ def local_path(path: str) -> str:
 
 
 def make_dirs(path: str) -> None:
-    """Create a folder and its parents; raise UserError, which names it, if that fails."""
+    """Create a folder and its parents; if that fails, raise a UserError that names it."""
     try:
         path_manager.mkdirs(path)
     except OSError as error:
@@ -129,7 +129,7 @@ def write_atomically(path: str, write: Callable[[Any], None]) -> None:
 
 
 def find_name(path: str) -> str | None:
-    """Return the name in MD5 of a released file by its own name, such as the end of an address."""
+    """Return the released name (a key of MD5) of a file with this path or address, or None."""
     match = next(filter(None, (pattern.search(path) for pattern in FILE_NAMES)), None)
     return match and f"{match['data']}/{LONG_NAMES.get(match['size'], match['size'])}"
 
@@ -174,7 +174,7 @@ def forget(path: str, local: str) -> str:
     if local == path:
         return ""
     with contextlib.suppress(FileNotFoundError):  # another rank may be faster
-        os.remove(local)  # what stays in the cache is never downloaded again
+        os.remove(local)  # a cached file is never downloaded again
     fetch.cache_clear()
     return "; it was removed from the cache, try again"
 

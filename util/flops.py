@@ -1,4 +1,4 @@
-"""The multiply-adds of a model, counted by fvcore, each once as in the paper's tables."""
+"""Count a model's multiply-adds with fvcore, each of them once as in the paper's tables."""
 
 import contextlib
 import io

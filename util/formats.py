@@ -1,4 +1,4 @@
-"""Names and sizes of checkpoints, ours and other projects': what a file says about its model.
+"""What a checkpoint, ours or another project's, says about its model: names and sizes.
 
 FINETUNE.md lists the formats. util/weights.py reads the files, util/convert.py writes them.
 Shapes: C channels, L tokens, D width; patch kernels are [D, C, t, p, p].
@@ -29,7 +29,7 @@ VIDEOMAE, HF_VIDEOMAE = "VideoMAE", "Hugging Face VideoMAE"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors cannot say
 
-# Files do not store these; every project assumes clips of 16 frames of 224 x 224 pixels.
+# Defaults where a file records nothing: every project uses 16 frames of 224 x 224 pixels.
 NUM_FRAMES, IMG_SIZE, T_PATCH_SIZE = 16, 224, 2
 # Published models have 64 channels per head except for these widths.
 HEADS_OF_WIDTH = {640: 8, 1280: 16, 1408: 16}
@@ -50,7 +50,7 @@ def _table(text: str) -> dict[str, str]:
     return dict(pair.split("=") for pair in text.split())
 
 
-# Entries of Hugging Face's config.json, and the arguments that they are.
+# Entries of Hugging Face's config.json = our constructor arguments.
 HF_CONFIG = _table("""
     num_frames=num_frames image_size=img_size tubelet_size=t_patch_size patch_size=patch_size
     num_channels=in_chans hidden_size=embed_dim decoder_hidden_size=decoder_embed_dim
@@ -58,14 +58,14 @@ HF_CONFIG = _table("""
     num_attention_heads=num_heads decoder_num_attention_heads=decoder_num_heads
     layer_norm_eps=layer_norm_eps norm_pix_loss=norm_pix_loss
 """)
-# flags of training runs, too
+# and the flags that training runs record
 RECORDS = HF_CONFIG | {"input_size": "img_size", "decoder_num_heads": "decoder_num_heads"}
-# what a Hugging Face folder holds: weights in one of these, and descriptions beside them
+# files of a Hugging Face folder: the weights (one of these), and the configs beside them
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HF_FILES = ("config.json", "preprocessor_config.json")
 
-# Other projects' names and ours, read in this order and written in the other direction. Those that
-# begin with a dot are replaced inside a name, the others at its beginning.
+# Other projects' names = ours. Reading applies them in this order; writing swaps the two sides.
+# Names that begin with a dot are replaced anywhere in a name, the others only at its start.
 HF_NAMES = _table("""
     embeddings.patch_embeddings.projection.=patch_embed.proj.
     encoder.layer.=blocks. decoder.decoder_layers.=decoder_blocks.
@@ -85,7 +85,7 @@ VIDEOMAE_NAMES = _table("""
 """)
 RENAMES = {"videomae.": "", "layernorm.": "norm.", "fc_norm.": "norm."}
 RENAMES |= HF_NAMES | PYSLOWFAST_NAMES | VIDEOMAE_NAMES
-# PySlowFast's decoder norm has the number of the block behind the last
+# PySlowFast numbers the decoder norm as if it were one more block
 DECODER_NORM = re.compile(r"^decoder_blocks\.\d+\.(weight|bias)$")
 OUR_NAMES = re.compile(
     r"(decoder_)?cls_token|mask_token|(decoder_)?pos_embed(_spatial|_temporal|_class)?|"
@@ -94,7 +94,7 @@ OUR_NAMES = re.compile(
 )
 WRAPPERS = ("model", "model_state", "module", "state_dict")
 PREFIXES = re.compile(r"^((module|backbone)\.)+")  # what training wrappers put before a name
-# "encoder." is such a prefix too, except in VideoMAE's files, which have one of these names
+# "encoder." is also such a prefix, except in VideoMAE's files, which have one of these names
 OWN_ENCODER = re.compile(r"decoder\.|encoder_to_decoder\.|encoder\.layer\.")
 KERNEL, KERNEL_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 FC1 = "blocks.0.mlp.fc1.weight"
@@ -102,17 +102,17 @@ FC1 = "blocks.0.mlp.fc1.weight"
 
 @dataclass
 class Weights:
-    """A checkpoint file's weights under this project's names, and what it says of its model."""
+    """A checkpoint file's weights under this project's names, and what it says about its model."""
 
     state: dict[str, Tensor]  # by parameter name, at least in single precision
-    arguments: dict[str, Any]  # of the constructor, plain data: layer_norm_eps for norm_layer
-    stated: set[str]  # the arguments that the file tells; the others are its format's custom
+    arguments: dict[str, Any]  # of the constructor, plain data (layer_norm_eps, not norm_layer)
+    stated: set[str]  # arguments that the file states; the others are its format's defaults
     source: str  # the file's format, one of the names above
     path: str  # the file, for messages
-    stored: dict[str, torch.dtype]  # the file's own precision of tensors that have less there
-    converted: dict[str, str]  # how a tensor was made, where it is more than renamed
+    stored: dict[str, torch.dtype]  # dtypes of the tensors that the file has in lower precision
+    converted: dict[str, str]  # how a tensor was made, unless it was only renamed
     unused: list[str]  # names in the file that have no place here
-    flags: dict[str, Any]  # of the training run, where recorded
+    flags: dict[str, Any]  # of the training run, if recorded
     notes: list[str]  # sentences for the user
     doubt: str  # why no model can be built from the file alone; empty when one can
     # per-channel normalisation of the clips that it was trained on; None: ours
@@ -159,7 +159,7 @@ class Weights:
         return {"norm_layer": norm_layer} | arguments
 
     def refuse_doubt(self, given: Collection[str] = ()) -> None:
-        """Raise UserError when the size of the clips is neither known nor among the given names."""
+        """Raise UserError when the size of the clips is neither known nor given."""
         if self.doubt and not set(given) >= CLIP_SIZE:
             raise UserError(self.doubt)
 
@@ -168,7 +168,7 @@ class Weights:
         return {k: v.to(self.stored.get(k, v.dtype)) for k, v in self.state.items()}
 
     def rounding(self, name: str) -> float:
-        """Return the relative rounding error that a tensor of reduced precision has in the file."""
+        """Return the relative rounding error of a tensor as it is stored in the file."""
         dtype = self.stored.get(name, torch.float32)
         return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
@@ -193,7 +193,7 @@ def is_decoder(name: str) -> bool:
 
 
 def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
-    """Take the tensors out of a checkpoint, under the file's own names without wrappers' prefixes.
+    """Return a checkpoint's tensors under the file's names, without prefixes of training wrappers.
 
     Raises UserError when there are none, or some are not plain tensors.
     """
@@ -219,7 +219,7 @@ def _without_prefixes(names: list[str]) -> list[str]:
 
 
 def rename(name: str, names: dict[str, str]) -> str:
-    """Replace what stands in one project's names by what stands there in another's."""
+    """Translate a parameter name by a table of names such as RENAMES."""
     for theirs, ours in names.items():
         if theirs.startswith("."):
             name = name.replace(theirs, ours)
@@ -229,9 +229,9 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 
 def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Rename tensors to ours, split fused q, k, v, and add biases that VideoMAE leaves out as zero.
+    """Rename tensors to ours, split fused q, k, v, and add zeros for biases that VideoMAE omits.
 
-    The second result says how those were made that are not simply renamed.
+    The second result says how each tensor was made that was not simply renamed.
     """
     renamed: dict[str, Tensor] = {}
     converted: dict[str, str] = {}
@@ -241,7 +241,7 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             renamed[name] = tensor
             continue
         if len(tensor) % 3:
-            raise ValueError(f"{theirs} has {len(tensor)} rows: no q, k and v of one width")
+            raise ValueError(f"{theirs} has {len(tensor)} rows, not q, k and v of one width")
         for part, value in zip("qkv", tensor.chunk(3), strict=True):
             renamed[name.replace("qkv", part)] = value
             converted[name.replace("qkv", part)] = "split from qkv"
@@ -279,10 +279,10 @@ def find_source(state: dict[str, Tensor]) -> str:
 
 
 def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Give an image model's tensors the form of a video model's, with patches of one frame so far.
+    """Give an image model's tensors the layout of a video model with patches of one frame.
 
     Positions become separable, zero in time: once the kernel is repeated and divided, the model
-    sees a still video as it sees the image. The second result says how tensors were made.
+    sees a still video as it sees the image. The second result says how each tensor was made.
     """
     video = state | {KERNEL: state[KERNEL].unsqueeze(2)}
     converted = {KERNEL: f"repeated over {T_PATCH_SIZE} frames and divided"}
@@ -293,13 +293,13 @@ def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         parts = {"spatial": joint[:, cls:], "temporal": joint.new_zeros(1, steps, joint.shape[-1])}
         parts |= {"class": joint[:, :1]} if cls else {}
         video |= {f"{name}_{part}": value for part, value in parts.items()}
-        converted |= dict.fromkeys((f"{name}_{part}" for part in parts), "from the image's")
-        converted[f"{name}_temporal"] = "zero: all frames as the image"
+        converted |= dict.fromkeys((f"{name}_{part}" for part in parts), "from the image model")
+        converted[f"{name}_temporal"] = "zero: every frame is like the image"
     return video, converted
 
 
 def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
-    """Raise UserError when a file lacks tensors that tell its model, ValueError for odd shapes."""
+    """Raise UserError if a file lacks tensors that define its model, ValueError for odd shapes."""
     needed = [KERNEL, KERNEL_BIAS, FC1]
     if "pos_embed_class" in state or "decoder_cls_token" in state:
         needed.append("cls_token")
@@ -316,11 +316,11 @@ def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
         positions_fit = len(shape) == 3 and shape[0] == 1 and 0 not in shape
         kernel_fits = len(shape) == 5 and shape[-1] == shape[-2]
         if ("pos_embed" in name and not positions_fit) or (name == KERNEL and not kernel_fits):
-            raise ValueError(f"{name} is {shape}")
+            raise ValueError(f"{name} has the shape {shape}")
 
 
 def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that a checkpoint was trained with, empty where it has none."""
+    """Return the flags that a checkpoint was trained with, or {} if it has none."""
     return _as_dict(checkpoint.get("args"))
 
 
@@ -334,15 +334,15 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def read_records(
     checkpoint: dict[str, Any], source: str, path: str, config: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Collect what a file, or Hugging Face's config, records: arguments of any type, mean, std."""
+    """Return what a file or its Hugging Face config records: unchecked arguments, mean, std."""
     if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
-        raise UserError(f"{path} has the activation {config['hidden_act']}, models here have gelu")
+        raise UserError(f"{path} has the activation {config['hidden_act']}; models here use gelu")
     said = checkpoint_args(checkpoint) | config
     records = {argument: said[name] for name, argument in RECORDS.items() if name in said}
     if isinstance(config.get("image_size"), list):
         records["img_size"], width = config["image_size"]
         if records["img_size"] != width:
-            raise UserError(f"{path} is of frames that are not square: {config['image_size']}")
+            raise UserError(f"{path} has frames that are not square: {config['image_size']}")
     written = _as_dict(json.loads(_as_dict(checkpoint.get("metadata")).get(METADATA, "{}")))
     records |= _as_dict(written.get("arguments")) | _as_dict(checkpoint.get("arguments"))
     mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
@@ -360,7 +360,7 @@ def _per_channel(value: Any) -> tuple[float, ...] | None:
 
 
 def _is_like(value: Any, found: Any) -> bool:
-    """Return whether a recorded argument can replace one that was found: others are ignored."""
+    """Return whether a recorded argument is valid: it is then used instead of the one found."""
     if isinstance(found, bool) or isinstance(value, bool):
         return isinstance(found, bool) and isinstance(value, bool)
     return isinstance(value, (int, float) if isinstance(found, float) else int) and value > 0
@@ -369,7 +369,7 @@ def _is_like(value: Any, found: Any) -> bool:
 def _find_grid(
     state: dict[str, Tensor], records: dict[str, Any], cls_embed: bool, path: str
 ) -> tuple[tuple[int, int], bool, str]:
-    """Find the tokens along time and a side; return also whether the file tells them, and doubt."""
+    """Find the tokens along time and along a side, whether the file states them, and any doubt."""
     t_patch, p = state[KERNEL].shape[2:4]
     if "pos_embed_spatial" in state:
         patches = state["pos_embed_spatial"].shape[1]
@@ -383,14 +383,14 @@ def _find_grid(
     usual = ((frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p)
     if "pos_embed" not in state:  # VideoMAE computes its positions
         return usual, bool(frames and pixels), ""
-    # joint positions: all grids of so many tokens, less those that contradict the records
+    # joint positions: all grids with this many tokens that do not contradict the records
     patches = state["pos_embed"].shape[1] - int(cls_embed)
     sides = [g for g in range(1, math.isqrt(patches) + 1) if patches % (g * g) == 0]
     grids = [(patches // (g * g), g) for g in sides]
     fits = [(t, g) for t, g in grids if frames in (None, t * t_patch) and pixels in (None, g * p)]
     stated = len(fits) == 1 and (frames, pixels) != (None, None)
     likely = [usual] if usual in fits else fits or grids
-    # a single column of patches is what remains of a number that has a class token too many
+    # frames one patch wide usually mean that the number wrongly includes a class token
     if fits and len(likely) == 1 and (likely[0][1] > 1 or stated):
         return likely[0], stated, ""
     clips = ", ".join(f"{t * t_patch} x {g * p} x {g * p}" for t, g in likely)
@@ -401,7 +401,7 @@ def _find_grid(
 def find_arguments(
     state: dict[str, Tensor], records: dict[str, Any], source: str, path: str
 ) -> tuple[dict[str, Any], set[str], str]:
-    """Find arguments, stated and doubt of Weights: from shapes, records, the format's custom."""
+    """Find arguments, stated and doubt of Weights: from shapes, records and format defaults."""
     D, C, t_patch, p, _ = state[KERNEL].shape
     hidden = len(state[FC1])
     is_videomae = source in (VIDEOMAE, HF_VIDEOMAE)
@@ -454,8 +454,8 @@ def _count_blocks(state: dict[str, Tensor], name: str) -> int:
 
 
 def guessed_heads(arguments: dict[str, Any], stated: set[str]) -> str:
-    """Return the numbers of heads that neither the file nor a published model decides."""
+    """Describe the numbers of heads that come neither from the file nor from a published model."""
     width, decoder_width = arguments["embed_dim"], arguments.get("decoder_embed_dim", 512)
     guessed = ["num_heads"] if width % 64 and width not in HEADS_OF_WIDTH else []
-    guessed += ["decoder_num_heads"] if decoder_width < 256 else []  # no published one is as narrow
+    guessed += ["decoder_num_heads"] if decoder_width < 256 else []  # published ones are wider
     return " and ".join(f"{name} {arguments[name]}" for name in guessed if name not in stated)

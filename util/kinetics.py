@@ -28,7 +28,7 @@ from util.video.sampling import NO_BOX, Box
 from util.video.time_limit import call_within
 from util.video.transforms import resize_frame
 
-MAX_REPLACEMENTS = 10  # a loader gives up after so many unreadable videos in a row
+MAX_REPLACEMENTS = 10  # a loader gives up after this many unreadable videos in a row
 NO_LABEL = -1
 AUGMENT_SIDE = 256  # pixels; RandAugment sees no larger short side, as in the reference
 
@@ -44,7 +44,7 @@ class VideoIndex:
     strings would be copied into every worker, because reading a string changes its reference count.
 
     Args:
-        path_prefix: folder of relative paths, if not that of the csv.
+        path_prefix: folder that relative paths start from; empty: that of the csv.
         num_classes: labels must be below it; None allows rows without a label (pre-training).
     """
 
@@ -53,7 +53,7 @@ class VideoIndex:
         self.folder = path_prefix or os.path.dirname(csv_path)
         blob, ends, labels = bytearray(), [], []
         with open_file(csv_path, "rb") as file:
-            # File names are bytes: what is not UTF-8 is kept as it is, as by os.listdir.
+            # File names are bytes: what is not UTF-8 is kept unchanged, as in os.listdir.
             text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
             for number, line in enumerate(text, start=1):
                 line = line.removeprefix("\ufeff").strip()  # Windows editors write this mark
@@ -130,11 +130,11 @@ class Sample(NamedTuple):  # what a loader worker makes of one video
 def cut_views(
     video: Video, frames: np.ndarray, draw_boxes: DrawBoxes, out: Tensor, side: int | None = None
 ) -> None:
-    """Cut V clips from a video, decoding each frame once for all of its places.
+    """Cut V clips from a video; each frame is decoded once, even if several clips use it.
 
     Args:
         frames: int64 [V, T], frame numbers.
-        draw_boxes: maps the frame's height and width to V boxes, once the first frame is decoded.
+        draw_boxes: takes the frames' height and width once the first is decoded; returns V boxes.
         out: uint8 [V, T, h, w, C], written; each box is resized to h x w.
         side: scale frames to this short side before the boxes are cut.
     """
@@ -158,7 +158,7 @@ def cut_views(
 
 
 def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
-    """Return a clip uint8 [T, H, W, C] of whole frames, the short side scaled down to max_side."""
+    """Return a clip uint8 [T, H, W, C] of whole frames; a short side above max_side is scaled."""
     clip = np.empty(0, np.uint8)
     for number, frame in video.frames(frames):
         if min(frame.shape[:2]) > max_side:
@@ -190,8 +190,8 @@ class Kinetics(Dataset):
 
     Every random choice comes from a generator seeded by (seed, epoch, row, repeat): it depends on
     neither the number of workers nor the step at which a run was resumed. In training, a video that
-    cannot be read, or not in time, is replaced by another one, the same in every run. In testing,
-    its row comes back with zeros and an error.
+    cannot be read in time is replaced by another one, the same in every run. In testing, its sample
+    holds zeros and an error.
     """
 
     index: VideoIndex
@@ -208,7 +208,7 @@ class Kinetics(Dataset):
     reprob: float = 0.0  # probability of random erasing in fine-tuning
     num_clips: int = 1
     num_crops: int = 1
-    sampling: str = "dense"  # or "segments": a frame from each of equal parts of the video
+    sampling: str = "dense"  # or "segments": one frame from each of num_frames equal parts
     max_pixels: int = MAX_PIXELS  # videos with larger frames (width * height) are unreadable
     item_timeout: float = 60.0  # seconds that reading a video may take
 
@@ -226,9 +226,9 @@ class Kinetics(Dataset):
         return self.read(*key, torch.empty(self.clips_shape, dtype=torch.uint8))
 
     def read(self, epoch: int, row: int, clips: Tensor) -> Sample:
-        """Make the sample of a row, and write its clips to `clips`, uint8 [R, T, H, W, C].
+        """Make the sample of a row and write its clips to `clips`, uint8 [R, T, H, W, C].
 
-        If a hung read was given up, the sample has other clips: that read may still write to these.
+        After a hung read the sample has a tensor of its own: that read may still write to `clips`.
         """
         seeds = [(self.seed, epoch, row, r) for r in range(self.repeat_aug)]
         replacements = np.random.default_rng((self.seed, epoch, row, self.repeat_aug))
@@ -239,7 +239,7 @@ class Kinetics(Dataset):
             load = partial(self._load, path, rngs, clips)
             try:
                 # The decoder checks the clock itself and then frees what it holds. A call that
-                # takes longer even so hangs in the file system.
+                # still takes longer hangs in the file system.
                 flip, erase = call_within(self.item_timeout + 1, load)
             except (VideoError, UserError) as error:
                 errors[path] = " ".join(str(error).split())

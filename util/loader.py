@@ -41,7 +41,7 @@ Made = tuple[int | None, Tensor | None, list[np.ndarray], list[dict[str, str]]]
 
 @dataclass(eq=False)
 class EpochSampler(Sampler):
-    """Deal the rows of an epoch to the ranks as (epoch, row); (seed, epoch) alone decides.
+    """Deal the rows of an epoch to the ranks as (epoch, row); only (seed, epoch) decides the order.
 
     In training the order is shuffled and cut to whole batches of all ranks, and the joint batch of
     a step holds the same rows however many ranks share it. In testing every row comes once.
@@ -111,7 +111,7 @@ class BatchMemory:
 
 
 class _Mapping(mmap.mmap):
-    """Anonymous memory, shared with forked processes, which CUDA may have page-locked."""
+    """Anonymous memory that forked processes share and that CUDA can page-lock."""
 
     address = 0  # of the locked pages
 
@@ -175,7 +175,7 @@ class _BatchReader(Dataset):
 
 
 def default_num_workers() -> int:
-    """Return the CPUs of this process: its Slurm task's, or a share of the machine's per rank."""
+    """Return the CPUs of this rank, at most 16: its Slurm task's or its share of the machine's."""
     cpus = available_cpus()
     own = os.environ.get("SLURM_CPUS_PER_TASK")
     if own and "TORCHELASTIC_RUN_ID" not in os.environ:  # each rank is a task with its own CPUs
@@ -201,15 +201,15 @@ def _cpu_quota() -> float:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
-    # Launchers send these signals to every process they find, but the trainer needs its workers for
-    # the step it ends with. It tells them when to go, and they go by themselves if it dies.
+    # Launchers send these signals to all processes, but the trainer needs its workers for its last
+    # step. It ends them itself, and they end on their own if it dies.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill the workers that are left, for they ignore the SIGTERM that multiprocessing sends."""
+    """Kill the workers that are left; they ignore the SIGTERM that multiprocessing sends."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -250,8 +250,8 @@ class VideoLoader:
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
         workers = default_num_workers() if self.num_workers is None else self.num_workers
-        # Only forked workers see the memory of this process. There are slots for the batches asked
-        # for ahead, the one on its way to the device, the one in use, and a spare one.
+        # Only forked workers see the memory of this process. There are slots for the batches
+        # made ahead, the one on its way to the device, the one in use, and a spare one.
         shared = workers == 0 or multiprocessing.get_start_method() == "fork"
         slots, shape = workers * PREFETCH + 3 if shared else 0, (batch_size, *dataset.clips_shape)
         self.memory = BatchMemory(slots, shape, page_lock=self.device.type == "cuda")
@@ -270,7 +270,7 @@ class VideoLoader:
         return -(-len(self.sampler) // self.batch_size)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the next epoch and its first step; all ranks call this, to share bad videos."""
+        """Choose the next epoch and its first step; all ranks call this and share bad videos."""
         for others in gather_objects(self.bad):
             self.bad = others | self.bad
         self._refuse_bad_share()
@@ -289,7 +289,7 @@ class VideoLoader:
         if clips is None:
             assert slot is not None
             clips = self.memory.lease(slot)[: len(errors)]
-        elif slot is not None:  # never use it again: a hung read may still write to it
+        elif slot is not None:  # never use the slot again: a hung read may still write to it
             self.memory.taken.remove(slot)
         flip, erase, label, row = map(torch.from_numpy, arrays)
         for path, error in [item for tried in errors for item in tried.items()]:
@@ -325,7 +325,7 @@ _copy_stream = functools.cache(torch.cuda.Stream)
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Copy batches to a CUDA device one ahead, on a stream of its own; rows stay on the host."""
+    """Copy batches to a CUDA device, one ahead, on a separate stream; rows stay on the host."""
     stream = _copy_stream(device)
 
     def arrive(batch: Batch, host: Batch, copied: torch.Event) -> Iterator[Batch]:

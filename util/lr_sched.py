@@ -19,7 +19,7 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
 
     Args:
         counted: what the recipe counts as its batch, "videos" or their (repeated) "clips".
-        steps: micro-steps of an epoch; a UserError if they are too few for a single update.
+        steps: micro-steps of an epoch; fewer than an update needs raise UserError.
     """
     accum, ranks = args.accum_iter, world_size()
     if steps < accum:
@@ -41,7 +41,7 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
         print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
     else:
         lr = args.lr
-        print0(f"learning rate: {lr:.3g} by --lr")
+        print0(f"learning rate: {lr:.3g} (--lr)")
     if args.warmup_epochs >= args.epochs:
         reached = lr * args.epochs / args.warmup_epochs
         print0(
@@ -68,5 +68,5 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
-    """Return the share of tokens that fine-tuning leaves out, which falls to 0 by half a cosine."""
+    """Return the share of tokens that fine-tuning leaves out, falling to 0 along half a cosine."""
     return mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))

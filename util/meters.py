@@ -33,8 +33,8 @@ class Meters:
     """Collect the metrics of every step without waiting for the device.
 
     Values may be scalars on the device: they are stacked, averaged over ranks and read once per
-    `flush`. That is where a value that is not finite is noticed, or left out if UpdateGuard has
-    dealt with it (skip_nonfinite). Sums and counts of an epoch that is continued are carried on.
+    `flush`. There a value that is not finite raises an error, or is left out if UpdateGuard has
+    handled it (skip_nonfinite). In a resumed epoch, sums and counts start from those in `progress`.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Meters:
         self.latest: dict[str, float] = {}
 
     def update(self, step: int, samples: Tensor, **metrics: Tensor | float) -> None:
-        """Note a step's metrics, the same on every rank, and the sample numbers of its batch."""
+        """Store a step's metrics, the same names on every rank, and the csv rows of its batch."""
         self.pending.append((step, samples, metrics))
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
-        """Read the steps noted since the last flush, averaged over ranks.
+        """Return the metrics of the steps since the last flush, averaged over ranks.
 
         Raises:
             NonFiniteError: on every rank, for the first step with a value that is not finite.
@@ -95,14 +95,14 @@ def memory_mib(device: torch.device) -> float:
 
 
 def epoch_1000x(epoch: float, repeat_aug: int) -> int:
-    """Map fractional epochs to TensorBoard's x axis; runs of all batch sizes line up there."""
+    """Map fractional epochs to TensorBoard's x axis, where runs of all batch sizes line up."""
     return int(epoch * 1000 * repeat_aug)
 
 
 def last_x(epoch: int, repeat_aug: int) -> int:
-    """Return the last place of an epoch (0, 1, ...) on the x axis, for results of its end.
+    """Return the last place of an epoch (counted from 0) on the x axis, for the epoch's results.
 
-    TensorBoard drops what follows it when a run resumes from the end of this epoch.
+    When a run resumes from the end of this epoch, TensorBoard keeps them and drops what follows.
     """
     return epoch_1000x(epoch + 1, repeat_aug) - 1
 
@@ -120,7 +120,7 @@ class RunLog:
         self.guard = UpdateGuard(0)
         self.meters = Meters(device)
         self.repeat_aug = 1  # for the x axis
-        self.time_first_step = False  # print how long the first step takes, for it compiles
+        self.time_first_step = False  # print how long the first step takes: it compiles
         self.session_end: Any = None  # see hparams
         self.writer = None
         if is_main() and log_dir:
@@ -142,7 +142,7 @@ class RunLog:
         Raises:
             NonFiniteError: see Meters.flush.
         """
-        # For `read`: the loop, and since the last line its clock and the time spent on loading.
+        # State for `read`: the loop, and clock and loading time since the last printed line.
         first, steps = progress.step if progress else 0, len(loader)
         start = waiting = time.perf_counter()
         self.header, self.num_steps, self.clips_per_step = header, steps, clips_per_step
@@ -228,11 +228,8 @@ class RunLog:
         self._write("add_summary", Summary(value=[Summary.Value(tag=name, image=image)]), x)
 
     def hparams(self, flags: dict[str, Any]) -> None:
-        """Let TensorBoard compare this run with others by its flags and last scalars.
-
-        writer.add_hparams would make a run of its own for them.
-        """
-        if self.writer is not None:
+        """Let TensorBoard compare this run with others by its flags and last scalars."""
+        if self.writer is not None:  # writer.add_hparams would create another run
             from torch.utils.tensorboard.summary import hparams
 
             numbers = (bool, int, float)
@@ -241,7 +238,7 @@ class RunLog:
             self._write("add_summary", start)
 
     def flush(self) -> None:
-        """Bring everything that was written for TensorBoard to the disk."""
+        """Write everything that TensorBoard has been given to the disk."""
         self._write("flush")
 
     def close(self) -> None:
@@ -251,14 +248,14 @@ class RunLog:
         self._write("close")
 
     def _write(self, method: str, *values: Any, **options: Any) -> None:
-        """Call a method of TensorBoard's writer; if that fails, train on without TensorBoard."""
+        """Call a method of TensorBoard's writer; if that fails, warn and go on without."""
         if self.writer is None:
             return
         try:
             target = self.writer.file_writer if method == "add_summary" else self.writer
             getattr(target, method)(*values, **options)
         except OSError as error:
-            print0(f"WARNING: TensorBoard's file cannot be written, going on without: {error}")
+            print0(f"WARNING: TensorBoard's file cannot be written; going on without it: {error}")
             self.writer = None
 
 
@@ -267,7 +264,7 @@ def open_log(
 ) -> RunLog:
     """Open the log of a training run; what a killed process wrote beyond `progress` is dropped."""
     done = epoch_1000x(progress.epoch + progress.step / steps, args.repeat_aug)
-    # a run that stopped after the last step of an epoch has still to write that epoch's results
+    # a run that stopped after the last step of an epoch still has to write that epoch's results
     purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
     log_dir = args.log_dir or os.path.join(args.output_dir, "tensorboard")
     log = RunLog(log_dir, args.print_freq, device, purge_step)
@@ -281,19 +278,19 @@ def open_log(
 
 
 def log_line(record: dict[str, Any]) -> str:
-    """Return a line of log.txt. JSON has no NaN: a validation loss that is one becomes null."""
+    """Return a line of log.txt. JSON has no NaN, so a NaN loss becomes null."""
     return simplejson.dumps(record, ignore_nan=True) + "\n"
 
 
 def append_log(output_dir: str, record: dict[str, Any]) -> None:
-    """Append one JSON line to log.txt, from the main process."""
+    """Append one JSON line to log.txt in the main process."""
     if is_main() and output_dir:
         with open_file(os.path.join(output_dir, "log.txt"), "a") as file:
             file.write(log_line(record))
 
 
 def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:
-    """Write log.txt anew, one JSON line per epoch, from the main process; failing only warns.
+    """Rewrite log.txt in the main process, one JSON line per epoch; a failure only warns.
 
     This drops the lines that a killed process had added after its last checkpoint.
     """

@@ -38,7 +38,7 @@ def param_groups_weight_decay(
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Number a parameter's layer: 0 patches and positions, i + 1 block i, then norm and head."""
+    """Number the layers: 0 for patches and positions, i + 1 for block i, depth + 1 for the rest."""
     if name.startswith(("patch_embed", "pos_embed", "cls_token")):
         return 0
     if name.startswith("blocks."):
@@ -112,7 +112,7 @@ def prepare_model(
     if compile_blocks:
         try:
             torch.compile(torch.sin)(torch.zeros(2, device=device))  # fails now, not hours later
-        except Exception as error:  # every compiler has its own
+        except Exception as error:  # every compiler raises its own
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
         model.compile_blocks(dynamic)
@@ -136,11 +136,11 @@ def optim_step(
     clip_grad: float | None,
     allows: Callable[[Tensor], bool] = lambda norm: True,
 ) -> Tensor:
-    """Unscale the gradients, clip them by their global norm, step if that is allowed; clear them.
+    """Unscale the gradients, clip their global norm, step if `allows` agrees, clear them.
 
     Returns:
         the gradient norm before clipping, a scalar on the device (reading it waits for the GPU); 0
-        where the gradient overflowed under the loss scale, so that the step is skipped.
+        if the gradient overflowed only because of the loss scale, and the step is skipped.
     """
     scaler.unscale_(optimizer)
     if clip_grad:
@@ -148,8 +148,8 @@ def optim_step(
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler.is_enabled():
-        # An overflow is normal in fp16: the scaler skips the step and lowers its scale. A scale
-        # below 1 cannot be what made the gradient overflow: then the gradient itself is broken.
+        # An overflow is normal in fp16: the scaler skips the step and lowers its scale. At a
+        # scale below 1, however, the scale cannot be the cause: the gradient itself is broken.
         scale = scaler.scale(torch.ones_like(norm))
         norm = torch.where(norm.isfinite() | (scale < 1), norm, 0.0)
     if allows(norm):
@@ -172,7 +172,7 @@ class NonFiniteError(UserError):
 class UpdateGuard:
     """Skip updates whose loss or gradient is not finite, at most `limit` in a row.
 
-    All ranks decide alike. With a limit of 0 the guard lets every update pass and never waits for
+    All ranks decide the same. With a limit of 0 the guard lets all updates pass and never waits for
     the device; the run then stops in Meters.flush, when the bad value is read.
     """
 
@@ -181,7 +181,7 @@ class UpdateGuard:
         self.bad: tuple[int, Tensor | None] | None = None  # first bad micro-step of this update
 
     def observe(self, step: int, samples: Tensor, loss: Tensor) -> None:
-        """Check the loss of a micro-step, together with all other ranks."""
+        """Check the loss of a micro-step on all ranks together."""
         if self.limit and self.bad is None:
             own = loss.detach().float()
             if not math.isfinite(all_reduce_mean(own.clone()).item()):

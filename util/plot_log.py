@@ -64,7 +64,7 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
     if not panels:
         known = ", ".join(key for _, keys in PANELS for key in keys)
         raise UserError(f"{', '.join(runs)}: none of {known} is logged")
-    # A panel for each title, a colour for each run
+    # Draw a panel for each title, a colour for each run.
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, keys) in zip(grid, panels, strict=True):
@@ -87,7 +87,7 @@ def plot_logs(runs: dict[str, list[Record]], out: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw what the command line asks for."""
+    """Draw the runs that the command line names."""
     parser = argparse.ArgumentParser(
         "python -m util.plot_log",
         description="Draw the loss, learning rate and accuracy of runs in one picture.",

@@ -1,4 +1,4 @@
-"""Positions of tokens: joint and separable ones, the fixed sine-cosine table, other clips' sizes.
+"""Position embeddings: joint, separable or a fixed sine-cosine table; resized for other clips.
 
 Shapes: C channels, D width, (t, h, w) the grid of tokens; positions of patches have no class row.
 """
@@ -61,10 +61,10 @@ def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Ten
     """Write joint positions [1, t*h*w, D] as the sum of spatial [1, h*w, D] and temporal [1, t, D].
 
     Args:
-        rounding: relative error with which they were stored.
+        rounding: relative rounding error of the stored positions.
 
     Raises:
-        ValueError: the best such sum misses more than a ten thousandth, and more than the rounding.
+        ValueError: even the best sum loses more than 0.01 % and more than the rounding.
     """
     frames = joint.double().unflatten(1, (grid[0], grid[1] * grid[2]))  # (1, t, h*w, D)
     spatial = frames.mean(dim=1)
@@ -72,14 +72,14 @@ def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Ten
     rest = (join(spatial, temporal) - joint).norm() / (joint.double().norm() + 1e-12)
     if rest > max(1e-4, rounding):
         raise ValueError(
-            f"joint positions are no sum of positions in space and in time ({rest:.1%} would be "
+            f"joint positions are not a sum of positions in space and in time ({rest:.1%} would be "
             "lost): build the model with joint ones (--no-sep_pos_embed)"
         )
     return spatial.to(joint.dtype), temporal.to(joint.dtype)
 
 
 def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Parts:
-    """Return positions of a state dict, e.g. "decoder_pos_embed"; empty if it lacks patches'."""
+    """Return a state dict's positions by name, e.g. "decoder_pos_embed"; {} if it lacks them."""
     if name in state:
         rows = state[name]
         return {"class": rows[:, :1], "joint": rows[:, 1:]} if cls_embed else {"joint": rows}
@@ -89,7 +89,7 @@ def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Part
 
 
 def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
-    """Resize positions to another grid; RuntimeError if they are not of the old one."""
+    """Resize positions to another grid; RuntimeError if they do not fit the old one."""
     resize = {
         "joint": lambda pos: resize_joint(pos, old, new),
         "spatial": lambda pos: resize_spatial(pos, old[1:], new[1:]),
@@ -102,7 +102,7 @@ def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
 def put_positions(
     parts: Parts, name: str, grid: Grid, joint: bool, rounding: float = 0.0
 ) -> dict[str, Tensor]:
-    """Return positions of a grid by parameter name, joint or separable; see split for errors."""
+    """Return positions by parameter name, as joint or separable ones; see split for errors."""
     if joint:
         rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
         return {name: torch.cat([parts["class"], rows], dim=1) if "class" in parts else rows}
@@ -113,9 +113,9 @@ def put_positions(
 
 
 def resize_kernel(kernel: Tensor, t: int) -> Tensor:
-    """Resize a patch kernel [D, C, t, p, p] in time so that still clips keep their tokens.
+    """Resize a patch kernel [D, C, t, p, p] in time; still clips keep their tokens.
 
-    Frames are repeated and averaged, and scaled so that the sum over time stays.
+    Frames are repeated, divided and summed in groups, so that the sum over time stays the same.
     """
     old = kernel.shape[2]
     if old == t:

@@ -45,7 +45,7 @@ LISTS = ("train", "val", "test")
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
-# All copies are BT.601 in limited range, which is what readers assume that ignore the tags. Without
+# All copies are BT.601 in limited range, which readers that ignore the tags assume. Without
 # SWS_ACCURATE_RND (0x40000) and SWS_FULL_CHR_H_INT (0x2000), which have no names before PyAV 18,
 # flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
 COLOURS: dict[str, Any] = {
@@ -144,7 +144,7 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
     """Find the videos of annotated clips at any depth, by their names without suffix."""
     if not clips:
         raise UserError(f"no row of {', '.join(args.annotations)} has a label")
-    # the first of equal names
+    # of equal names, the first
     by_name = {Path(path).stem: path for path in reversed(find_videos(args.videos))}
     found = [clip._replace(path=by_name[clip.path]) for clip in clips if clip.path in by_name]
     missing = [f"{clip.split} {clip.path}" for clip in clips if clip.path not in by_name]
@@ -163,7 +163,7 @@ def find_videos(folder: str) -> list[str]:
         folders.sort()
         found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
     if not found:
-        raise UserError(f"{folder} is no folder with videos ({' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder} is not a folder with videos ({' '.join(sorted(SUFFIXES))})")
     return sorted(found)
 
 
@@ -171,7 +171,7 @@ def find_videos(folder: str) -> list[str]:
 
 
 def read_folders(args: argparse.Namespace) -> DataSet:
-    """Read a folder of class folders (UCF101, HMDB51), maybe below folders train, val and test.
+    """Read a folder of class folders (UCF101, HMDB51), perhaps below folders train, val, test.
 
     The splits come from lists of `class/name.avi` (UCF101), from `CLASS_test_split1.txt` files
     (HMDB51), or from folders train and val. Without any of these, a fixed random share of each
@@ -180,7 +180,7 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
     if lost := [path for path in videos if len(parts[path]) < 2]:
-        raise UserError(f"{lost[0]} is in no class folder")
+        raise UserError(f"{lost[0]} is not in a class folder")
     missing: list[str] = []
     if args.train_list or args.test_list or args.hmdb_splits:
         listed = _read_listed(args)
@@ -193,7 +193,7 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         split_of = {path: SPLITS[name] for path, name in top.items() if name in SPLITS}
         split_of = split_of or _draw_split(videos, args.val_share)
         if stray := [path for path in videos if path not in split_of]:
-            raise UserError(f"{stray[0]} is below none of the folders train, val, test; others are")
+            raise UserError(f"{stray[0]} is not below a folder train, val or test, as others are")
     clips = [Clip(path, parts[path][-2], split) for path, split in sorted(split_of.items())]
     return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
 
@@ -216,7 +216,7 @@ def _read_listed(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _read_lines(path: str) -> list[tuple[str, str]]:
-    """Read names and numbers of lines `name N` or `name`; names may hold spaces."""
+    """Read (name, last word) from lines `name N` or `name`; names may hold spaces."""
     lines = [line.strip() for line in _read_text(path).splitlines()] if path else []
     return [(re.sub(r"\s+\d+$", "", line), line.split()[-1]) for line in lines if line]
 
@@ -252,12 +252,12 @@ def transcode(
     short_side: int | None = 256,
     gop: int = 32,  # frames from one key frame to the next, at most
     crf: float = 23,  # x264's quality; smaller is better, 18 is visually lossless
-    tune: str | None = "fastdecode",  # x264's tuning for what is cheap to decode
+    tune: str | None = "fastdecode",  # x264's tuning for cheap decoding
 ) -> int:
     """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
 
     All frames keep their times; frames with a larger short side are scaled down to it. The copy
-    takes its name after it has been written and opened again. If the source cannot be decoded to
+    gets its name after it has been written and opened again. If the source cannot be decoded to
     its end, this raises VideoError, and `target` stays as it was.
     """
     temporary = f"{target}.{os.getpid()}.tmp.mp4"
@@ -346,7 +346,7 @@ def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str
         name = Path(path).relative_to(args.videos).with_suffix(".mp4")
         targets[path] = target = os.path.join(args.reencode, name)
         if sources.setdefault(target, path) != path:
-            raise UserError(f"{path} and {sources[target]} would have one copy: rename one")
+            raise UserError(f"{path} and {sources[target]} would have the same copy: rename one")
         if os.path.exists(target) and os.path.samefile(path, target):
             raise UserError(f"--reencode {args.reencode} would overwrite {path}: choose another")
 
@@ -393,7 +393,7 @@ def write_lists(data: DataSet, out: str) -> None:
         path = os.path.abspath(path)
         if os.path.commonpath([path, root]) == root:
             path = os.path.relpath(path, root)
-            if not re.match(r"[\w.-]", path):  # it could be read as a comment, quote or separator
+            if not re.match(r"[\w.-]", path):  # it could be taken for a comment, quote or separator
                 path = f"./{path}"
         texts[f"{split}.csv"].append(f"{path} {number[label]}")
     texts["test.csv"] = texts["test.csv"] or texts["val.csv"]
@@ -413,12 +413,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     common.add_argument("videos", help="folder of the videos")
     common.add_argument("out", help="folder to write the lists to")
     add = adder(common)
-    add("--reencode", "", "write cheaper copies here and list those", metavar="DIR")
+    add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
     add("--short_side", 256, "short side of the copies, pixels, at most", positive_int)
     add("--gop", 32, "frames between key frames", positive_int)
     add("--crf", 23, "x264's quality, smaller is better", float)
     add("--verify", False, "decode all videos and name the broken ones")
-    add("--workers", available_cpus(), "videos at a time", positive_int)
+    add("--workers", available_cpus(), "videos processed at a time", positive_int)
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official csv files")
     group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")

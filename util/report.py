@@ -29,7 +29,7 @@ BLUE, RED = (8, 48, 107), (165, 15, 21)  # of right and wrong predictions; darke
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Count rows of logits [N, C] whose label [N] is among the k largest, or the C largest."""
+    """Count rows of logits [N, C] whose label [N] is among the k largest; with C < k all count."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels.unsqueeze(1)).any(dim=1).sum()
 
@@ -54,7 +54,7 @@ class ClassReport(NamedTuple):
 def report_classes(confusion: np.ndarray, unpredicted: np.ndarray | int = 0) -> list[ClassReport]:
     """Describe every class, in the order of the labels, from counts int [C, C].
 
-    `unpredicted` (int [C]) counts the videos of each class without a prediction, as wrong ones.
+    `unpredicted` (int [C]) counts the videos of each class without a prediction, which are wrong.
     """
     videos = confusion.sum(axis=1) + unpredicted
     wrong = confusion - np.diag(confusion.diagonal())
@@ -67,12 +67,12 @@ def report_classes(confusion: np.ndarray, unpredicted: np.ndarray | int = 0) -> 
 
 
 def read_class_names(folder: str, num_classes: int) -> list[str]:
-    """Read the names in classes.txt, beside the csvs or one folder above; without it, number them.
+    """Return the names in classes.txt, beside the csvs or one folder above; else the numbers.
 
     A file with another number of names belongs to another data set and is ignored.
     """
     for place in (folder, os.path.dirname(folder.rstrip("/"))):
-        # opened without asking whether it exists: web servers cannot be asked
+        # open it without checking that it exists: web servers cannot be asked
         with contextlib.suppress(UserError), open_file(os.path.join(place, "classes.txt")) as file:
             names = file.read().splitlines()
             if len(names) == num_classes:
@@ -96,21 +96,21 @@ def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -
     if not result.readable.any():
         raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
 
-    # What was scored: the five best classes of every video, and whether each is the label
-    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # the first among equals
+    # Rank the five best classes of every video and compare them with its label.
+    ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # of equals, the first
     hits = (ranking == index.labels[:, None]) & result.readable[:, None]
     top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
     per_class = [hits[index.labels == label, 0].mean() for label in np.unique(index.labels)]
     errors = [error for error in result.errors if error]
 
-    # What is printed
+    # Print the accuracy.
     if errors:
         print(f"{len(errors)} unreadable videos, counted as wrong:", *errors, sep="\n  ")
     each = f"{args.num_clips * args.num_crops} views ({args.ensemble})"
     accuracy = f"{len(index)} videos x {each}: top-1 {top1:.2f} %  top-5 {top5:.2f} %"
     print(f"{accuracy}; predictions, classes and scores go to {args.output_dir}", flush=True)
 
-    # What is written
+    # Write the files.
     names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
     predictions, classes, scores = (
         os.path.join(args.output_dir, name)
@@ -160,7 +160,7 @@ def write_classes(
 
 
 def write_csv(path: str, rows: list[list[Any]]) -> None:
-    """Write rows of cells; names of files may be any bytes, which os.fsdecode has escaped."""
+    """Write rows of cells; file names may hold any bytes, which os.fsdecode has escaped."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_atomically(path, lambda f: f.write(text.getvalue().encode("utf-8", "surrogateescape")))
@@ -182,7 +182,7 @@ def draw_confusion(confusion: np.ndarray) -> np.ndarray:
 
     Right predictions are blue, wrong ones red. Large cells show percents, and the margins labels.
     """
-    # One square of pixels per cell
+    # Draw one square of pixels per cell.
     classes = len(confusion)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     hue = np.where(np.eye(classes, dtype=bool)[..., None], BLUE, RED)
@@ -192,7 +192,7 @@ def draw_confusion(confusion: np.ndarray) -> np.ndarray:
     if side < 24:  # too small for numbers
         return pixels
 
-    # Labels in the margins, percents in the cells
+    # Write labels in the margins and percents in the cells.
     margin = 24
     image = Image.new("RGB", (len(pixels) + margin, len(pixels) + margin), "white")
     image.paste(Image.fromarray(pixels), (margin, margin))

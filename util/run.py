@@ -1,4 +1,4 @@
-"""How a script starts and ends: flags, device, ranks; errors become one sentence and a status."""
+"""How a script starts and ends: flags, device, ranks, and errors as one sentence and a status."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from util.file_io import make_dirs
 from util.optim import choose_precision, has_fast_bf16
 from util.signals import signals_restored
 
-# what PyTorch's errors say (regular expressions), and what has happened then
+# regular expressions for PyTorch's errors, and what has happened then
 FAILURES = {
     "^DataLoader worker": "a loader process was killed: memory or /dev/shm has probably run out; "
     "lower --num_workers or --batch_size, or give the container more with --shm-size",
@@ -42,10 +42,10 @@ def run(
 
 @contextlib.contextmanager
 def ending(script: str) -> Iterator[None]:
-    """End the process when the body ends; a UserError gives the sentence and the status.
+    """Leave the process group after the body; after an error, print it and exit with its status.
 
-    All ranks leave their group together when the body returns, or stops for a signal; an error may
-    happen on one rank alone.
+    When the body returns, or stops for a signal, all ranks leave the group together. An error may
+    happen on one rank alone, which then exits without waiting for the others.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def ending(script: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Say in a sentence that a file system has failed or another process is gone, else None."""
+    """Describe a failed file system or a lost process; return None for an unknown error."""
     if isinstance(error, UserError):
         return error
     text = " ".join(str(error).split())
@@ -81,7 +81,7 @@ def explain(error: BaseException) -> UserError | None:
     if isinstance(error, RuntimeError):
         for pattern, happened in FAILURES.items():
             if re.search(pattern, text):
-                go_on = "the same command goes on from the newest checkpoint"
+                go_on = "the same command continues from the newest checkpoint"
                 return UserError(f"{happened} ({text[:200]}); {go_on}", status=1)
     return None
 

@@ -1,4 +1,4 @@
-"""Signals: they stop all ranks after the same step; libraries must not get in the way."""
+"""Signals that stop all ranks after the same step, without interference from libraries."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from util.dist import is_main, print0, world_size
 
-# when several arrive the later in this list wins: SIGUSR may ask for a requeue of the job
+# if several arrive, the last one in this list wins: SIGUSR may ask for a requeue of the job
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again
 PATIENCE = 2.0  # seconds after which another Ctrl-C stops at once; torchrun itself sends two
@@ -46,7 +46,7 @@ def child_signal_kept() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block the stop signals, here and in processes that are started meanwhile."""
+    """Block the stop signals, here and in processes started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -58,8 +58,8 @@ class Interruption:
     """Turn Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a stop after the same step on every rank.
 
     The ranks exchange flags while they compute: an exchange begun after one step is read after
-    the next. So no rank waits for another one or for its device. One that does not answer within
-    `timeout` minutes is an error.
+    the next. So no rank waits for another one or for its device. If one does not answer
+    within `timeout` minutes, the others raise an error.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -80,20 +80,20 @@ class Interruption:
             raise KeyboardInterrupt
         self.since, which = min(self.since, now), signal.Signals(number)
         self.signal = max(self.signal, STOP_SIGNALS.index(which) + 1)
-        again = "; once more: at once" if which == signal.SIGINT else ""
+        again = "; Ctrl-C again stops at once" if which == signal.SIGINT else ""
         text = f"{which.name}: stopping after this step with a checkpoint{again}\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # print would raise if the signal interrupted another print
 
     def after_step(self) -> bool:
-        """Return, alike on every rank, whether to stop now; all ranks must ask equally often."""
+        """Return whether all ranks stop now; every rank must call this equally often."""
         if self.group is None:
             self.agreed = self.signal > 0
             return self.agreed
         if self.exchange is not None:
             work, flag = self.exchange
             work.wait()
-            if flag > 0:  # otherwise keep what may have come to this rank since
+            if flag > 0:  # otherwise keep a signal that has come to this rank since
                 self.agreed, self.signal = True, int(flag)
         if not self.agreed:
             flag = torch.tensor(self.signal)
@@ -108,7 +108,7 @@ class Interruption:
         and needs the other ranks to stay alive meanwhile.
         """
         if self.group is not None:
-            # leave together: a launcher kills the other ranks, maybe a saving one, when one leaves
+            # leave together: once one rank leaves, a launcher kills the others, even a saving one
             with contextlib.suppress(RuntimeError):
                 dist.barrier(self.group)
         number = STOP_SIGNALS[self.signal - 1]
@@ -118,7 +118,7 @@ class Interruption:
             previous(number, None)
             if not is_main():
                 time.sleep(60)
-        print0(f"stopped; the same command goes on from here (exit status {status})")
+        print0(f"stopped; the same command continues from here (exit status {status})")
         sys.exit(status)
 
     def close(self) -> None:

@@ -61,12 +61,12 @@ class Job:
             importlib.import_module(self.script).main(args)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Return what submitit requeues when the job is preempted or reaches its time limit."""
+        """Return the job that submitit requeues at preemption or at the time limit."""
         return DelayedSubmission(Job(self.script, self.args))
 
 
 def submit(script: str, args: Namespace) -> None:
-    """Submit a script, a module with main(args); print its logs, and wait for a local job.
+    """Submit a script, a module with main(args); print where its logs are; wait for a local job.
 
     Raise UserError if this machine has no Slurm, Slurm refuses the job, or a local job fails.
     """
@@ -86,7 +86,7 @@ def submit(script: str, args: Namespace) -> None:
             mem_gb=args.mem_gb,
             timeout_min=args.time,
             slurm_signal_delay_s=args.signal_delay_s,
-            # srun does not take this over from sbatch
+            # sbatch does not pass this on to srun
             slurm_srun_args=[f"--cpus-per-task={args.cpus_per_task}"],
             **{f"slurm_{name}": getattr(args, name) for name in names},
         )

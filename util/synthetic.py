@@ -1,4 +1,4 @@
-"""The embedded data set: short H.264 videos whose class only the motion tells.
+"""The embedded data set: short H.264 videos whose class only the motion shows.
 
 Every video shows a few textured shapes that move together over a textured background. The class is
 the kind and direction of this movement. Textures, colours, shapes, their positions and speed, and
@@ -42,7 +42,7 @@ from util import dist
 
 ROOT = Path(__file__).parent.parent  # of the project
 MARKER = "dataset.json"
-SPLITS = ("train", "val__", "test_")  # five letters and a number of six make an ID of eleven
+SPLITS = ("train", "val__", "test_")  # five letters and six digits make an ID of eleven
 FORMAT = 1  # increased when the same parameters would give other videos
 
 
@@ -112,14 +112,14 @@ def random_blob(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """Draw a change of colour [3, 1, 1] in 8-bit levels; it is mostly one of brightness."""
+    """Draw a change of colour [3, 1, 1] in 8-bit levels, mostly of brightness."""
     return (rng.normal(0, 28) + rng.normal(0, 14, 3))[:, None, None]
 
 
 def shift(layers: np.ndarray, path: np.ndarray) -> np.ndarray:
     """Move periodic layers [K, H, W] along a path [T, 2] (pixels, fractions allowed): [T, K, H, W].
 
-    By the Fourier shift theorem, no position between pixels is blurred more than another.
+    This uses the Fourier shift theorem, so that all positions between pixels are equally sharp.
     """
     size = layers.shape[-1]
     rows = np.exp(-2j * np.pi * path[:, :1] * np.fft.fftfreq(size)).astype(np.complex64)
@@ -134,7 +134,7 @@ def render_video(rng: np.random.Generator, movement: str, size: int, num_frames:
 
     At size 64, the shapes move 2.3 to 3.3 pixels per frame, and the background at most 0.5.
     """
-    # Textures and the outlines of the shapes
+    # Draw the textures and the outlines of the shapes.
     unit = size / 64
     background = rng.uniform(24, 36) * smooth_texture(rng, size) + 115 + random_colour(rng)
     foreground = rng.uniform(40, 60) * smooth_texture(rng, size) + 115
@@ -144,14 +144,14 @@ def render_video(rng: np.random.Generator, movement: str, size: int, num_frames:
         foreground += blob * random_colour(rng)
         opacity += blob * (1 - opacity)
 
-    # Where both layers are in every frame
+    # Place both layers in every frame.
     time = np.arange(num_frames)
     turn = 2 * np.pi * (rng.uniform() + time / rng.uniform(8, 12))
     path = MOVEMENTS[movement](rng.uniform(2.3, 3.3) * unit * time, turn)
     drift_speed = 0.5 * unit * math.sqrt(rng.uniform())
     drift = straight(rng.uniform(0, 360), drift_speed * time, turn)
 
-    # Shapes over background
+    # Put the shapes over the background.
     still = shift(background, drift)  # (T, 3, H, W)
     moving = shift(np.concatenate([foreground * opacity, opacity[None]]), path)  # (T, 4, H, W)
     frames = still * (1 - moving[:, 3:]) + moving[:, :3]
@@ -309,7 +309,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Build the command line: a flag for every field of Parameters."""
     parser = argparse.ArgumentParser(
         "python -m util.synthetic",
-        description="Write short H.264 videos whose class only the motion tells.",
+        description="Write short H.264 videos whose class only the motion shows.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("out", help="folder to create")

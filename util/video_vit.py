@@ -128,7 +128,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What the masked autoencoder and the classifier have in common: tokens run through blocks.
+    """The common part of the masked autoencoder and the classifier: embedding and blocks.
 
     With grad_checkpointing only the blocks' inputs are kept for the backward pass, which computes
     each block again: this takes a third more time and a fraction of the memory.
@@ -164,12 +164,12 @@ class Encoder(nn.Module):
         gradients of a block are sent to other ranks while those of the block before are computed.
 
         Args:
-            dynamic: False compiles again for every number of tokens, the fastest code if there are
-                few (encoder and decoder); None makes it a variable once a second one is met.
+            dynamic: False compiles again for every number of tokens: the fastest code if there are
+                few numbers (encoder and decoder). None compiles for any number from the second on.
         """
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         config = torch._dynamo.config
-        config.optimize_ddp = False  # it would split blocks at the ranks' buckets
+        config.optimize_ddp = False  # it would split blocks at DDP's gradient buckets
         # drop path rates are compiled in: every block needs versions for training and evaluation
         config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
         for block in blocks:
@@ -184,7 +184,7 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
 def random_mask(
     num_clips: int, num_tokens: int, mask_ratio: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one noise value per token; the tokens with the smallest are kept, in noise order.
+    """Draw one noise value per token; keep those with the smallest values, in noise order.
 
     Returns:
         mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
@@ -201,7 +201,7 @@ def random_mask(
 def make_pos_embed(
     module: nn.Module, prefix: str, grid: Grid, dim: int, sep: bool, cls_embed: bool, sincos: bool
 ) -> None:
-    """Register position parameters, zero, on module under the names the checkpoints use.
+    """Register position parameters of zeros on module, under the checkpoints' names.
 
     Separable: {prefix}pos_embed_spatial [1, h*w, D], _temporal [1, t, D] and, with a class token,
     _class [1, 1, D]. Joint: {prefix}pos_embed [1, (1 +) t*h*w, D], row 0 = class. With sincos, the

@@ -32,7 +32,7 @@ MASK_TYPES = ("random", "tube", "time", "block")
 REMOVED = 128  # grey level of removed patches
 GAP, WHITE = 4, 255  # pixels between pictures, and their grey level
 
-# Of the clips in TensorBoard
+# The clips that TensorBoard shows:
 NUM_CLIPS = 4
 MAX_READS = 4 * NUM_CLIPS  # videos to try
 STRIP_FRAMES = 4  # frames of a still picture
@@ -50,19 +50,19 @@ class Masks(NamedTuple):
 def draw_masks(
     num_clips: int, grid: "Grid", mask_ratio: float, mask_type: str = "random", seed: int = 0
 ) -> Masks:
-    """Draw masks of the kinds that the paper compares; that of clip i depends on (seed, i) only.
+    """Draw masks of a kind that the paper compares; that of clip i depends only on (seed, i).
 
     With the same seed, patches that are visible at a high ratio stay visible at a lower one.
 
     Args:
         grid: tokens along t, h, w.
-        mask_ratio: share to remove; one patch, tube or step always stays.
+        mask_ratio: share to remove; at least one patch, tube or step stays.
         mask_type: "random": single patches, as in pre-training; "tube": the same places at all
             times; "time": whole time steps; "block": cuboids half as long as the clip in every
             direction, until enough is removed.
     """
     if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio = {mask_ratio:g} is not above 0 and below 1")
+        raise ValueError(f"mask_ratio = {mask_ratio:g} must be above 0 and below 1")
     if mask_type not in MASK_TYPES:
         raise ValueError(f"mask_type {mask_type!r} is none of {', '.join(MASK_TYPES)}")
     if seed < 0:
@@ -85,11 +85,11 @@ def _noise(rng: np.random.Generator, grid: "Grid", mask_type: str) -> np.ndarray
         shape = {"random": (t, h, w), "tube": (1, h, w), "time": (t, 1, 1)}[mask_type]
         return np.broadcast_to(rng.random(shape), grid).copy()
 
-    # Cover the grid with one cuboid after the other; tokens covered first have the most noise
+    # Cover the grid with one cuboid after another; tokens covered first get the most noise.
     half = (np.array(grid) + 1) // 2
     noise = np.zeros(grid)
     while not noise.all():
-        start = rng.integers(1 - half, grid)  # cuboids may stick out, so all places are alike
+        start = rng.integers(1 - half, grid)  # cuboids may stick out: no place is favoured
         place = tuple(slice(max(a, 0), a + n) for a, n in zip(start, half, strict=True))
         covered = noise[place]
         covered[covered == 0] = noise.min() - 1
@@ -120,21 +120,21 @@ def reconstruct(
 ) -> Reconstruction:
     """Remove patches of clips and let a masked autoencoder predict them; the result is on the CPU.
 
-    A model that was trained on normalised targets (norm_pix_loss) knows neither brightness nor
-    contrast of a patch: its predictions get the mean and the deviation of the true patch.
+    A model that was trained on normalised targets (norm_pix_loss) knows neither the brightness nor
+    the contrast of a patch: its predictions get the mean and the deviation of the true patch.
 
     Args:
         model: a MaskedAutoencoderViT on any device. Its training mode and the global random state
             stay as they are. For another precision, call this under autocast.
         clips: uint8 [N, T, H, W, C], of the model's size, on any device.
-        paste_visible: show the true pixels of visible patches in the reconstruction, instead of
-            predictions that no loss has trained. The other arguments are those of draw_masks.
+        mask_ratio, mask_type, seed: see draw_masks.
+        paste_visible: show visible patches' true pixels, not predictions that no loss has trained.
     """
     embed = model.patch_embed
     size = [len(clips), embed.num_frames, embed.img_size, embed.img_size, 3]
     if list(clips.shape) != size:
         raise ValueError(f"clips of shape {list(clips.shape)} are not the model's: {size}")
-    # Predict
+    # Predict the removed patches.
     device = next(model.parameters()).device
     imgs = normalize(clips.to(device))  # (N, C, T, H, W)
     masks = draw_masks(len(imgs), embed.input_size, mask_ratio, mask_type, seed)
@@ -145,7 +145,7 @@ def reconstruct(
     pred = model.forward_decoder(latent, ids_restore).float()  # (N, L, u*p*p*C)
     loss = model.patch_losses(imgs, pred)  # (N, L)
 
-    # From targets back to pixels
+    # Turn targets and predictions back into pixels.
     target = model.patchify(model.target_frames(imgs))
     if model.norm_pix_loss:
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
@@ -191,7 +191,7 @@ def encode_gif(video: Tensor, fps: float) -> bytes:
 
     The time of a frame is rounded to hundredths of a second, as GIF needs.
     """
-    # All frames share one palette, from a quarter of the pixels, so that still parts do not flicker
+    # All frames share a palette, from a quarter of the pixels, so that still parts do not flicker.
     everything = Image.fromarray(video[:, ::2, ::2].flatten(0, 1).numpy())
     palette = everything.quantize(254, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours = palette.getpalette() or []
@@ -232,7 +232,7 @@ class FixedClips:
 
     def __init__(self, dataset: "Kinetics", args: Namespace, device: torch.device):
         self.dataset, self.args, self.device = dataset, args, device
-        self.clips: Tensor | None = None  # uint8 [N, T, H, W, C], read when first needed
+        self.clips: Tensor | None = None  # uint8 [N, T, H, W, C], read at the first use
 
     def show(self, model: nn.Module, epoch: int, log: "RunLog") -> None:
         """Log what the unwrapped model predicts, every vis_period epochs and after the last one."""
@@ -247,13 +247,13 @@ class FixedClips:
         with autocast(self.device, self.args.precision):
             result = reconstruct(model, self.clips, self.args.mask_ratio)
 
-        # The losses of the removed patches
+        # Log the losses of the removed patches.
         x = last_x(epoch, self.args.repeat_aug)
         losses = result.loss[result.mask.bool()]
         log.scalar("fixed_clips/loss", losses.mean().item(), x)
         log.histogram("fixed_clips/patch_loss", losses.numpy(), x)
 
-        # Original, masked and reconstruction side by side: as a GIF, and a few frames as a picture
+        # Log original, masked and reconstruction side by side: a GIF and some frames as a picture.
         versions = zip(result.original, result.masked, result.reconstruction, strict=True)
         factor = max(1, MIN_SIDE // self.clips.shape[2])
         t = result.original.shape[1]
@@ -266,7 +266,7 @@ class FixedClips:
             log.image(f"fixed_clips/frames_{i}", strip.numpy(), x)
 
     def _read(self) -> Tensor:
-        """Read the first readable videos of the csv; the others are reported."""
+        """Read the first readable videos of the csv and report the unreadable ones."""
         clips: list[Tensor] = []
         for row in range(min(MAX_READS, len(self.dataset))):
             sample = self.dataset[0, row]

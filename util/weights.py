@@ -1,4 +1,4 @@
-"""Reading anyone's checkpoint, and loading its weights into a model.
+"""Read checkpoints of any project, and load their weights into models.
 
 Files are read with weights_only, so that loading never runs code from them; util/formats.py knows
 their names. util/checkpoint.py writes the checkpoints of a run.
@@ -32,12 +32,12 @@ MODEL_FLAGS = """
     cls_embed no_qkv_bias num_classes
 """.split()
 
-# raised by names, shapes and records that make no sense, where they are used
+# errors from using names, shapes and records that make no sense
 ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SINCOS = "VideoMAE's sine-cosine table"
-# flags of a model without which it lacks, or has, some of the tensors
+# flags that decide which tensors a model has
 WHOLE = ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed")
-NO_CLASS_ROW = "its row of the class token is missing and left as drawn"
+NO_CLASS_ROW = "the class token's row is missing and left as drawn"
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
             format of before 2020 cannot be mapped and is read whole.
 
     Raises:
-        UserError: missing, damaged, not a checkpoint, or one that asks to run code.
+        UserError: the file is missing, damaged, not a checkpoint, or asks to run code.
     """
     if not is_remote(path) and os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the checkpoint file in it")
@@ -69,14 +69,14 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
             source = local if mmap else file
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(source, "cpu", weights_only=True, mmap=mmap)
-        except Exception as error:  # torch's readers raise every kind of them for damaged files
+        except Exception as error:  # torch's readers raise errors of every kind for damaged files
             if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise UserError(
                     f"{path} is not loaded: it asks to run code ({code[1]}), not only for weights"
                 ) from error
             reason = (str(error).splitlines() or ["empty file"])[0]
             if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-                reason = "PyTorch does not recognise it"  # its own advice is to run the file's code
+                reason = "PyTorch does not recognise it"  # its advice is to run the code
             reason += forget(path, local)
             raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
@@ -85,7 +85,7 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
 
 
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
-    """Read a .safetensors file: mapped into memory, or from the stream of one that is remote."""
+    """Read a .safetensors file: map a local one into memory, read a remote one as a stream."""
     if is_remote(local):
         tensors = safetensors.torch.load(file.read())
     else:
@@ -105,7 +105,7 @@ def read_weights(path: str) -> Weights:
         path: a path, an address, the name of a released checkpoint, or a Hugging Face folder.
     """
     weights = _read(*_versioned(path))
-    _read.cache_clear()  # whoever has them may change them
+    _read.cache_clear()  # the caller may change them
     return weights
 
 
@@ -115,7 +115,7 @@ def _read(path: str, version: tuple[int, ...]) -> Weights:
 
 
 def _versioned(path: str) -> tuple[str, tuple[int, ...]]:
-    """Return the file of a path or Hugging Face folder, and what changes when it is replaced."""
+    """Return the file of a path or Hugging Face folder, and numbers that change when it does."""
     inside = (os.path.join(path, name) for name in formats.HF_WEIGHTS)
     path = next(filter(os.path.isfile, inside), path)
     files = filter(os.path.isfile, (fetch(path), *_configs_beside(path)))
@@ -134,7 +134,7 @@ def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]
     """
     weights = _read(*_versioned(path))
     values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
-    if weights.doubt:  # the user must say
+    if weights.doubt:  # the user must give them
         values |= {"input_size": None, "num_frames": None}
     return _as_flags({name: values.get(name) for name in names})
 
@@ -155,12 +155,12 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def interpret(checkpoint: dict[str, Any], path: str) -> Weights:
-    """Understand the contents of a checkpoint file of any known format.
+    """Interpret the contents of a checkpoint file of any known format.
 
-    Where it is silent, hints in its name are used, and Hugging Face's files beside it.
+    Hints in its name and Hugging Face's files beside it complete what the file does not record.
 
     Raises:
-        UserError: it holds no video transformer, lacks tensors that tell which, or makes no sense.
+        UserError: it holds no vision transformer, or tensors that are incomplete or make no sense.
     """
     try:
         return _interpret(checkpoint, path)
@@ -185,39 +185,39 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
     state = {k: v for k, v in state.items() if k not in unused}
     if not any(name.startswith("blocks.") for name in state):
         names = f"{', '.join(list(theirs)[:6])} ..."
-        raise UserError(f"{path} holds no vision transformer that is known here, but {names}")
+        raise UserError(f"{path} holds no vision transformer known here; it holds {names}")
     if source == IMAGE_MAE:
         state, how = formats.video_layout(state)
         converted |= how
     formats.check_tensors(state, source, path)
 
-    # half precision becomes single here, once: rounding after every conversion would add up
+    # convert half precision to single here: rounding after every later conversion would add up
     wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}
     stored = {k: v.dtype for k, v in state.items() if v.dtype != wide[k].dtype}
     if source == IMAGE_MAE:
         wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
         stored.pop(KERNEL, None)
 
-    # find the model, from the tensors and from what the file and those beside it record
+    # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
     for beside in _configs_beside(path) if source == HF_VIDEOMAE else ():
         with open_file(beside, "rb") as file:
             try:
                 config = config | json.load(file)
-            except (TypeError, ValueError) as error:  # TypeError: no names and values
+            except (TypeError, ValueError) as error:  # TypeError: not a dict
                 raise UserError(f"{beside} is damaged: {error}") from error
     records, mean, std = formats.read_records(checkpoint, source, path, config)
     arguments, stated, doubt = formats.find_arguments(wide, records, source, path)
     if "pos_embed" not in wide and is_videomae and not stated >= formats.CLIP_SIZE:
         notes.append(
-            "it stores neither positions nor the size of its clips: they are taken to be as large "
-            "as the model's, or {num_frames} frames of {img_size} x {img_size} pixels where the "
-            "model is built from the file alone".format(**arguments)
+            "it stores neither positions nor the size of its clips: the model's size is assumed, "
+            "or {num_frames} frames of {img_size} x {img_size} pixels if a model is built from the "
+            "file alone".format(**arguments)
         )
     if guessed := formats.guessed_heads(arguments, stated):
         notes.append(
-            f"it does not record its numbers of heads: {guessed} is a guess by width, "
-            "for models that are built from the file alone"
+            f"it does not record all numbers of heads: {guessed} is a guess from the width, "
+            "used if a model is built from the file alone"
         )
 
     # write out the positions that VideoMAE computes
@@ -229,7 +229,7 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
 
     flags, channels = formats.checkpoint_args(checkpoint), arguments["in_chans"]
     if mean and std and not len(mean) == len(std) == channels:
-        raise ValueError(f"mean {mean} and std {std} are not of {channels} channels")
+        raise ValueError(f"mean {mean} and std {std} do not have {channels} values")
     weights = Weights(
         wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt
     )
@@ -239,7 +239,7 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
     if mean is not None and not is_ours:
         notes.append(
             f"it was trained on clips normalised by mean {mean} and std {std}; "
-            "models here get that folded into their patch embedding"
+            "here this is folded into the patch embedding"
         )
     return weights
 
@@ -276,7 +276,7 @@ def with_our_normalisation(weights: Weights) -> Weights:
 
 
 def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return the decoder_pred that predicts scale * x + shift, by channel, where the file's does x.
+    """Return a decoder_pred that gives scale * x + shift, by channel, where the file's gives x.
 
     Its rows run over (frame, row, column, C).
     """
@@ -303,30 +303,29 @@ def apply_weights(
     copied, so that the model does not depend on the file afterwards.
 
     Args:
-        model: one of this project's; its constructor arguments say what is needed. One on the meta
-            device moves to the CPU with its weights, which for a large one is seconds faster than
-            drawing them first.
+        model: a model of this project. One on the meta device moves to the CPU with the weights:
+            for a large model this is seconds faster than drawing weights first.
         keep_head: load the classification head too; otherwise it stays as drawn.
-        allow_missing: leave weights as drawn that the file lacks, with a warning.
+        allow_missing: leave weights that the file lacks as drawn, with a warning.
 
     Raises:
-        UserError: weights are missing or of another shape, or the file's model is another one.
+        UserError: weights are missing or have another shape, or the file is of another model.
     """
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
     wanted = {k: v for k, v in own.items() if keep_head or not k.startswith("head.")}
     state, how, used = fit_state(weights, wanted, here)
 
-    # no shape shows other numbers of heads, and the first blocks of a deeper file would fit
+    # shapes do not show the number of heads, and the first blocks of a deeper model would fit
     wrong = []
     for name, theirs in weights.arguments.items():
         ours = here.get(name, theirs)
         has_other_heads = name.endswith("num_heads") and name in weights.stated and theirs != ours
         if has_other_heads or (name.endswith("depth") and theirs > ours):
-            wrong.append(f"{name} is {theirs} there and {ours} here")
+            wrong.append(f"{name} is {theirs} in the file and {ours} here")
     for k, mine in own.items():
         if k in state and state[k].shape != mine.shape:
-            wrong.append(f"{k} is {list(state[k].shape)} there and {list(mine.shape)} here")
+            wrong.append(f"{k} is {list(state[k].shape)} in the file and {list(mine.shape)} here")
     if wrong:
         raise UserError(
             f"{weights.path} does not fit the model: {some(wrong, joint='; ')}; "
@@ -381,10 +380,10 @@ def some(names: list[str], count: int = 4, joint: str = ", ") -> str:
 def fit_state(
     weights: Weights, own: dict[str, Tensor], arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
-    """Bring a file's tensors into the form of a model's (own), as far as that needs no guess.
+    """Convert a file's tensors to the layout of a model's (own), as far as that needs no guess.
 
     Returns:
-        the tensors, how they were made, and the names of positions in the file that went into them.
+        the tensors, how they were made, and the names of the positions in the file that were used.
     """
     state, used = dict(weights.state), set()
     how = {name: f"converted: {text}" for name, text in weights.converted.items()}
@@ -398,17 +397,17 @@ def fit_state(
         taken = {name} if is_joint else {f"{name}_{part}" for part in parts}
         old, new = weights.grid, token_grid(arguments)
 
-        # where the file does not tell the grid of joint positions, they may be of the model's
+        # if the file does not state the grid of joint positions, use the model's where it fits
         if is_joint and not weights.stated >= formats.CLIP_SIZE:
             rows = parts["joint"]
-            if weights.converted.get(name) == SINCOS:  # computed for a guess: compute the model's
+            if weights.converted.get(name) == SINCOS:  # computed for a guess: use the model's
                 rows = sincos_pos_embed(math.prod(new), rows.shape[-1]).unsqueeze(0)
             if rows.shape[1] == math.prod(new):
                 parts["joint"], old = rows, new
             else:
                 weights.refuse_doubt()
 
-        # the model's own row stays; the meta device has none, and apply_weights refuses
+        # keep the model's own class row (zeros for a model on the meta device)
         lacks_row = to_joint and arguments["cls_embed"] and "class" not in parts
         if lacks_row:
             row = own[name][:, :1]
@@ -416,8 +415,8 @@ def fit_state(
         try:
             parts = pos_embed.resize_positions(parts, old, new)
             fitted = pos_embed.put_positions(parts, name, new, to_joint, weights.rounding(name))
-        except RuntimeError as error:  # the grid is a guess, or the file contradicts itself
-            wrong = f"{weights.path}: {name} is not of {_times(old)} tokens"
+        except RuntimeError as error:  # the grid is a wrong guess, or the file contradicts itself
+            wrong = f"{weights.path}: {name} does not have {_times(old)} tokens"
             raise UserError(weights.doubt or wrong) from error
         except ValueError as error:
             raise UserError(f"{weights.path}: {error}") from error

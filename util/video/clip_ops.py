@@ -5,7 +5,7 @@ except that a few in 10,000 warped or blended pixels differ by one level. A warp
 64 times the memory of one frame, and keeps it for the next warp.
 
 Operations on single pixels may run after a crop. The others take the `box` of the crop that
-follows: they look at whole frames, and compute only what lies in the box.
+follows: they read whole frames, but compute only what lies in the box.
 """
 
 import math
@@ -51,17 +51,21 @@ def invert(clip: np.ndarray) -> np.ndarray:
 
 
 def posterize(clip: np.ndarray, bits: int) -> np.ndarray:
+    """Keep the highest `bits` bits of every level."""
     return clip & np.uint8(256 - 2 ** (8 - bits))
 
 
 def solarize(clip: np.ndarray, threshold: int) -> np.ndarray:
+    """Invert the levels from `threshold` on."""
     return _look_up(clip, np.where(_levels < threshold, _levels, 255 - _levels))
 
 
 def solarize_add(clip: np.ndarray, amount: int) -> np.ndarray:
+    """Add `amount`, at most 128, to the levels below 128."""
     return _look_up(clip, np.where(_levels < 128, _levels + np.uint8(amount), _levels))
 
 
+# In the next four, factor 1 changes nothing; 0 gives grey frames, their mean, black, or a blur.
 def color(clip: np.ndarray, factor: float) -> np.ndarray:
     return _blend((cv2.cvtColor(_gray(x), cv2.COLOR_GRAY2RGB) for x in clip), clip, factor)
 
@@ -114,9 +118,9 @@ def warp(clip: np.ndarray, matrix: Matrix, box: Box | None = None) -> np.ndarray
     The output pixel with centre (x, y) takes its value from (ax + by + c, dx + ey + f) of the
     input, or FILL if that lies outside. The cubic is PIL's, with a = -1.
     """
-    # An output pixel is a weighted sum of up to 16 input pixels, the same ones in all frames. This
-    # is an embedding bag: the embedding of a pixel is its T * C values. It is exact and faster,
-    # while OpenCV's warp rounds positions to 1/32 pixel and uses another cubic.
+    # An output pixel is a weighted sum of up to 16 input pixels, the same ones in all frames. An
+    # embedding bag computes this, where the embedding of a pixel is its T * C values: exact and
+    # fast. OpenCV's warp rounds positions to 1/32 pixel and uses another cubic.
     T, H, W, C = clip.shape
     top, left, h, w = box or (0, 0, H, W)
     source = _source_rectangle(matrix, (top, left, h, w), H, W)
@@ -137,7 +141,7 @@ def warp(clip: np.ndarray, matrix: Matrix, box: Box | None = None) -> np.ndarray
 def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.ndarray:
     """Shift a clip by (dy, dx) pixels, of which one is 0, as `warp` would.
 
-    Every pixel lies alike between its neighbours, so this is a convolution with four weights.
+    All pixels lie at the same place between their neighbours: four weights in a convolution do it.
     """
     T, H, W, C = clip.shape
     top, left, h, w = box or (0, 0, H, W)
@@ -164,7 +168,7 @@ def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.nd
 
 
 def _source_rectangle(matrix: Matrix, box: Box, H: int, W: int) -> Box | None:
-    """Return what a warp to a box reads, if anything, of frames with a border of 2 pixels."""
+    """Return the rectangle, if any, that a warp to a box reads of frames with a border of 2."""
     a, b, c, d, e, f = matrix
     top, left, h, w = box
     x, y = np.array([left, left + w]), np.array([[top], [top + h]])  # the corners are extremes
@@ -200,7 +204,7 @@ def _neighbours(matrix: Matrix, box: Box, source: Box, H: int, W: int) -> tuple[
     a, b, c, d, e, f = matrix
     top, left, h, w = box
     x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
-    # Places less half a pixel. Shears leave u alike in all rows [1, w], or v in all columns [h, 1].
+    # Positions minus half a pixel. In shears u is the same in all rows [1, w], or v in all columns.
     u, v = (a * x + (c - 0.5))[None], e * y + (f - 0.5)
     u, v = u + b * y if b else u, v + d * x if d else v
     outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # [h, w]
@@ -224,7 +228,7 @@ def _neighbours(matrix: Matrix, box: Box, source: Box, H: int, W: int) -> tuple[
 
 
 def _cubic_weights(d: np.ndarray) -> np.ndarray:
-    """Return the weights [4, *d.shape] of the neighbours of points that lie `d` past the second."""
+    """Return the weights [4, *d.shape] of the four neighbours of points `d` past the second one."""
     d2 = d * d
     d3 = d2 * d
     return np.stack([2 * d2 - d - d3, 1 - 2 * d2 + d3, d + d2 - d3, d3 - d2])
@@ -236,7 +240,7 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _map_channels(clip: np.ndarray, make_tables: Callable, box: Box | None) -> np.ndarray:
-    """Map each channel by its row of the tables [3, 256] that are made from the whole frame."""
+    """Map each channel by its row of the tables [3, 256] that make_tables(whole frame) returns."""
     out = crop(clip, box).copy()
     for frame, part in zip(clip, out, strict=True):
         tables = np.clip(make_tables(frame), 0, 255).astype(np.uint8)
@@ -281,7 +285,7 @@ def _smooth(frame: np.ndarray) -> np.ndarray:
 
 
 def _blend(start: Iterable[np.ndarray], end: np.ndarray, factor: float) -> np.ndarray:
-    """Go from the frames `start` by `factor` of the way to `end`; above 1 goes beyond it."""
+    """Go `factor` of the way from the frames `start` to `end`; a factor above 1 goes beyond."""
     out = np.empty(end.shape, np.uint8)
     for low, high, target in zip(start, end, out, strict=True):
         cv2.addWeighted(high, factor, low, 1 - factor, TRUNCATE, dst=target)

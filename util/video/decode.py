@@ -25,7 +25,7 @@ from util.video.time_limit import TimeLimit
 MAX_PIXELS = 8192 * 8192
 # A title in an unknown encoding does not make a video unusable (PyAV 19 has no such argument).
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
-MAX_HOLD = 8  # a frame may stand in for at most so many missing frames after it
+MAX_HOLD = 8  # a frame may stand in for at most this many missing frames after it
 MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
 # Only these formats reliably mark the frames to which no other refers, which decoders may drop.
 # (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
@@ -121,7 +121,7 @@ class Video:
 
     def _read_packets(self, stream: VideoStream) -> None:
         container = self._containers[0]
-        # Time stamps that the file does not hold must stay unknown: PyAV would have them made up.
+        # Time stamps that the file does not hold must stay unknown; FFmpeg would invent some.
         container.flags &= ~Flags.gen_pts.value
         try:
             for packet in container.demux(stream):
@@ -220,7 +220,7 @@ class Video:
 
         The result is bit for bit that of decoding everything, but only groups of pictures with a
         wanted frame are decoded, each up to its last wanted frame and without unwanted frames to
-        which no other refers. If the packets do not deliver what they promise, the remaining frames
+        which no other refers. If the packets do not hold what they promise, the remaining frames
         come from decoding everything. A frame that is missing even then (a damaged packet, a broken
         tail) is replaced by the one before it, as decoders conceal errors, or at the start by the
         first one. Raise VideoError for a gap of more than MAX_HOLD frames.
@@ -241,10 +241,10 @@ class Video:
             yield from self._decode_everything(left)
 
     def _decode_needed(self, left: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """Take wanted frames off `left` as they come, and stop at the first surprise."""
+        """Yield wanted frames as they come, take them off `left`; stop at the first surprise."""
         wanted = {self._shown[number] for number in left}
         for first, last in self._runs(sorted(wanted)):
-            # Decoding must start at a key frame, and the container's word is not enough for that.
+            # Decoding must start at a key frame, and the container may have marked it wrongly.
             entered = self._packets[first].is_discard
             for frame in self._decode_run(first, last, wanted):
                 number = self._number.get(frame.pts)
@@ -272,7 +272,7 @@ class Video:
         return runs
 
     def _decode_run(self, first: int, last: int, wanted: set[int]) -> Iterator[VideoFrame]:
-        """Yield the wanted frames of packets first to last, and others; end at an error."""
+        """Yield the wanted frames of packets first to last, and some others; end at an error."""
         decoder = self._restarted_decoder()
         droppable = decoder.name in DROPPABLE
         try:
@@ -290,7 +290,7 @@ class Video:
         last, held = -1, None  # number and picture of the frame that came last
         for number, frame in chain(self._delivered(), [(self.num_frames, None)]):
             if number < last:
-                raise VideoError(f"{self.path}: frames come out of the order of their time stamps")
+                raise VideoError(f"{self.path}: frames are not in the order of their time stamps")
             while left and left[-1] < number:
                 gap = number - left[-1] if held is None else left[-1] - last
                 picture = held or frame
@@ -324,7 +324,7 @@ class Video:
             raise VideoError(f"{self.path}: not read within {self._time_limit:g} seconds")
 
     def _restarted_decoder(self) -> av.VideoCodecContext:
-        if self._reopens and self._decoder.is_open:  # it would keep the last headers it met
+        if self._reopens and self._decoder.is_open:  # it would keep the headers it saw last
             self._open_stream()
         self._decoder.flush_buffers()
         self._decoder.skip_frame = "DEFAULT"
@@ -399,7 +399,7 @@ def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
 
 
 def _units(data: bytes, digits: int) -> Iterator[bytes]:
-    """Cut a packet into units, each preceded by its length in so many bytes, or a start code."""
+    """Cut a packet into units, each preceded by its length of `digits` bytes or a start code."""
     if not digits:
         yield from (unit.rstrip(b"\0") or b"\0" for unit in data.split(b"\0\0\1")[1:])
         return

@@ -20,8 +20,8 @@ class Mixup:
     num_classes: int
     mixup_alpha: float = 0.8  # a clip keeps a share drawn from Beta(alpha, alpha); 0: no mixup
     cutmix_alpha: float = 1.0  # the same for cutmix
-    cutmix_minmax: tuple[float, float] | None = None  # instead, bounds of the box's sides (shares)
-    prob: float = 1.0  # that a batch is mixed at all
+    cutmix_minmax: tuple[float, float] | None = None  # instead: bounds of the box's sides (shares)
+    prob: float = 1.0  # probability that a batch is mixed at all
     switch_prob: float = 0.5  # probability of cutmix if both are on
     smoothing: float = 0.1  # share of a label that is spread evenly over all classes
 

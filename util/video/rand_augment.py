@@ -28,7 +28,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
 POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
 # Arguments at magnitude 10, in either direction: degrees, shears, shares of the width or height.
 SPANS = {"Rotate": 30, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45}
-WEIGHTS = {  # timm's, for operations that are not drawn equally often
+WEIGHTS = {  # timm's relative frequencies of operations
     "Rotate": 3.0,
     **dict.fromkeys(["ShearX", "ShearY"], 2.0),
     **dict.fromkeys(["TranslateX", "TranslateY"], 1.0),
@@ -37,7 +37,7 @@ WEIGHTS = {  # timm's, for operations that are not drawn equally often
 }
 OPERATION_SETS = {  # section of the config -> weights
     "": dict.fromkeys(OPERATIONS, 1.0),
-    "w0": WEIGHTS,  # of earlier versions of timm
+    "w0": WEIGHTS,  # as in earlier versions of timm
     "tweights": {**WEIGHTS, "Posterize": 0.05, "Invert": 0.05},
 }
 
@@ -94,7 +94,7 @@ def parse_config(config: str) -> Config:
 
 
 class RandAugment:
-    """Draw operations for clips, as a config string says."""
+    """Draw operations for clips by the rules of a config string."""
 
     def __init__(self, config: str):
         self.config = parse_config(config)

@@ -1,6 +1,6 @@
 """Where a clip lies in a video: its frames in time, its boxes in space.
 
-Frame numbers are int64 [num_frames]. A box holds for all frames [H, W] of its clip.
+Frame numbers are int64 [num_frames]. One box serves all frames [H, W] of a clip.
 """
 
 import math
@@ -41,9 +41,9 @@ def frame_indices(start: float, clip_len: float, num_frames: int, total: int) ->
 
 
 def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> np.ndarray:
-    """Return the numbers of frames of which one lies in each of `num_frames` equal segments.
+    """Return the numbers of `num_frames` frames, one in each of as many equal segments.
 
-    `place` in [0, 1), for all or for each, says where in its segment a frame lies.
+    `place` in [0, 1), one for all or one for each, is where in its segment a frame lies.
     """
     numbers = (np.arange(num_frames) + place) * (total / num_frames)
     return np.minimum(numbers.astype(np.int64), total - 1)
@@ -78,7 +78,7 @@ def random_erasing_box(height: int, width: int, rng: Generator, probability: flo
 
 
 def _draw_sides(area: float, share: Range, ratio: Range, rng: Generator) -> tuple[int, int]:
-    """Draw two sides: their product as a share of `area`, and their ratio log-uniformly."""
+    """Draw two sides: their product is a share of `area`, their ratio is log-uniform."""
     area = area * rng.uniform(share[0], share[1])
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -29,7 +29,7 @@ class TimeLimit:
 
 
 def call_within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Return function(), or raise TimeoutError if it has not returned after so many seconds.
+    """Return function(), or raise TimeoutError if it has not returned after `seconds`.
 
     It runs in another thread, because no signal ends a system call inside a library. A call that is
     given up goes on in that thread, so nobody else may use what it writes to.

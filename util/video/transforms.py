@@ -45,7 +45,7 @@ def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) 
 
     `flip` is bool [N]: which clips to mirror left to right. `erase` is int64 [N, 4]: the box of
     each flipped clip whose pixels become standard normal noise, different for every frame. The host
-    reads none of their values, so it need not wait for the device.
+    reads none of these values, so that it does not wait for the device.
     """
     if flip is not None:
         clips = torch.where(flip[:, None, None, None, None], clips.flip(3), clips)
