@@ -57,10 +57,7 @@ def get_args_parser() -> flags.Parser:
     flags.add_optim_args(parser)
     add = flags.adder(parser)
     add(
-        "--layer_decay",
-        0.75,
-        "learning rate of a layer relative to the next",
-        flags.positive_float,
+        "--layer_decay", 0.75, "learning rate of a layer relative to the next", flags.positive_float
     )
     flags.add_checkpoint_args(parser)
     add(

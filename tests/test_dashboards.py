@@ -26,12 +26,7 @@ import main_finetune
 import main_pretrain
 import main_test
 import models_mae
-from tests.test_scripts import (
-    FINETUNE,
-    PRETRAIN,
-    assert_same_weights,
-    call,
-)
+from tests.test_scripts import FINETUNE, PRETRAIN, assert_same_weights, call
 from util import slurm
 from util.args import NOT_COMPARED
 from util.kinetics import Kinetics, VideoIndex

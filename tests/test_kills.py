@@ -11,13 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_scripts import (
-    FINETUNE,
-    PRETRAIN,
-    assert_same_weights,
-    finish,
-    spawn,
-)
+from tests.test_scripts import FINETUNE, PRETRAIN, assert_same_weights, finish, spawn
 from util.signals import REQUEUE_STATUS
 
 EPOCHS = 4

@@ -70,12 +70,7 @@ def test_configs_mean_what_the_golden_table_says():
 
 @pytest.mark.parametrize(
     "config",
-    [
-        "rand-m9-mstd0.5",
-        "rand-m5-n3-p0.8-mstd101-mmax20-inc1",
-        "rand-tweights-m3-n4",
-        "rand-mmax0",
-    ],
+    ["rand-m9-mstd0.5", "rand-m5-n3-p0.8-mstd101-mmax20-inc1", "rand-tweights-m3-n4", "rand-mmax0"],
 )
 def test_configs_mean_what_timm_makes_of_them(config):
     ours = RandAugment(config)
