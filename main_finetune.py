@@ -166,8 +166,6 @@ def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> Vid
 
 def validate(args: argparse.Namespace, folder: str, device: torch.device) -> None:
     """Print the accuracy of the weights of --resume on the validation videos (--eval)."""
-    if not args.resume:
-        raise UserError("--eval needs weights: give --resume CHECKPOINT")
     loader = open_val(args, folder, device)
     model = build_model(args)
     if args.dry_run:
@@ -199,6 +197,8 @@ def load_pretrained(model: models_vit.VisionTransformer, args: argparse.Namespac
 
 def main(args: argparse.Namespace) -> None:
     """Build data, model and optimiser in this order, then train and validate."""
+    if args.eval and not args.resume:
+        raise UserError("--eval needs weights: give --resume CHECKPOINT")
     device = run.start(args)
 
     # Data.
@@ -206,19 +206,17 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return validate(args, folder, device)
     train_loader = open_train(args, folder, device)
-    train_set = train_loader.dataset
+    train_set, mixup = train_loader.dataset, make_mixup(args)
     val_loader = open_val(args, folder, device)
     print0(f"{len(train_set)} videos to train on, {len(val_loader.dataset)} to validate on")
-    mixup = make_mixup(args)  # or None
 
     # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
     model = build_model(args)
-    latest = load_latest(args)
+    latest = None if args.dry_run else load_latest(args)
     if args.finetune and not latest:
         load_pretrained(model, args)
     model.to(device)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{args.model}: {millions:.1f} M parameters")
+    print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Learning rate: unlike in pre-training, the published recipes count the repeated clips.
     args.lr = effective_lr(args, "clips", len(train_loader))

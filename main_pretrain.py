@@ -130,8 +130,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Model.
     model = build_model(args).to(device)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{args.model}: {millions:.1f} M parameters")
+    print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Learning rate: the published recipes count videos as the batch, not their repeated clips.
     args.lr = effective_lr(args, "videos", len(loader))

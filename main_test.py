@@ -102,8 +102,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return print_flops(model, args)
     model.to(device)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{args.finetune}: {millions:.1f} M parameters")
+    print0(f"{args.finetune}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Score every video; the main process reports.
     log = RunLog("", args.print_freq, device)

@@ -329,6 +329,16 @@ def test_resuming_reads_the_newest_file_once(tmp_path, trained, monkeypatch, mai
     assert_bitwise_equal(resumed.state(), trained.state())
 
 
+def test_an_empty_file_is_not_taken_for_none(tmp_path):
+    """Else the run would start anew and overwrite it."""
+    path = tmp_path / "checkpoint-00000.pth"
+    torch.save({}, path)
+    found = load_latest(flags(output_dir=str(tmp_path)))
+    assert found == (str(path), {})
+    with pytest.raises(UserError, match="is not a training checkpoint"):
+        Training(init=1).checkpoints.resume(*found)
+
+
 def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, trained):
     start = str(trained.save(tmp_path, epoch=4))
     trained.save(tmp_path, epoch=8)  # by an earlier command, without --resume

@@ -141,7 +141,7 @@ def load_latest(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
         raise UserError(problem)
     if path and content is None:
         content = read_checkpoint(path, mmap=True)
-    return (path, content) if content else None
+    return None if content is None else (path, content)
 
 
 # --- a run --------------------------------------------------------------------------------------

@@ -58,8 +58,11 @@ HF_CONFIG = _table("""
     num_attention_heads=num_heads decoder_num_attention_heads=decoder_num_heads
     layer_norm_eps=layer_norm_eps norm_pix_loss=norm_pix_loss
 """)
-# and the flags that training runs record
-RECORDS = HF_CONFIG | {"input_size": "img_size", "decoder_num_heads": "decoder_num_heads"}
+# Flags of training runs, the same way.
+FLAGS = _table("""
+    num_frames=num_frames input_size=img_size decoder_num_heads=decoder_num_heads
+    norm_pix_loss=norm_pix_loss
+""")
 # files of a Hugging Face folder: the weights (one of these), and the configs beside them
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HF_FILES = ("config.json", "preprocessor_config.json")
@@ -337,8 +340,9 @@ def read_records(
     """Return what a file or its Hugging Face config records: unchecked arguments, mean, std."""
     if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
         raise UserError(f"{path} has the activation {config['hidden_act']}; models here use gelu")
-    said = checkpoint_args(checkpoint) | config
-    records = {argument: said[name] for name, argument in RECORDS.items() if name in said}
+    flags = checkpoint_args(checkpoint)
+    records = {argument: flags[name] for name, argument in FLAGS.items() if name in flags}
+    records |= {argument: config[name] for name, argument in HF_CONFIG.items() if name in config}
     if isinstance(config.get("image_size"), list):
         records["img_size"], width = config["image_size"]
         if records["img_size"] != width:

@@ -373,7 +373,10 @@ def _in_parallel(
     # Threads are enough: decoding and encoding release the interpreter's lock. After an error or
     # Ctrl-C, map cancels what has not begun; copies under way are finished or removed.
     with ThreadPoolExecutor(workers) as pool:
-        answers = list(tqdm(pool.map(work, paths), title, len(paths)))
+        try:
+            answers = list(tqdm(pool.map(work, paths), title, len(paths)))
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 

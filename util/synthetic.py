@@ -271,7 +271,10 @@ def _write_files(root: Path, p: Parameters, num_workers: int) -> None:
     jobs = [(split, index) for split, count in enumerate(counts) for index in range(count)]
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
         written, title = pool.map(write_one, jobs), "Writing synthetic videos"
-        lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
+        try:
+            lines = list(tqdm(written, title, len(jobs), unit="video", mininterval=1))
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     train, held_out = lines[: p.num_videos], lines[p.num_videos :]
     (root / "pretrain/train.csv").write_text("".join(train))
     (root / "finetune/train.csv").write_text("".join(train[: p.num_labelled]))
