@@ -141,12 +141,7 @@ def open_train(args: argparse.Namespace, folder: str, device: torch.device) -> V
     dataset = Kinetics(
         index,
         "finetune",
-        **flags.clip_options(args),
-        seed=args.seed,
-        repeat_aug=args.repeat_aug,
-        scales=args.jitter_scales_relative,
-        ratios=args.jitter_aspect_relative,
-        hflip=args.hflip,
+        **flags.clip_options(args, training=True),
         rand_augment=RandAugment(args.aa) if args.rand_aug else None,
         reprob=args.reprob,
     )

@@ -115,16 +115,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Data: the videos of train.csv, repeat_aug random clips of each.
     index = VideoIndex(os.path.join(data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
-    dataset = Kinetics(
-        index,
-        "pretrain",
-        **flags.clip_options(args),
-        seed=args.seed,
-        repeat_aug=args.repeat_aug,
-        scales=args.jitter_scales_relative,
-        ratios=args.jitter_aspect_relative,
-        hflip=args.hflip,
-    )
+    dataset = Kinetics(index, "pretrain", **flags.clip_options(args, training=True))
     loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
     print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
 

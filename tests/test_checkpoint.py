@@ -329,6 +329,16 @@ def test_resuming_reads_the_newest_file_once(tmp_path, trained, monkeypatch, mai
     assert_bitwise_equal(resumed.state(), trained.state())
 
 
+def test_a_resumed_run_does_not_depend_on_its_file(tmp_path, trained):
+    """The file is mapped into memory; what training goes on with must be copies."""
+    path = trained.save(tmp_path)
+    resumed = Training(init=1)
+    resumed.resume(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_bitwise_equal(resumed.state(), trained.state())
+
+
 def test_an_empty_file_is_not_taken_for_none(tmp_path):
     """Else the run would start anew and overwrite it."""
     path = tmp_path / "checkpoint-00000.pth"

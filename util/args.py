@@ -225,7 +225,11 @@ def parse(
     return args
 
 
-def clip_options(args: Namespace) -> dict[str, Any]:
-    """Return the arguments of Kinetics that are the same for all data sets of a script."""
+def clip_options(args: Namespace, training: bool = False) -> dict[str, Any]:
+    """Return the arguments of Kinetics that the flags set for every data set, or training set."""
     names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
-    return {name: getattr(args, name) for name in names.split()}
+    names += " seed repeat_aug hflip" if training else ""
+    options = {name: getattr(args, name) for name in names.split()}
+    if training:
+        options |= {"scales": args.jitter_scales_relative, "ratios": args.jitter_aspect_relative}
+    return options

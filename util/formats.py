@@ -47,6 +47,7 @@ SHAPE_ARGUMENTS = """
 
 
 def _table(text: str) -> dict[str, str]:
+    """Parse pairs THEIRS=OURS."""
     return dict(pair.split("=") for pair in text.split())
 
 

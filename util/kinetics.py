@@ -118,7 +118,9 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
     return f"label {label} is not below --num_classes {num_classes}" if label >= num_classes else ""
 
 
-class Sample(NamedTuple):  # what a loader worker makes of one video
+class Sample(NamedTuple):
+    """What a loader worker makes of one video."""
+
     clips: Tensor  # uint8 [R, T, H, W, C]
     flip: Tensor  # bool [R], clips to mirror on the device
     erase: Tensor  # int64 [R, 4], boxes to erase on the device; an empty box erases nothing

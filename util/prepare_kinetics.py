@@ -56,12 +56,16 @@ COLOURS: dict[str, Any] = {
 
 
 class Clip(NamedTuple):
+    """A labelled video."""
+
     path: str  # or, until it is found, the file's name without suffix
     label: str
     split: str  # of LISTS
 
 
 class DataSet(NamedTuple):
+    """Everything that the lists are written from."""
+
     clips: list[Clip]
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found

@@ -124,7 +124,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def has_got(pid: int, number: signal.Signals) -> bool:
-    """Tell whether a stopped process has been sent a signal, or has even gone on or ended by it."""
+    """Return whether a signal has reached a stopped process, which may have ended by it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)

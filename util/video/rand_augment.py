@@ -42,7 +42,9 @@ OPERATION_SETS = {  # section of the config -> weights
 }
 
 
-class Config(NamedTuple):  # the meaning of a config string
+class Config(NamedTuple):
+    """The meaning of a config string."""
+
     weights: dict[str, float]  # how often each operation is drawn, relative to the others
     replace: bool  # whether one operation may be drawn twice for a clip
     increasing: bool  # whether a larger magnitude makes every operation stronger
