@@ -1,5 +1,6 @@
 """Files by path, address (http(s)://, cached; s3://, with boto3 installed) or released name."""
 
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -62,6 +63,34 @@ def open_file(path: str, mode: str = "r") -> IO:
     except OSError as error:
         hint = "; it needs `pip install boto3`" if path.startswith("s3://") and not HAS_S3 else ""
         raise UserError(f"cannot open {path}: {error.strerror or error}{hint}") from error
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file that holds names of files, which may be any bytes.
+
+    Editors' and shells' byte-order marks are dropped, and UTF-16 is understood. What is not UTF-8
+    is kept in the way of os.listdir (surrogateescape): encode it so to get the same bytes again.
+    """
+    with open_file(path, "rb") as file:
+        content = file.read()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def text_to_path(text: str) -> str:
+    """Return text from read_text as a path: the same bytes for the file system in any locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def path_to_text(path: str) -> str:
+    """Return a path of this machine as text that, encoded as in read_text, has the same bytes."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def printable(text: str) -> str:
+    """Return text in which bytes that are not UTF-8 are shown as \\xNN."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def local_path(path: str) -> str:
