@@ -21,7 +21,7 @@ from util.dist import all_reduce_sum, gather_objects, rank, seed_step, world_siz
 from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
 from util.meters import RunLog
 from util.optim import autocast, grad_sync, optim_step
-from util.report import VideoScores, count_confusions, topk_correct
+from util.report import VideoScores, check_scores, count_confusions, topk_correct
 from util.video.transforms import augment_on_device
 
 if TYPE_CHECKING:
@@ -118,32 +118,41 @@ def evaluate(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Classify the centre view of every video; the ranks share the videos.
 
+    A video whose logits are not finite counts as wrong and not in the loss.
+
     Args:
         stop: called before every step that all ranks take. When it returns True, on all ranks at
             once, the loop ends early and the result is incomplete.
 
     Returns:
         loss, acc1, acc5 and mean_class_acc (the mean of the classes' acc1; all three in percent)
-        over the readable videos of all ranks, and bad, the number of unreadable ones; the confusion
-        matrix of the readable videos, int64 [C, C], labels by predictions.
+        over the readable videos of all ranks; bad and not_finite, the numbers of unreadable videos
+        and of those without finite logits; the confusion matrix of the others, int64 [C, C], labels
+        by predictions.
+
+    Raises:
+        UserError: no video could be read, or none has finite logits.
     """
     model.eval()
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's have no float64
     sums = torch.zeros(2, dtype=exact, device=device)  # loss, top-5
-    confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
+    confusion = torch.zeros((num_classes, num_classes + 1), dtype=torch.int64, device=device)
+    seen: list[tuple[Tensor, Tensor]] = []  # rows of the csv, and which of them have finite logits
+    stopped = False
     clips_per_step = loader.batch_size * world_size()
     common_steps = len(loader.dataset) // world_size() // loader.batch_size  # that all ranks take
     for step, batch in log.every(loader, "Validate", clips_per_step):
-        if stop is not None and step < common_steps and stop():
+        stopped = stop is not None and step < common_steps and stop()
+        if stopped:
             break
 
         # Leave out videos that could not be read.
         good = [i for i, errors in enumerate(batch.errors) if not errors]
         if not good:
             continue
-        clips, labels = batch.clips, batch.label
+        clips, labels, rows = batch.clips, batch.label, batch.row
         if len(good) < len(clips):  # indexing copies
-            clips, labels = clips[good], labels[good]
+            clips, labels, rows = clips[good], labels[good], rows[good]
 
         # Classify the readable videos and count, without waiting for the device.
         clips = clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
@@ -151,23 +160,38 @@ def evaluate(
         with autocast(device, precision):
             logits = model(augment_on_device(clips, flip=None, erase=None))
         logits = logits.float()  # (N, classes)
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += topk_correct(logits, labels, 5)
-        confusion += count_confusions(labels, logits.argmax(dim=1), num_classes)
+        finite = logits.isfinite().all(dim=1)  # (N,)
+        seen.append((rows, finite))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        sums[0] += losses.where(finite, 0.0).sum()
+        sums[1] += topk_correct(logits, labels.where(finite, -1), 5)
+        predictions = logits.argmax(dim=1).where(finite, num_classes)
+        confusion += count_confusions(labels, predictions, num_classes)
 
-    # Add up the counts of all ranks.
+    # Add up the counts of all ranks, and name the videos without finite logits.
     loss, top5 = all_reduce_sum(sums).tolist()
     counts = all_reduce_sum(confusion).cpu().numpy()
-    videos, seen = int(counts.sum()), counts.sum(axis=1) > 0
-    per_class = counts.diagonal()[seen] / counts.sum(axis=1)[seen]
-    stats = {
-        "loss": loss / max(videos, 1),
+    odd = [row for rows, finite in seen for row in rows[~finite.cpu()].tolist()]
+    odd = [row for rows in gather_objects(odd) for row in rows]
+    if not stopped:
+        check_scores(int(counts.sum()), odd, loader.dataset.index, precision)
+    return validation_stats(loss, top5, counts, len(loader.dataset)), counts[:, :-1]
+
+
+def validation_stats(
+    loss: float, top5: float, counts: np.ndarray, num_videos: int
+) -> dict[str, float]:
+    """Return the statistics of `evaluate` from sums over videos and counts [C, C + 1]."""
+    total, videos, odd = counts.sum(axis=1), int(counts.sum()), int(counts[:, -1].sum())
+    per_class = counts.diagonal()[total > 0] / total[total > 0]
+    return {
+        "loss": loss / max(videos - odd, 1),
         "acc1": 100 * float(counts.trace()) / max(videos, 1),
         "acc5": 100 * top5 / max(videos, 1),
         "mean_class_acc": 100 * float(per_class.mean()) if videos else 0.0,
-        "bad": len(loader.dataset) - videos,
+        "bad": num_videos - videos,
+        "not_finite": odd,
     }
-    return stats, counts
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from engine_finetune import evaluate, train_one_epoch
 from util import args as flags
 from util import run
 from util.checkpoint import Checkpoints, load_latest
+from util.classes import count_classes, read_classes, same_classes, some_names, warn_of_one
 from util.dist import print0, seed_step
 from util.errors import UserError
 from util.flops import print_flops
@@ -27,7 +28,6 @@ from util.loader import VideoLoader
 from util.lr_sched import effective_lr
 from util.meters import RunLog, last_x, open_log
 from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups_lrd, prepare_model
-from util.report import read_class_names
 from util.synthetic import data_dir, synthetic_recipe
 from util.video.mixup import Mixup
 from util.video.rand_augment import RandAugment
@@ -151,9 +151,11 @@ def open_train(args: argparse.Namespace, folder: str, device: torch.device) -> V
     return VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
 
 
-def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> VideoLoader:
+def open_val(
+    args: argparse.Namespace, folder: str, device: torch.device, num_classes: int
+) -> VideoLoader:
     """Open the validation videos: a centre view of each, as many clips per batch as in training."""
-    index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, args.num_classes)
+    index = VideoIndex(os.path.join(folder, "val.csv"), args.path_prefix, num_classes)
     dataset = Kinetics(index, "test", **flags.clip_options(args))
     batch_size = args.batch_size * args.repeat_aug
     return VideoLoader(dataset, batch_size, args.num_workers, args.max_bad_share, device)
@@ -161,11 +163,16 @@ def open_val(args: argparse.Namespace, folder: str, device: torch.device) -> Vid
 
 def validate(args: argparse.Namespace, folder: str, device: torch.device) -> None:
     """Print the accuracy of the weights of --resume on the validation videos (--eval)."""
-    loader = open_val(args, folder, device)
+    if args.num_classes is None:
+        raise UserError(f"{args.resume} has no head: fine-tune it first")
+    weights, names = read_weights(args.resume), read_classes(folder)
+    loader = open_val(args, folder, device, len(names) or args.num_classes)
+    loader.dataset.index.match_labels(names, weights.classes, args.num_classes)
+    warn_of_one(args.num_classes)
     model = build_model(args)
     if args.dry_run:
         return print_flops(model, args)
-    apply_weights(model, read_weights(args.resume), keep_head=True)
+    apply_weights(model, weights, keep_head=True)
     model.to(device)
     log = RunLog("", args.print_freq, device)
     val, _ = evaluate(model, loader, device, args.precision, args.num_classes, log)
@@ -175,16 +182,24 @@ def validate(args: argparse.Namespace, folder: str, device: torch.device) -> Non
 def print_validation(val: dict[str, float], more: str = "") -> None:
     """Print the statistics that evaluate returns, in one line."""
     unreadable = f"  unreadable {val['bad']}" if val["bad"] else ""
+    not_finite = f"  not numbers {val['not_finite']}" if val["not_finite"] else ""
     print0(
         f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
-        f"loss {val['loss']:.4f}{unreadable}{more}"
+        f"loss {val['loss']:.4f}{unreadable}{not_finite}{more}"
     )
 
 
-def load_pretrained(model: models_vit.VisionTransformer, args: argparse.Namespace) -> None:
+def load_pretrained(
+    model: models_vit.VisionTransformer, args: argparse.Namespace, names: list[str]
+) -> None:
     """Load the encoder of --finetune; draw a small head unless --keep_head finds one that fits."""
     weights = read_weights(args.finetune)
     keep_head = args.keep_head and has_head_for(weights, model)
+    if keep_head and not same_classes(names, weights.classes):
+        raise UserError(
+            f"--keep_head: the head of {args.finetune} has other classes, or another order, than "
+            f"classes.txt: {some_names(weights.classes)}; leave the flag out"
+        )
     apply_weights(model, weights, keep_head, args.allow_missing)
     if not keep_head:
         torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -200,16 +215,18 @@ def main(args: argparse.Namespace) -> None:
     folder = data_dir(args, "finetune")
     if args.eval:
         return validate(args, folder, device)
+    class_names = read_classes(folder)
+    args.num_classes = count_classes(class_names, args.num_classes, folder)
     train_loader = open_train(args, folder, device)
     train_set, mixup = train_loader.dataset, make_mixup(args)
-    val_loader = open_val(args, folder, device)
+    val_loader = open_val(args, folder, device, args.num_classes)
     print0(f"{len(train_set)} videos to train on, {len(val_loader.dataset)} to validate on")
 
     # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
     model = build_model(args)
     latest = None if args.dry_run else load_latest(args)
     if args.finetune and not latest:
-        load_pretrained(model, args)
+        load_pretrained(model, args, class_names)
     model.to(device)
     print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
@@ -224,7 +241,8 @@ def main(args: argparse.Namespace) -> None:
     scaler = make_scaler(device, args.precision)
 
     # Resume from the newest checkpoint, if there is one.
-    checkpoints = Checkpoints(args, model, optimizer, scaler, train_set.index.fingerprint())
+    fingerprint = train_set.index.fingerprint()
+    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint, class_names)
     if latest:
         checkpoints.resume(*latest)
         del latest  # frees its memory
@@ -232,7 +250,6 @@ def main(args: argparse.Namespace) -> None:
 
     # Open the logs; compile the model and wrap it for several ranks.
     log = open_log(args, device, progress, len(train_loader), flags.compared(args))
-    class_names = read_class_names(folder, args.num_classes)
     ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing)
 
     # Train.
@@ -258,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
         x = last_x(progress.epoch, args.repeat_aug)
         for name, value in val.items():
             log.scalar(f"val/{name}", value, x)
-        show_classes(confusion, class_names, log, x)
+        show_classes(confusion, checkpoints.classes, log, x)
         log.flush()
 
         # Write log.txt and a checkpoint.

@@ -1,6 +1,7 @@
 """Test a fine-tuned classifier on K temporal x S spatial views of every video.
 
     python main_test.py --path_to_data_dir /data/k400 --finetune checkpoint-00049.pth
+    python main_test.py --videos a.mp4 b.mp4 --finetune checkpoint-00049.pth
 
 The checkpoint defines the model and may come from another project. See FINETUNE.md.
 """
@@ -14,9 +15,11 @@ import models_vit
 from engine_finetune import test
 from util import args as flags
 from util import run
+from util.classes import read_classes, warn_of_one
 from util.dist import is_main, print0
 from util.errors import UserError
 from util.flops import print_flops
+from util.formats import Weights
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.meters import RunLog
@@ -36,6 +39,8 @@ def get_args_parser() -> flags.Parser:
     flags.add_model_args(parser, ["", *models_vit.MODELS], "", classifier=True)
     add = flags.adder(parser, "test")
     add("--finetune --resume", "", "path or address of a fine-tuned classifier of any project")
+    text = "files to classify, in place of test.csv; prints the five best classes of each"
+    add("--videos", None, text, nargs="+", metavar="FILE")
     add("--num_clips", 10, "temporal views of a video", flags.positive_int)
     add("--num_crops", 3, "spatial views of a clip", flags.positive_int)
     add("--ensemble", "sum", "how the scores of views are combined", choices=("sum", "max"))
@@ -61,12 +66,31 @@ def parse_args(
 
     parser = get_args_parser()
     add_args(parser)
-    return flags.parse(parser, argv, default_flags, OBSOLETE_FLAGS)
+    args = flags.parse(parser, argv, default_flags, OBSOLETE_FLAGS)
+    if args.videos and args.path_to_data_dir:
+        raise UserError("give --videos or --path_to_data_dir, not both")
+    return args
 
 
-def load_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
+def open_index(args: argparse.Namespace, weights: Weights) -> tuple[VideoIndex, list[str]]:
+    """Open test.csv or --videos, with the model's labels; return also the names of its classes."""
+    if args.num_classes is None:
+        raise UserError(f"{args.finetune} has no head: fine-tune it first (main_finetune.py)")
+    numbers = [str(label) for label in range(args.num_classes)]
+    if args.videos:
+        return VideoIndex.of_files(args.videos), weights.classes or numbers
+    folder = data_dir(args, "finetune")
+    names = read_classes(folder)
+    csv_path = os.path.join(folder, "test.csv")
+    index = VideoIndex(csv_path, args.path_prefix, len(names) or args.num_classes, False)
+    if index.has_labels:
+        index.match_labels(names, weights.classes, args.num_classes)
+    own = names if len(names) == args.num_classes else numbers
+    return index, weights.classes or own
+
+
+def load_model(args: argparse.Namespace, weights: Weights) -> models_vit.VisionTransformer:
     """Rebuild the classifier of --finetune; flags override what its file records."""
-    weights = read_weights(args.finetune)
     sizes = {"num_frames": args.num_frames, "img_size": args.input_size}
     build = partial(models_vit.VisionTransformer, **weights.classifier_arguments(**sizes))
     if args.model:
@@ -90,15 +114,17 @@ def main(args: argparse.Namespace) -> None:
     device = run.start(args)
 
     # Data: one video at a time; its views fill the forward passes.
-    folder = data_dir(args, "finetune")
-    index = VideoIndex(os.path.join(folder, "test.csv"), args.path_prefix, args.num_classes)
+    weights = read_weights(args.finetune)
+    index, names = open_index(args, weights)
     views = {"num_clips": args.num_clips, "num_crops": args.num_crops}
     dataset = Kinetics(index, "test", **flags.clip_options(args), **views)
     loader = VideoLoader(dataset, 1, args.num_workers, 1.0, device)
+    warn_of_one(args.num_classes)
     print0(f"{len(index)} videos, {args.num_clips} x {args.num_crops} views each")
 
     # Model.
-    model = load_model(args)
+    model = load_model(args, weights)
+    del weights  # frees its memory
     if args.dry_run:
         return print_flops(model, args)
     model.to(device)
@@ -108,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog("", args.print_freq, device)
     result = test(model, loader, device, args.precision, args.batch_size, args.ensemble, log)
     if is_main():
-        report(result, index, args)
+        report(result, index, args, names)
 
 
 if __name__ == "__main__":

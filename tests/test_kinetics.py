@@ -98,7 +98,7 @@ def test_malformed_labels_are_not_read_as_paths(tmp_path, row):
     ("text", "words"),
     [
         ("a.mp4 0\nb.mp4\n", ["line 2", "no label"]),
-        ("a.mp4 0\nb.mp4 5\n", ["line 2", "label 5", "--num_classes 5"]),
+        ("a.mp4 0\nb.mp4 5\n", ["line 2", "label 5", "number of classes, 5"]),
         ("a.mp4 -3\n", ["line 1", "negative"]),
         ("a.mp4 1.5\n", ["line 1", "no label"]),
         ("a.mp4 1_0\n", ["line 1", "no label"]),

@@ -2,7 +2,7 @@
 
 A training checkpoint is a plain dict: model, optimizer, scaler (state dicts), epoch (the last one
 finished), step (optimiser steps done), args (a dict of flags), arguments (of the model's
-constructor), progress and identity (see Progress and Checkpoints).
+constructor), classes (names), progress and identity (see Progress and Checkpoints).
 
 Masks, clips and all other random choices are functions of (seed, epoch, step or sample). So
 weights, optimiser, scaler and the place in the epoch are the whole state of a run.
@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from util.args import compared
+from util.classes import same_classes, some_names
 from util.dist import SAVING, broadcast_object, gather_objects, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, path_manager, write_atomically
@@ -175,6 +176,7 @@ class Checkpoints:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
             keep_every and model.
         fingerprint: checksum of the training videos; a checkpoint of other videos is refused.
+        classes: names of a classifier's classes, if known; a checkpoint of others is refused.
     """
 
     def __init__(
@@ -184,11 +186,13 @@ class Checkpoints:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         fingerprint: int,
+        classes: Sequence[str] = (),
     ):
         self.args = args
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
+        self.classes = list(classes)
         self.identity = {  # must be equal for an epoch to go on with the same steps
             "data": fingerprint,
             "joint_batch": args.batch_size * world_size(),
@@ -293,6 +297,7 @@ class Checkpoints:
             "identity": self.identity,
             "args": vars(self.args),
             "arguments": getattr(self.model, "arguments", {}),  # of its constructor
+            "classes": self.classes,
         }
         on_gpu = next(self.model.parameters()).is_cuda
         path = os.path.join(self.args.output_dir, name)
@@ -414,6 +419,14 @@ class Checkpoints:
                 f"{path} was started from --finetune {started_from or '(nothing)'}, not from "
                 f"{wanted or '(nothing)'}; use another --output_dir"
             )
+        known = checkpoint.get("classes", [])
+        if not same_classes(self.classes, known):
+            raise UserError(
+                f"{path} was trained on other classes, or in another order, than classes.txt "
+                f"names now ({some_names(self.classes)}): it has {some_names(known)}; restore "
+                "classes.txt, or use another --output_dir"
+            )
+        self.classes = self.classes or known
         then, now = checkpoint.get("identity", self.identity), self.identity
         if then["data"] != now["data"]:
             raise UserError(

@@ -44,7 +44,8 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
     arguments = weights.arguments
     flags = {k: arguments[k] for k in ("num_frames", "t_patch_size")}
     flags |= {"input_size": arguments["img_size"]} | weights.flags
-    return {"model": _own_storage(weights.as_stored()), "args": flags, "arguments": arguments}
+    model = _own_storage(weights.as_stored())
+    return {"model": model, "args": flags, "arguments": arguments, "classes": weights.classes}
 
 
 def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
     names["decoder_norm."] = f"pred_head.transforms.0.{arguments.get('decoder_depth')}."
     state = fuse_qkv(state) if fused else state
     renamed = {rename(name, names): tensor for name, tensor in state.items()}
-    return {"model_state": _own_storage(renamed), "arguments": said}
+    return {"model_state": _own_storage(renamed), "arguments": said, "classes": weights.classes}
 
 
 def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -139,7 +140,7 @@ def _hf_config(weights: Weights) -> dict[str, Any]:
     }
     if weights.has_head:
         architecture = "VideoMAEForVideoClassification"
-        labels = [f"LABEL_{i}" for i in range(arguments["num_classes"])]
+        labels = weights.classes or [f"LABEL_{i}" for i in range(arguments["num_classes"])]
         config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     if weights.has_decoder:
@@ -177,7 +178,8 @@ def write(weights: Weights, path: str, to: str) -> None:
         is_folder = to == "videomae-hf"
         state, *configs = to_videomae_hf(weights) if is_folder else (weights.as_stored(),)
         # the header holds what rebuilds the model; transformers needs "format"
-        said = json.dumps({"arguments": weights.arguments} | _normalisation(weights))
+        said = {"arguments": weights.arguments, "classes": weights.classes}
+        said = json.dumps(said | _normalisation(weights))
         content = safetensors_bytes(_own_storage(state), {"format": "pt", formats.METADATA: said})
         if is_folder:
             make_dirs(path)

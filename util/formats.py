@@ -119,6 +119,7 @@ class Weights:
     flags: dict[str, Any]  # of the training run, if recorded
     notes: list[str]  # sentences for the user
     doubt: str  # why no model can be built from the file alone; empty when one can
+    classes: list[str]  # names of the head's classes, in order; empty if the file has none
     # per-channel normalisation of the clips that it was trained on; None: ours
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -348,7 +349,7 @@ def read_records(
         records["img_size"], width = config["image_size"]
         if records["img_size"] != width:
             raise UserError(f"{path} has frames that are not square: {config['image_size']}")
-    written = _as_dict(json.loads(_as_dict(checkpoint.get("metadata")).get(METADATA, "{}")))
+    written = _written(checkpoint)
     records |= _as_dict(written.get("arguments")) | _as_dict(checkpoint.get("arguments"))
     mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
     if config.get("do_normalize") is False:
@@ -356,6 +357,30 @@ def read_records(
     if source in (IMAGE_MAE, VIDEOMAE, HF_VIDEOMAE):
         mean, std = _per_channel(mean) or IMAGENET[0], _per_channel(std) or IMAGENET[1]
     return records, _per_channel(mean), _per_channel(std)
+
+
+def find_classes(
+    checkpoint: dict[str, Any], config: dict[str, Any], num_classes: int
+) -> tuple[list[str], str]:
+    """Return the names of a head's classes in a file or its Hugging Face config, and a note.
+
+    There are no names, [], where the file has none or they do not fit its head.
+    """
+    labels = _as_dict(config.get("id2label"))
+    names: Any = [labels.get(str(i)) for i in range(num_classes)] if labels else None
+    names = names or _written(checkpoint).get("classes") or checkpoint.get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return [], ""
+    if not num_classes or names == [f"LABEL_{i}" for i in range(num_classes)]:
+        return [], ""
+    if len(set(names)) != num_classes or len(names) != num_classes:
+        return [], f"its names of classes do not fit its head of {num_classes} and are left out"
+    return names, ""
+
+
+def _written(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return what util/convert.py has written into the header of a .safetensors file."""
+    return _as_dict(json.loads(_as_dict(checkpoint.get("metadata")).get(METADATA, "{}")))
 
 
 def _per_channel(value: Any) -> tuple[float, ...] | None:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.classes import match_labels
 from util.errors import UserError
 from util.file_io import ADDRESSES, is_remote, local_path, open_file
 from util.video import sampling
@@ -46,12 +47,19 @@ class VideoIndex:
     Args:
         path_prefix: folder that relative paths start from; empty: that of the csv.
         num_classes: labels must be below it; None allows rows without a label (pre-training).
+        needs_labels: if False, all rows may lack their labels, which are then NO_LABEL.
     """
 
-    def __init__(self, csv_path: str, path_prefix: str = "", num_classes: int | None = None):
+    def __init__(
+        self,
+        csv_path: str,
+        path_prefix: str = "",
+        num_classes: int | None = None,
+        needs_labels: bool = True,
+    ):
         self.csv_path = csv_path
         self.folder = path_prefix or os.path.dirname(csv_path)
-        blob, ends, labels = bytearray(), [], []
+        rows, unlabelled = [], 0
         with open_file(csv_path, "rb") as file:
             # File names are bytes: what is not UTF-8 is kept unchanged, as in os.listdir.
             text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
@@ -60,20 +68,48 @@ class VideoIndex:
                 if not line or line.startswith("#"):
                     continue
                 path, label = _parse_row(line)
-                problem = _row_problem(path, label, num_classes)
+                problem = _row_problem(path, label, num_classes, needs_labels)
                 if problem:
                     raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
-                blob += os.fsencode(path)
-                ends.append(len(blob))
-                labels.append(label)
-        if not ends:
+                unlabelled = unlabelled or number * (label == NO_LABEL)
+                rows.append((os.fsencode(path), label))
+        if not rows:
             raise UserError(f"{csv_path} lists no videos; it needs one `path label` per line")
-        self._paths = np.frombuffer(bytes(blob), dtype=np.uint8)
-        self._ends = np.array(ends, dtype=np.int64)
-        self.labels = np.array(labels, dtype=np.int64)
+        self._pack(rows)
+        if num_classes is not None and unlabelled and (self.labels != NO_LABEL).any():
+            raise UserError(f"{csv_path}, line {unlabelled}: no label, but other lines have one")
+
+    @classmethod
+    def of_files(cls, paths: Sequence[str]) -> "VideoIndex":
+        """Return an index of these files or addresses, without labels.
+
+        Raise UserError if a file does not exist.
+        """
+        for path in paths:
+            if not (is_remote(path) or os.path.isfile(path)):
+                raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}")
+        index = cls.__new__(cls)
+        index.csv_path, index.folder = "--videos", ""
+        index._pack([(os.fsencode(path), NO_LABEL) for path in paths])
+        return index
+
+    def _pack(self, rows: list[tuple[bytes, int]]) -> None:
+        self._paths = np.frombuffer(b"".join(path for path, _ in rows), dtype=np.uint8)
+        self._ends = np.cumsum([len(path) for path, _ in rows])
+        self.labels = np.array([label for _, label in rows], dtype=np.int64)
+
+    @property
+    def has_labels(self) -> bool:
+        return bool((self.labels != NO_LABEL).all())
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def match_labels(self, names: list[str], known: list[str], num_classes: int) -> None:
+        """Replace the labels by those of a model; see classes.match_labels."""
+        labels = match_labels(names, known, num_classes, os.path.dirname(self.csv_path))
+        if labels is not None:
+            self.labels = labels[self.labels]
 
     def fingerprint(self) -> int:
         """Return a checksum of all rows; a resumed run compares it with its checkpoint's."""
@@ -98,7 +134,7 @@ def _parse_row(line: str) -> tuple[str, int]:
     return path, label
 
 
-def _row_problem(path: str, label: int, num_classes: int | None) -> str:
+def _row_problem(path: str, label: int, num_classes: int | None, needs_labels: bool) -> str:
     """Return what is wrong with a row, or an empty string."""
     if not path:
         return "no path"
@@ -110,12 +146,15 @@ def _row_problem(path: str, label: int, num_classes: int | None) -> str:
         return "negative label"
     if label > 2**31:
         return "a label cannot be this large"
-    if num_classes is None:
+    if num_classes is None or not needs_labels:
         almost = re.search(r"[ ,\t][+-]?[0-9]*\.?[0-9]+(,|\s+#.*)?$", path)
-        return "a label must be an integer at the end" if label == NO_LABEL and almost else ""
-    if label == NO_LABEL:
+        if label == NO_LABEL and almost:
+            return "a label must be an integer at the end"
+    elif label == NO_LABEL:
         return "no label (an integer after the path)"
-    return f"label {label} is not below --num_classes {num_classes}" if label >= num_classes else ""
+    if num_classes is not None and label >= num_classes:
+        return f"label {label} is not below the number of classes, {num_classes}"
+    return ""
 
 
 class Sample(NamedTuple):

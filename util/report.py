@@ -9,7 +9,9 @@ import contextlib
 import csv
 import io
 import os
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,8 +19,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from util.dist import print0
 from util.errors import UserError
-from util.file_io import open_file, write_atomically
+from util.file_io import is_remote, path_to_text, printable, write_atomically
 from util.meters import append_log
 
 if TYPE_CHECKING:
@@ -35,9 +38,13 @@ def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def count_confusions(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Count videos by label and prediction: two int64 [N] -> int64 [C, C] on the same device."""
-    counts = labels.new_zeros(num_classes, num_classes)
-    counts.view(-1).scatter_add_(0, labels * num_classes + predictions, torch.ones_like(labels))
+    """Count videos by label and prediction: two int64 [N] -> int64 [C, C + 1] on the same device.
+
+    The prediction C means that there is none, because the scores are not finite.
+    """
+    counts = labels.new_zeros(num_classes, num_classes + 1)
+    place = labels * (num_classes + 1) + predictions
+    counts.view(-1).scatter_add_(0, place, torch.ones_like(labels))
     return counts
 
 
@@ -66,20 +73,6 @@ def report_classes(confusion: np.ndarray, unpredicted: np.ndarray | int = 0) -> 
     return reports
 
 
-def read_class_names(folder: str, num_classes: int) -> list[str]:
-    """Return the names in classes.txt, beside the csvs or one folder above; else the numbers.
-
-    A file with another number of names belongs to another data set and is ignored.
-    """
-    for place in (folder, os.path.dirname(folder.rstrip("/"))):
-        # open it without checking that it exists: web servers cannot be asked
-        with contextlib.suppress(UserError), open_file(os.path.join(place, "classes.txt")) as file:
-            names = file.read().splitlines()
-            if len(names) == num_classes:
-                return names
-    return [str(label) for label in range(num_classes)]
-
-
 class VideoScores(NamedTuple):
     """The result of multi-view testing for every row of a csv, in order."""
 
@@ -87,64 +80,143 @@ class VideoScores(NamedTuple):
     readable: np.ndarray  # bool [V]
     errors: list[str]  # why a video could not be read, empty where it could
 
+    @property
+    def finite(self) -> np.ndarray:
+        """Which videos have scores that are numbers: bool [V]."""
+        return self.readable & np.isfinite(self.scores).all(axis=1)
 
-def report(result: VideoScores, index: "VideoIndex", args: argparse.Namespace) -> None:
-    """Print the accuracy and write predictions.csv, classes.csv, scores.npz and log.txt.
 
-    Unreadable videos count as wrong, so that results of different machines can be compared.
+def report(
+    result: VideoScores, index: "VideoIndex", args: argparse.Namespace, names: list[str]
+) -> None:
+    """Print the accuracy and write predictions.csv, scores.npz, log.txt and classes.csv.
+
+    Videos that are unreadable or whose scores are not finite count as wrong, so that results of
+    different machines can be compared. Without labels, nothing is said about accuracy.
+
+    Args:
+        names: of the C classes.
     """
-    if not result.readable.any():
-        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
+    finite, unreadable = result.finite, [error for error in result.errors if error]
+    odd = np.flatnonzero(result.readable & ~finite).tolist()
+    check_scores(int(result.readable.sum()), odd, index, args.precision)
 
     # Rank the five best classes of every video and compare them with its label.
     ranking = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]  # of equals, the first
-    hits = (ranking == index.labels[:, None]) & result.readable[:, None]
-    top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
-    per_class = [hits[index.labels == label, 0].mean() for label in np.unique(index.labels)]
-    errors = [error for error in result.errors if error]
-
-    # Print the accuracy.
-    if errors:
-        print(f"{len(errors)} unreadable videos, counted as wrong:", *errors, sep="\n  ")
-    each = f"{args.num_clips * args.num_crops} views ({args.ensemble})"
-    accuracy = f"{len(index)} videos x {each}: top-1 {top1:.2f} %  top-5 {top5:.2f} %"
-    print(f"{accuracy}; predictions, classes and scores go to {args.output_dir}", flush=True)
-
-    # Write the files.
-    names = read_class_names(os.path.dirname(index.csv_path), args.num_classes)
-    predictions, classes, scores = (
-        os.path.join(args.output_dir, name)
-        for name in ("predictions.csv", "classes.csv", "scores.npz")
-    )
+    hits = (ranking == index.labels[:, None]) & finite[:, None]
     views = args.num_clips * args.num_crops if args.ensemble == "sum" else 1
-    write_predictions(predictions, result, index, ranking, views)
-    write_classes(classes, result.readable, index.labels, ranking, names)
-    write_atomically(scores, lambda f: np.savez(f, scores=result.scores, labels=index.labels))
-    record = {"test_acc1": top1, "test_acc5": top5, "videos": len(index), "bad": len(errors)}
-    record["test_mean_class_acc"] = 100 * float(np.mean(per_class))
     flags = "finetune", "num_clips", "num_crops", "ensemble"
-    append_log(args.output_dir, record | {name: getattr(args, name) for name in flags})
+    record = {name: getattr(args, name) for name in flags}
+
+    # Print the accuracy, or what the videos named on the command line show.
+    if unreadable:
+        wrong = ", counted as wrong" if index.has_labels else ""
+        print(f"{len(unreadable)} unreadable videos{wrong}:", *unreadable, sep="\n  ")
+    summary = f"{len(index)} videos x {args.num_clips * args.num_crops} views ({args.ensemble})"
+    if index.has_labels:
+        top1, top5 = (100 * int(hits[:, :k].sum()) / len(index) for k in (1, 5))
+        per_class = [hits[index.labels == label, 0].mean() for label in np.unique(index.labels)]
+        accuracies = {"test_acc1": top1, "test_acc5": top5}
+        record = accuracies | {"test_mean_class_acc": 100 * float(np.mean(per_class))} | record
+        summary += f": top-1 {top1:.2f} %  top-5 {top5:.2f} %"
+    elif index.csv_path == "--videos":
+        print_best(result, index, ranking, views, names)
+    else:
+        summary += f": {index.csv_path} has no labels, so there is no accuracy"
+    files = "predictions, classes and scores" if index.has_labels else "predictions and scores"
+    files = f"; {files} go to {args.output_dir}" if args.output_dir else ""
+    print(f"{summary}{files}", flush=True)
+    if not args.output_dir:
+        return
+
+    write_predictions(args.output_dir, result, index, ranking, views, names)
+    record |= {"videos": len(index), "bad": len(unreadable), "not_finite": len(odd)}
+    append_log(args.output_dir, record)
+    # last, because this only decorates the result
+    classes = os.path.join(args.output_dir, "classes.csv")
+    with warned(f"{classes} is not written"):
+        if index.has_labels:
+            write_classes(classes, finite, index.labels, ranking, names)
+        elif not is_remote(classes):  # one of an earlier test would be taken for this one's
+            Path(classes).unlink(missing_ok=True)
+
+
+def check_scores(readable: int, odd: list[int], index: "VideoIndex", precision: str) -> None:
+    """Name the rows of a csv whose scores are not finite (odd).
+
+    Raises:
+        UserError: no video was readable, or none has finite scores.
+    """
+    if not readable:
+        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
+    if len(odd) == readable:
+        raise UserError(
+            f"the scores of all {readable} readable videos of {index.csv_path} are not numbers: "
+            f"the weights are damaged, or too large for --precision {precision}; try another "
+            "--precision",
+            status=1,
+        )
+    if odd:
+        wrong = ", counted as wrong" if index.has_labels else ""
+        files = [printable(path_to_text(index.path(i))) for i in odd]
+        print0(f"{len(odd)} videos whose scores are not numbers{wrong}:", *files, sep="\n  ")
+
+
+@contextlib.contextmanager
+def warned(lost: str) -> Iterator[None]:
+    """Turn any error of the body into a warning, for what only decorates a result."""
+    try:
+        yield
+    except Exception as error:
+        print(f"WARNING: {lost}: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def print_best(
+    result: VideoScores, index: "VideoIndex", ranking: np.ndarray, views: int, names: list[str]
+) -> None:
+    """Print the five best classes of every video, with their scores."""
+    for i in np.flatnonzero(result.finite).tolist():
+        print(printable(path_to_text(index.path(i))))
+        for label in ranking[i].tolist():
+            print(f"  {result.scores[i, label] / views:.4f}  {printable(names[label])}")
 
 
 def write_predictions(
-    path: str, result: VideoScores, index: "VideoIndex", ranking: np.ndarray, views: int
+    folder: str,
+    result: VideoScores,
+    index: "VideoIndex",
+    ranking: np.ndarray,
+    views: int,
+    names: list[str],
 ) -> None:
-    """Write a row per video; its score is the mean over views, or their maximum if views = 1."""
-    rows: list[list[Any]] = ["video label prediction correct score top5 error".split()]
+    """Write predictions.csv, a row per video, and scores.npz.
+
+    The score in a row is the mean over views, or their maximum if views = 1.
+    """
+    rows: list[list[Any]] = ["video label prediction name correct score top5 error".split()]
+    finite = result.finite
     for i, label in enumerate(index.labels.tolist()):
-        cells = ["", 0, "", "", result.errors[i]]
-        if result.readable[i]:
+        cells: list[Any] = ["", "", 0, "", "", result.errors[i] or "scores are not numbers"]
+        if finite[i]:
             best = ranking[i].tolist()
             score = f"{result.scores[i, best[0]] / views:.4f}"
-            cells = [best[0], int(best[0] == label), score, " ".join(map(str, best)), ""]
-        rows.append([index.path(i), label, *cells])
-    write_csv(path, rows)
+            top5 = " ".join(map(str, best))
+            cells = [best[0], names[best[0]], int(best[0] == label), score, top5, ""]
+        if not index.has_labels:
+            label = cells[2] = ""
+        rows.append([path_to_text(index.path(i)), label, *cells])
+    write_csv(os.path.join(folder, "predictions.csv"), rows)
+    scores = os.path.join(folder, "scores.npz")
+    write_atomically(scores, lambda f: np.savez(f, scores=result.scores, labels=index.labels))
 
 
 def write_classes(
     path: str, good: np.ndarray, labels: np.ndarray, ranking: np.ndarray, names: list[str]
 ) -> None:
-    """Write a row per class: videos, accuracy in percent, and what it is mostly confused with."""
+    """Write a row per class: videos, accuracy in percent, and what it is mostly confused with.
+
+    `good` (bool [V]) are the videos that have a prediction; the others count as unreadable.
+    """
     confusion = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(confusion, (labels[good], ranking[good, 0]), 1)
     unreadable = np.bincount(labels[~good], minlength=len(names))
@@ -160,7 +232,7 @@ def write_classes(
 
 
 def write_csv(path: str, rows: list[list[Any]]) -> None:
-    """Write rows of cells; file names may hold any bytes, which os.fsdecode has escaped."""
+    """Write rows of cells; names may hold any bytes, escaped as by file_io.read_text."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_atomically(path, lambda f: f.write(text.getvalue().encode("utf-8", "surrogateescape")))

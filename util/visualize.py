@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from util.dist import print0
+from util.file_io import printable
 from util.meters import last_x
 from util.optim import autocast
-from util.report import draw_confusion, report_classes, worst_classes
+from util.report import draw_confusion, report_classes, warned, worst_classes
 from util.synthetic import write_video
 from util.video.transforms import MEAN, STD, normalize
 
@@ -280,11 +281,16 @@ class FixedClips:
 
 
 def show_classes(confusion: np.ndarray, names: list[str], log: "RunLog", x: int) -> None:
-    """Log a confusion matrix int [C, C], a histogram of accuracies and the worst classes at x."""
+    """Log a confusion matrix int [C, C], a histogram of accuracies and the worst classes at x.
+
+    Without names, [], the classes have numbers.
+    """
     if log.writer is None or not confusion.any():
         return
     reports = report_classes(confusion)
-    log.image("val/confusion", draw_confusion(confusion), x)
-    accuracies = np.array([report.accuracy for report in reports if report.videos])
-    log.histogram("val/class_acc", accuracies, x)
-    log.text("val/worst_classes", worst_classes(reports, names), x)
+    with warned("the accuracies of the classes are not shown in TensorBoard"):
+        log.image("val/confusion", draw_confusion(confusion), x)
+        accuracies = np.array([report.accuracy for report in reports if report.videos])
+        log.histogram("val/class_acc", accuracies, x)
+        shown = list(map(printable, names)) or [str(label) for label in range(len(confusion))]
+        log.text("val/worst_classes", worst_classes(reports, shown), x)

@@ -230,9 +230,13 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
     flags, channels = formats.checkpoint_args(checkpoint), arguments["in_chans"]
     if mean and std and not len(mean) == len(std) == channels:
         raise ValueError(f"mean {mean} and std {std} do not have {channels} values")
+    num_classes = arguments.get("num_classes", 0)
+    classes, odd_names = formats.find_classes(checkpoint, config, num_classes)
+    notes += [odd_names] if odd_names else []
     weights = Weights(
-        wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt
-    )
+        wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt,
+        classes,
+    )  # fmt: skip
     is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
     if weights.predicts_unit_pixels or not is_ours:
         weights.mean, weights.std = mean, std
