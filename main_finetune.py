@@ -161,8 +161,11 @@ def open_val(
     return VideoLoader(dataset, batch_size, args.num_workers, args.max_bad_share, device)
 
 
-def validate(args: argparse.Namespace, folder: str, device: torch.device) -> None:
+def validate(args: argparse.Namespace, device: torch.device) -> None:
     """Print the accuracy of the weights of --resume on the validation videos (--eval)."""
+    if not args.resume:
+        raise UserError("--eval needs weights: give --resume CHECKPOINT")
+    folder = data_dir(args, "finetune")
     if args.num_classes is None:
         raise UserError(f"{args.resume} has no head: fine-tune it first")
     weights, names = read_weights(args.resume), read_classes(folder)
@@ -207,14 +210,12 @@ def load_pretrained(
 
 def main(args: argparse.Namespace) -> None:
     """Build data, model and optimiser in this order, then train and validate."""
-    if args.eval and not args.resume:
-        raise UserError("--eval needs weights: give --resume CHECKPOINT")
     device = run.start(args)
+    if args.eval:
+        return validate(args, device)
 
     # Data.
     folder = data_dir(args, "finetune")
-    if args.eval:
-        return validate(args, folder, device)
     class_names = read_classes(folder)
     args.num_classes = count_classes(class_names, args.num_classes, folder)
     train_loader = open_train(args, folder, device)
