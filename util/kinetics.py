@@ -132,16 +132,16 @@ class Sample(NamedTuple):
 def dense_frames(
     video: Video, num_frames: int, sampling_rate: int, place: Callable[[float, float], float]
 ) -> np.ndarray:
-    """Return the numbers int64 [T] of frames spread evenly over a clip.
+    """Return the numbers int64 [T] of frames that are spread evenly over a clip.
 
-    A clip spans num_frames * sampling_rate frames at 30 fps. Where the frame rate varies, they are
-    the frames shown at these times, as if the video had been resampled at 30 fps.
+    A clip spans num_frames * sampling_rate frames at 30 fps. If the video's frame rate varies, its
+    frames are chosen by their times, as if the video had been resampled at 30 fps.
 
     Args:
         place: takes the lengths of the video and of the clip; returns where the clip starts.
     """
     total, fps, times = video.num_frames, video.fps, None
-    if video.times is not None:
+    if video.times is not None:  # count in 1/30 s instead of frames
         fps, last = 30.0, video.times[-1]
         times = (video.times - ROUNDING) * fps
         # The last frame is shown for as long as the others are on average.
