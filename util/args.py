@@ -98,9 +98,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", natural_int)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
-    how = (
-        "dense: spread evenly over a clip; segments: one frame in each of --num_frames equal parts"
-    )
+    how = "dense: spread evenly over a clip; segments: one in each of --num_frames equal parts"
     add("--sampling", "dense", how, choices=("dense", "segments"))
     if not jitter_scales:
         return
