@@ -26,11 +26,11 @@ from util import args as flags
 from util.checkpoint import newest_checkpoint
 from util.errors import UserError
 from util.file_io import local_path, make_dirs, write_atomically
-from util.kinetics import cut_views
+from util.kinetics import cut_views, dense_frames
 from util.run import run, usage_errors
 from util.synthetic import write_dataset
 from util.video.decode import Video, VideoError
-from util.video.sampling import Box, clip_length, frame_indices, uniform_crop_box
+from util.video.sampling import Box, uniform_crop_box
 from util.visualize import MASK_TYPES, WHITE, encode_gif, encode_mp4, enlarge, reconstruct, tile
 from util.weights import apply_weights, read_weights
 
@@ -50,7 +50,7 @@ class Autoencoder(NamedTuple):
     """A model and what it expects of a clip."""
 
     model: MaskedAutoencoderViT
-    sampling_rate: int  # distance of a clip's frames at 30 fps
+    sampling_rate: int  # a clip spans num_frames * sampling_rate frames at 30 fps
 
     @property
     def fps(self) -> float:
@@ -120,11 +120,12 @@ def load_clip(path: str | Path, autoencoder: Autoencoder, start: float = 0.5) ->
     def centre_square(height: int, width: int) -> list[Box]:
         return [uniform_crop_box(height, width, min(height, width), 0, 1)]
 
+    def place(total: float, length: float) -> float:
+        return start * max(total - length, 0)
+
     try:
         with Video(local_path(str(path))) as video:
-            length = clip_length(embed.num_frames, autoencoder.sampling_rate, video.fps)
-            first = start * max(video.num_frames - length, 0)
-            frames = frame_indices(first, length, embed.num_frames, video.num_frames)
+            frames = dense_frames(video, embed.num_frames, autoencoder.sampling_rate, place)
             cut_views(video, frames[np.newaxis], centre_square, clip)
     except VideoError as error:
         raise UserError(str(error)) from error

@@ -19,7 +19,7 @@ import torch
 from tests.conftest import read_number
 from tests.test_scripts import ROOT
 from tests.test_transforms import resize
-from tests.video_files import moving_frames, write_video
+from tests.video_files import counter_frame, moving_frames, read_counter, write_video
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, cut_views
 from util.loader import EpochSampler, VideoLoader, default_num_workers
@@ -218,6 +218,64 @@ def test_clips_longer_than_the_video_repeat_the_last_frame(videos):
     assert shown[0] == 0
     assert shown[-1] == 59
     assert shown.count(59) > 1
+
+
+VARYING = {  # gaps between frames, ms
+    "drops": ([33, 33, 34, 33, 67, 33, 100] * 20, "libx264", ".mp4"),
+    "peak rate": ([11, 11, 11, 500] * 20, "libx264", ".mkv"),
+    "halves": ([17, 16] * 40 + [200] * 40, "libx265", ".mp4"),
+    "still": ([4000, 33, 33, 33, 3000, 9000] * 6, "libvpx-vp9", ".webm"),
+    "slow": ([1500, 3500, 800] * 10, "libvpx-vp9", ".mkv"),
+    "jump": ([33, 100] * 40 + [90_000] + [20, 60] * 40, "libx264", ".mp4"),
+    "short": ([33, 33, 400, 100], "libx265", ".mkv"),
+    "three": ([100, 900], "libx264", ".mp4"),
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_a_clip_of_a_variable_frame_rate_spans_the_seconds_it_says(tmp_path, name):
+    """There is a start such that frame i is the one shown i steps of 4.2 / 30 s later."""
+    gaps, codec, suffix = VARYING[name]
+    frames = [counter_frame(i) for i in range(len(gaps) + 1)]
+    stamps = np.cumsum([500, *gaps]).tolist()
+    options = {"deadline": "realtime", "cpu-used": "8"} if "vp9" in codec else {"crf": "4"}
+    write_video(tmp_path / f"v{suffix}", frames, codec, 1000, stamps=stamps, options=options)
+    write_csv(tmp_path, f"v{suffix} 0\n")
+    interval = np.mean([gap for gap in gaps if gap < 10_000])  # a longer one is a clock's jump
+    appear = np.cumsum([0, *(gap if gap < 10_000 else interval for gap in gaps)]) / 1000
+    end = np.append(appear[1:], np.inf)
+    spare = max(appear[-1] + max(interval / 1000, 1 / 30) - 64 / 30, 0)
+    steps = np.linspace(0, 63 / 30, 16)
+    sizes = {"input_size": 48, "num_frames": 16, "sampling_rate": 4}
+    whole = {"scales": (1, 1), "ratios": (4 / 3, 4 / 3), "hflip": False}
+    tested = data_set(tmp_path, "test", **sizes, num_clips=5)[0, 0].clips
+    trained = data_set(tmp_path, **sizes, **whole, repeat_aug=5)[0, 0].clips
+    for clip in (*tested, *trained):
+        shown = [read_counter(frame.numpy()) for frame in clip]
+        assert shown == sorted(shown)
+        earliest = max(0, *(appear[shown] - steps))
+        latest = min(spare, *(end[shown] - steps))
+        assert earliest < latest + 0.002, f"{shown} at {appear[shown]}"
+    assert read_counter(tested[0, 0].numpy()) == 0
+    # Starts are whole 30ths of a second, so that four steps may lose up to 4 / 30 s.
+    assert end[read_counter(tested[-1, -1].numpy())] > appear[-1] - 4 / 30
+
+
+def test_a_clip_within_one_frame_shows_that_frame(tmp_path):
+    """Half a frame per second, whether even or not, and a still picture of 9 s."""
+    for number, stamps in enumerate(([0, 5000, 10_000, 15_000], [0, 9000, 9033, 9066])):
+        frames = [counter_frame(i) for i in range(4)]
+        write_video(tmp_path / f"v{number}.mp4", frames, fps=1000, stamps=stamps)
+        write_csv(tmp_path, f"v{number}.mp4 0\n")
+        sizes = {"input_size": 48, "num_frames": 16, "sampling_rate": 4, "num_clips": 4}
+        clips = data_set(tmp_path, "test", **sizes)[0, 0].clips
+        shown = [[read_counter(frame.numpy()) for frame in clip] for clip in clips]
+        assert shown[:3] == ([[0] * 16, [1] * 16, [2] * 16] if number == 0 else [[0] * 16] * 3)
+        trained = data_set(tmp_path)
+        with Video(trained.index.path(0)) as video:
+            for seed in range(20):
+                chosen = trained._random_frames(video, np.random.default_rng(seed))
+                assert (np.diff(chosen) >= 0).all()
 
 
 # --- determinism --------------------------------------------------------------------------------

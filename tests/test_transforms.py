@@ -106,7 +106,8 @@ def test_frame_indices():
     assert frame_indices(0.9, 64, 16, 300).tolist()[:3] == [0, 5, 9]
     assert frame_indices(0, 64, 16, 10).tolist() == [0, 4, 8] + [9] * 13  # shorter than the clip
     assert frame_indices(0, 64, 1, 300).tolist() == [0]
-    assert frame_indices(0, 0.1, 4, 300).tolist() == [0, 0, 0, 0]  # slower than a frame per clip
+    for start, shown in ((0, 0), (7.3, 7), (299.95, 299)):  # a frame lasts longer than the clip
+        assert frame_indices(start, 0.1, 4, 300).tolist() == [shown] * 4
     assert frame_indices(0, 64, 16, 300).dtype == np.int64
 
 

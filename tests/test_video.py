@@ -410,6 +410,62 @@ def test_variable_frame_rate_counts_frames_not_time(tmp_path):
     assert seen == list(range(30))
 
 
+EVEN = [("a.mp4", "libx264", fps) for fps in (Fraction(1, 5), 24, Fraction(30000, 1001), 240)]
+EVEN += [("a.mkv", "libx265", fps) for fps in (Fraction(24000, 1001), 60, 144, 700)]
+EVEN += [("a.ts", "libx264", 50), ("a.webm", "libvpx-vp9", Fraction(60000, 1001))]
+
+
+@pytest.mark.parametrize(("name", "codec", "fps"), EVEN)
+def test_rounded_time_stamps_are_even(tmp_path, name, codec, fps):
+    path = write_video(tmp_path / name, moving_frames(40), codec, fps)
+    with Video(path) as video:
+        assert video.times is None
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_the_rate_of_an_even_video_may_jitter_and_differ_from_its_header(tmp_path, name):
+    stamps = [31 * k + 5 * (k % 3) for k in range(40)]
+    path = write_video(tmp_path / name, moving_frames(40), fps=900, stamps=stamps)
+    with Video(path) as video:
+        assert video.times is None and video.fps == pytest.approx(900 / 31, rel=0.05)
+
+
+STAMPS = np.cumsum([40, 40, 200, 20, 20, 900] * 7).tolist()  # ms, of 42 frames
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "first"),
+    [
+        ("a.mp4", {"bframes": 2}, 0),
+        ("a.mp4", {"bframes": 2, "drop_until": STAMPS[14]}, 14),  # an edit list hides the others
+        ("a.mkv", {"bframes": 2, "codec": "libx265"}, 0),
+        ("a.ts", {}, 0),
+        ("a.webm", {"codec": "libvpx-vp9"}, 0),
+    ],
+)
+def test_times_of_uneven_frames(tmp_path, name, options, first):
+    path = write_video(tmp_path / name, moving_frames(42), fps=1000, stamps=STAMPS, **options)
+    expected = (np.array(STAMPS[first:]) - STAMPS[first]) / 1000
+    with Video(path) as video:
+        np.testing.assert_allclose(video.times, expected, atol=0.0011)
+
+
+def give_two_one_time(number, packet):
+    if number == 30:
+        packet.pts += 90 * (STAMPS[31] - STAMPS[30])
+
+
+@pytest.mark.parametrize("change", [give_two_one_time, lambda number, packet: number >= 17])
+def test_times_of_frames_that_their_times_do_not_number(tmp_path, change):
+    """Two frames have the same time, or the file starts within a group of pictures."""
+    whole = write_video(tmp_path / "w.ts", moving_frames(42), fps=1000, stamps=STAMPS)
+    path = remux(whole, tmp_path / "c.ts", change)
+    with av.open(path) as container:
+        times = np.array([frame.time for frame in container.decode(video=0)])
+    with Video(path) as video:
+        np.testing.assert_allclose(video.times, times - times[0], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

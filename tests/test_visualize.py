@@ -12,7 +12,8 @@ from demo import visualize
 from models_mae import check_mask_ratio, mae_vit_tiny_patch8, num_visible
 from models_vit import vit_tiny_patch8
 from tests import golden
-from tests.conftest import read_number
+from tests.conftest import numbered_frame, read_number
+from tests.video_files import write_video
 from util import file_io
 from util.errors import UserError
 from util.video.decode import Video
@@ -306,6 +307,18 @@ def test_clip_lies_where_asked(tmp_path, videos):
         assert clip.shape == (1, 8, 32, 32, 3)
         numbers = [read_number(frame) for frame in clip[0]]
         assert numbers == [first + int(i * 15 / 7) for i in range(8)]
+
+
+def test_a_clip_of_a_variable_frame_rate_lies_where_asked(tmp_path):
+    """Ten frames per second for a second, then fifty: the last half second has half the frames."""
+    stamps = [*range(0, 1000, 100), *range(1000, 1800, 20)]
+    frames = [numbered_frame(i) for i in range(50)]
+    path = write_video(tmp_path / "v.mp4", frames, fps=1000, stamps=stamps, options={"crf": "4"})
+    checkpoint = saved(tmp_path / "mae.pth", small_model(), args={"sampling_rate": 2})
+    autoencoder = visualize.load_autoencoder(checkpoint)
+    for start, first, last in ((0, 0, 5), (1, 24, 49)):
+        clip = visualize.load_clip(path, autoencoder, start)[0]
+        assert [read_number(clip[0]), read_number(clip[-1])] == pytest.approx([first, last], abs=1)
 
 
 def test_model_is_rebuilt_from_its_file(tmp_path):

@@ -98,7 +98,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", natural_int)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
-    how = "dense: every --sampling_rate-th frame; segments: one in each of --num_frames equal parts"
+    how = "dense: spread evenly over a clip; segments: one in each of --num_frames equal parts"
     add("--sampling", "dense", how, choices=("dense", "segments"))
     if not jitter_scales:
         return
@@ -120,7 +120,8 @@ def add_model_args(
     add("--model", default, names + checkpoint, choices=models, metavar="NAME")
     add("--input_size", 224, "height and width of a clip, pixels", positive_int)
     add("--num_frames", 16, "frames of a clip", positive_int)
-    add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", positive_int)
+    span = "a clip's frames are spread evenly over --num_frames x --sampling_rate frames at 30 fps"
+    add("--sampling_rate", 4, span, positive_int)
     add("--t_patch_size", 2, "frames of a patch", positive_int)
     add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
     text = "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed"

@@ -22,7 +22,7 @@ from util.classes import match_labels
 from util.errors import UserError
 from util.file_io import ADDRESSES, is_remote, local_path, open_file
 from util.video import sampling
-from util.video.decode import MAX_PIXELS, Video, VideoError
+from util.video.decode import MAX_PIXELS, ROUNDING, Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.rand_augment import apply as augment
 from util.video.sampling import NO_BOX, Box
@@ -168,6 +168,27 @@ class Sample(NamedTuple):
     errors: dict[str, str]  # path -> "PATH: reason", the unreadable videos that were tried
 
 
+def dense_frames(
+    video: Video, num_frames: int, sampling_rate: int, place: Callable[[float, float], float]
+) -> np.ndarray:
+    """Return the numbers int64 [T] of frames that are spread evenly over a clip.
+
+    A clip spans num_frames * sampling_rate frames at 30 fps. If the video's frame rate varies, its
+    frames are chosen by their times, as if the video had been resampled at 30 fps.
+
+    Args:
+        place: takes the lengths of the video and of the clip; returns where the clip starts.
+    """
+    total, fps, times = video.num_frames, video.fps, None
+    if video.times is not None:  # count in 1/30 s instead of frames
+        fps, last = 30.0, video.times[-1]
+        times = (video.times - ROUNDING) * fps
+        # The last frame is shown for as long as the others are on average.
+        total = last * fps + max(last * fps / (video.num_frames - 1), 1)
+    length = sampling.clip_length(num_frames, sampling_rate, fps)
+    return sampling.frame_indices(place(total, length), length, num_frames, total, times)
+
+
 def cut_views(
     video: Video, frames: np.ndarray, draw_boxes: DrawBoxes, out: Tensor, side: int | None = None
 ) -> None:
@@ -239,7 +260,7 @@ class Kinetics(Dataset):
     mode: str
     input_size: int  # height and width of the clips, pixels
     num_frames: int  # of a clip
-    sampling_rate: int  # distance between the frames of a clip, in frames at 30 fps
+    sampling_rate: int  # a clip spans num_frames * sampling_rate frames at 30 fps
     seed: int = 0
     repeat_aug: int = 1
     scales: tuple[float, float] = (0.5, 1.0)  # area of the random crop, as a share of the frame
@@ -339,18 +360,16 @@ class Kinetics(Dataset):
         total, T = video.num_frames, self.num_frames
         if self.sampling == "segments":
             return sampling.segment_indices(total, T, rng.random(T))
-        length = sampling.clip_length(T, self.sampling_rate, video.fps)
-        start = sampling.random_start(total, length, rng)
-        return sampling.frame_indices(start, length, T, total)
+        place = partial(sampling.random_start, rng=rng)
+        return dense_frames(video, T, self.sampling_rate, place)
 
     def _test_frames(self, video: Video, clip: int) -> np.ndarray:
         """Return the frame numbers of a test clip; several are spread evenly, one is centred."""
         total, T = video.num_frames, self.num_frames
         if self.sampling == "segments":
             return sampling.segment_indices(total, T, (clip + 0.5) / self.num_clips)
-        length = sampling.clip_length(T, self.sampling_rate, video.fps)
-        start = sampling.clip_start(total, length, clip, self.num_clips)
-        return sampling.frame_indices(start, length, T, total)
+        place = partial(sampling.clip_start, clip=clip, num_clips=self.num_clips)
+        return dense_frames(video, T, self.sampling_rate, place)
 
     def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         return sampling.random_resized_crop_box(height, width, self.scales, self.ratios, rng)

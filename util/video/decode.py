@@ -27,6 +27,7 @@ MAX_PIXELS = 8192 * 8192
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # a frame may stand in for at most this many missing frames after it
 MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
+ROUNDING = 0.001  # seconds; how much time stamps may be off (Matroska rounds them to 1 ms)
 # Only these formats reliably mark the frames to which no other refers, which decoders may drop.
 # (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
 DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
@@ -45,9 +46,10 @@ class VideoError(Exception):
 class Video:
     """Open a local video file for decoding on the calling thread; a context manager.
 
-    `num_frames` is counted, not taken from the header; `fps` is the mean rate; `height` and `width`
-    are those of an upright frame, after the rotation that the metadata asks for. Raise VideoError
-    if the file cannot be used.
+    `num_frames` is counted, not taken from the header; `fps` is the mean rate; `times`, float64
+    [num_frames], are the seconds at which frames appear, or None where these are unknown or never
+    more than half a frame from an even rate; `height` and `width` are those of an upright frame,
+    after the rotation that the metadata asks for. Raise VideoError if the file cannot be used.
 
     Args:
         max_pixels: refuse pictures with more pixels (width * height), before allocating any.
@@ -135,37 +137,49 @@ class Video:
             self._packets.pop()
 
     def _number_frames(self, stream: VideoStream) -> None:
-        """Number the frames that the packets hold, and measure their rate."""
+        """Number the frames that the packets hold, and measure their rate and times."""
         shown = [k for k, packet in enumerate(self._packets) if not packet.is_discard]
         if self._decoder.name == "vp8":  # it may have frames that are referred to but never shown
             shown = [k for k in shown if memoryview(self._packets[k])[0] & 0x10]
         self._keys = [k for k, packet in enumerate(self._packets) if packet.is_keyframe]
         self._stamps = [packet.pts for packet in self._packets if packet.pts is not None]
         self._number: dict[int | None, int] = {}  # time stamp -> frame number
-        self._timed = self._can_number_by_stamps(shown)  # else a full decode numbers the frames
+        stamps = self._stamps_of_one_clock(shown)
+        # Otherwise a full decode numbers the frames.
+        self._timed = len(stamps) > 0 and self._can_number_by_stamps(stamps)
         if self._timed:
             shown.sort(key=self._stamps.__getitem__)
             self._number = {self._stamps[k]: number for number, k in enumerate(shown)}
         self._reopens = self._depends_on_start(stream, shown)
         self._shown = shown  # frame number -> packet
         self.num_frames = len(shown)
-        self.fps = self._mean_rate(stream)
+        unit = float(stream.time_base or 0)  # seconds
+        gaps = np.diff(np.sort(stamps)) * unit
+        self.fps = self._mean_rate(stream, gaps)
         if self._reopens:  # then a frame's number is its place in a decode from the file's start
             self._timed = False
-            self.num_frames = sum(1 for _ in self._delivered())
+            delivered = [frame.pts for _, frame in self._delivered()]
+            self.num_frames = len(delivered)
+            known = [stamp for stamp in delivered if stamp is not None]
+            gaps = np.diff(known if len(known) == len(delivered) else []) * unit
+        self.times = uneven_times(gaps)
         if not self.num_frames:
             raise VideoError(f"{self.path}: no frames")
 
-    def _can_number_by_stamps(self, shown: list[int]) -> bool:
-        """Return whether time stamps order the frames; those of AVI and raw streams do not."""
+    def _stamps_of_one_clock(self, shown: list[int]) -> np.ndarray:
+        """Return the frames' time stamps in the order of the packets; none if they are unusable."""
         if len(self._stamps) < len(self._packets):
-            return False
+            return np.array([])
         stamps = np.array([self._stamps[k] for k in shown])
-        if len(np.unique(stamps)) < len(stamps):
-            return False
         is_key = np.isin(shown, self._keys)
         if (is_key & (stamps < np.maximum.accumulate(stamps))).any():
-            return False  # the file consists of two parts whose clocks overlap
+            return np.array([])  # the file consists of two parts whose clocks overlap
+        return stamps
+
+    def _can_number_by_stamps(self, stamps: np.ndarray) -> bool:
+        """Return whether time stamps order the frames; those of AVI and raw streams do not."""
+        if not np.diff(np.sort(stamps)).all():
+            return False  # some are equal
         # If the codec reorders frames and the stamps never do, a careless writer numbered packets.
         return not self._decoder.has_b_frames or bool((np.diff(stamps) < 0).any())
 
@@ -185,12 +199,11 @@ class Video:
         found = [parameter_sets(self._packets[k], codec, extradata) for k in self._keys]
         return b"" in found and any(sets not in (b"", found[0]) for sets in found)
 
-    def _mean_rate(self, stream: VideoStream) -> float:
+    def _mean_rate(self, stream: VideoStream, gaps: np.ndarray) -> float:
         """Return the header's mean rate, or that of the time stamps if the two differ much."""
         header = float(stream.average_rate or stream.guessed_rate or 0)
         if self._timed and self.num_frames > 1 and stream.time_base:
-            seconds = np.diff([self._stamps[k] for k in self._shown]) * float(stream.time_base)
-            steady = seconds[seconds <= MAX_GAP]
+            steady = gaps[gaps <= MAX_GAP]
             rate = float(1 / steady.mean()) if len(steady) else header
             # Small differences come from stamps that are rounded to 1 ms (Matroska).
             if abs(rate - header) > 0.05 * rate:
@@ -352,6 +365,17 @@ class Video:
         if b:
             image = image.transpose(1, 0, 2)  # its rows were columns
         return np.ascontiguousarray(image[:: b + d, :: a + c])
+
+
+def uneven_times(gaps: np.ndarray) -> np.ndarray | None:
+    """Return the times of frames that are `gaps` seconds apart; None if their rate is even."""
+    jumps = (gaps < 0) | (gaps > MAX_GAP)
+    if jumps.all():
+        return None  # the times are unknown
+    interval = gaps[~jumps].mean()
+    times = np.append(0, np.where(jumps, interval, gaps).cumsum())
+    even = np.linspace(0, times[-1], len(times))
+    return times if np.abs(times - even).max() > max(interval / 2, ROUNDING) else None
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:

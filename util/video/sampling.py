@@ -16,28 +16,35 @@ NO_BOX = (0, 0, 0, 0)
 
 
 def clip_length(num_frames: int, sampling_rate: int, fps: float, target_fps: float = 30.0) -> float:
-    """Return the source frames spanned by `num_frames`, one per `sampling_rate` at `target_fps`."""
+    """Return the length in frames at `fps` of num_frames * sampling_rate frames at `target_fps`."""
     return sampling_rate * num_frames / target_fps * fps
 
 
-def random_start(total: int, clip_len: float, rng: Generator) -> float:
+def random_start(total: float, clip_len: float, rng: Generator) -> float:
     """Draw the start of a training clip, uniformly from where it fits in `total` frames."""
     return float(rng.uniform(0, max(total - clip_len, 0)))
 
 
-def clip_start(total: int, clip_len: float, clip: int, num_clips: int) -> float:
+def clip_start(total: float, clip_len: float, clip: int, num_clips: int) -> float:
     """Return the start of test clip `clip`; clips are spread evenly, a single one is centred."""
     spare = max(total - clip_len, 0)
     return float(spare // 2) if num_clips == 1 else float(clip * (spare // (num_clips - 1)))
 
 
-def frame_indices(start: float, clip_len: float, num_frames: int, total: int) -> np.ndarray:
+def frame_indices(
+    start: float, clip_len: float, num_frames: int, total: float, times: np.ndarray | None = None
+) -> np.ndarray:
     """Return the frame numbers of a clip; past the end of the video, the last frame repeats.
 
+    All lengths are in frames or, if `times` says when each frame appears, in the unit of `times`.
     The rounding of torch's float32 linspace decides which frames, as in the published results.
     """
-    numbers = torch.linspace(start, start + clip_len - 1, num_frames, dtype=torch.float32)
-    return numbers.clamp(0, total - 1).long().numpy()
+    dtype = torch.float32 if times is None else torch.float64
+    end = start + max(clip_len - 1, 0)
+    places = torch.linspace(start, end, num_frames, dtype=dtype).clamp(0, total - 1)
+    if times is None:
+        return places.long().numpy()
+    return np.searchsorted(times, places.numpy(), side="right") - 1
 
 
 def segment_indices(total: int, num_frames: int, place: float | np.ndarray) -> np.ndarray:
