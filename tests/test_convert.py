@@ -344,6 +344,41 @@ def test_round_trips_are_bitwise(tmp_path, name, through):
     assert read_weights(path).arguments == read_weights(middle).arguments
 
 
+NAMES = ["run", "saut \udce0 la perche", "ça"]  # as bytes, the second is not UTF-8
+
+
+@pytest.mark.parametrize("to", convert.FORMATS)
+def test_names_of_classes_are_kept(tmp_path, to):
+    positions = {} if to == "videomae-hf" else {"sincos_pos_embed": False, "sep_pos_embed": True}
+    own = VisionTransformer(**{**SINCOS, "num_classes": 3, **positions})
+    path, out = tmp_path / "own.pth", tmp_path / "out"
+    content = {"model": own.state_dict(), "arguments": own.arguments, "classes": NAMES}
+    torch.save(content, path)
+    assert read_weights(str(path)).classes == NAMES
+    converted(str(path), out, to)
+    assert read_weights(str(out)).classes == NAMES
+
+
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [
+        (["run", "swim"], True),
+        (["run", "swim", "run"], True),
+        ("abc", False),
+        ([1, 2, 3], False),
+        (None, False),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], False),  # of transformers, for a model without names
+    ],
+)
+def test_names_that_do_not_fit_the_head_are_left_out(tmp_path, names, noted):
+    own = VisionTransformer(**{**SINCOS, "num_classes": 3})
+    content = {"model": own.state_dict(), "arguments": own.arguments, "classes": names}
+    torch.save(content, tmp_path / "own.pth")
+    weights = read_weights(str(tmp_path / "own.pth"))
+    assert weights.classes == []
+    assert any("names of classes" in note for note in weights.notes) == noted
+
+
 def test_qkv_is_written_apart_and_fused(tmp_path):
     fused = formats.pyslowfast(fused=True)
     path = saved(tmp_path / "in.pth", fused)
