@@ -6,16 +6,69 @@ the path or address of a checkpoint in a format that util/weights.py reads. Clip
 `model.forward_features(clips)` returns their patch tokens [N, L, D].
 """
 
+import contextlib
 import functools
+import importlib.util
+import os
+import re
+import sys
+import types
 import typing
 
 from torch import nn
 
-import models_mae
-import models_vit
-from util import errors, file_io, run, weights
-
 # Only modules are imported here, because torch.hub.list shows every public callable of this file.
+
+_FOLDER = os.path.dirname(os.path.realpath(__file__))
+_NAMES = ("util", "models_mae", "models_vit")
+_PREFIX = re.sub(r"\W", "_", f"hub{_FOLDER}_")
+
+
+def _take(prefix: str = "") -> dict[str, typing.Any]:
+    """Remove PREFIX + the project's modules from sys.modules; return them without the prefix."""
+    tops = [prefix + name for name in _NAMES]
+    names = [name for name in sys.modules if name.partition(".")[0] in tops]
+    return {name.removeprefix(prefix): sys.modules.pop(name) for name in names}
+
+
+def _is_ours(name: str, loaded: dict[str, typing.Any]) -> bool:
+    """Return whether the caller's `import NAME` gives the module of this folder."""
+    find = importlib.util.find_spec
+    spec = getattr(loaded[name], "__spec__", None) if name in loaded else find(name)
+    origin = getattr(spec, "origin", None) or os.sep  # none for a folder without __init__.py
+    return os.path.realpath(origin).startswith(_FOLDER + os.sep)
+
+
+@contextlib.contextmanager
+def _our_modules() -> typing.Iterator[None]:
+    """Import the project's modules from this folder in the body; the caller's imports stay theirs.
+
+    If the caller's `import util` gives another module, or none, ours are kept in sys.modules under
+    names with a prefix, where the next call, pickle and torch.compile find them.
+    """
+    path, theirs, shared = sys.path, _take(), False
+    try:
+        # torch.hub has put this folder first on the path
+        sys.path = path[1:] if __name__ == "hubconf.py" else path
+        shared = all(_is_ours(name, theirs) for name in _NAMES)
+        sys.modules.update(theirs if shared else _take(_PREFIX))
+        sys.path = [_FOLDER, *path]
+        yield
+    finally:
+        sys.path = path
+        for name, module in ({} if shared else _take()).items():
+            for value in vars(module).values():
+                if isinstance(value, type | types.FunctionType) and value.__module__ == name:
+                    value.__module__ = _PREFIX + name
+            module.__name__ = _PREFIX + name
+            sys.modules[_PREFIX + name] = module
+        sys.modules.update(theirs)
+
+
+with _our_modules():
+    import models_mae
+    import models_vit
+    from util import errors, file_io, run, weights
 
 dependencies = ["cv2", "torch", "timm", "numpy", "iopath", "safetensors"]
 
@@ -23,6 +76,7 @@ SIZES = ("patch_size", "embed_dim", "depth")
 HEADS = ("num_heads", "decoder_num_heads")
 
 
+@_our_modules()  # for imports within functions
 @run.usage_errors()  # for ValueErrors of the constructors
 def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> nn.Module:
     """Build a model by name.

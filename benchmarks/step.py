@@ -312,9 +312,10 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_float32_matmul_precision("high")  # as in training: TF32 on a GPU
     device = get_device(args.device)
-    precisions = args.precision or ["fp32"] + ["bf16"] * optim.has_fast_bf16(device)
-    if "bf16" not in precisions:
-        print("bf16: not measured, this device has no arithmetic for it")
+    precisions = args.precision or ["fp32", "bf16"]
+    if not args.precision and not optim.has_fast_bf16(device):
+        precisions.remove("bf16")
+        print("bf16: not measured, as it is slow on this device (--precision bf16 measures it)")
     rates = {precision: matrix_rate(device, precision) for precision in precisions}
     for precision, rate in rates.items():
         print(f"best matrix product in {precision}: {rate / 1e12:.3f} T multiply-adds per second")

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import main_finetune
 import main_test
-from models_mae import MaskedAutoencoderViT
-from models_vit import VisionTransformer
+from models_mae import MaskedAutoencoderViT, mae_vit_tiny_patch8
+from models_vit import VisionTransformer, vit_tiny_patch8
 from tests import formats, golden
+from tests.test_scripts import FINETUNE, call
 from util import convert, file_io, pos_embed
 from util.convert import is_decoder
 from util.errors import UserError
@@ -652,10 +653,55 @@ def test_missing_encoder_weights_need_permission(capsys, lost):
     assert_same(model.state_dict(), weights.state | {lost: drawn})
 
 
-def test_a_file_without_class_token_names_the_flag(tmp_path):
-    path = saved(tmp_path / "videomae.pth", formats.videomae("finetune"))
-    with pytest.raises(UserError, match=r"cls_token.*--no-cls_embed"):
-        classifier(path, cls_embed=True, sincos_pos_embed=False)
+def videomae_file(folder) -> str:
+    """Write a file of mae_vit_tiny_patch8 in VideoMAE's format."""
+    sizes = {"img_size": 32, "num_frames": 4, "pred_t_dim": 4}
+    like = {"cls_embed": False, "sep_pos_embed": False, "sincos_pos_embed": True}
+    model = mae_vit_tiny_patch8(**sizes, **like, decoder_sep_pos_embed=False, decoder_num_heads=1)
+    return converted(saved_model(folder / "own.pth", model), folder / "hf", "videomae-hf")
+
+
+def default_file(folder) -> str:
+    """Write a file of the default kind of model, for longer clips."""
+    return saved_model(folder / "own.pth", vit_tiny_patch8(img_size=32))
+
+
+def joint_without_biases(folder) -> str:
+    """Write a file that does not say the size of its clips: 32 frames of 32 x 32 pixels."""
+    model = vit_tiny_patch8(img_size=32, num_frames=32, no_qkv_bias=True, sep_pos_embed=False)
+    torch.nn.init.normal_(model.pos_embed, std=0.02)
+    return saved(folder / "own.pth", {"model": model.state_dict()})
+
+
+ALL_OF_VIDEOMAE = "--no-cls_embed --no-sep_pos_embed --sincos_pos_embed"
+TINY_SIZES = r"a --model with patch_size 8, embed_dim 128, depth 4"
+
+
+@pytest.mark.parametrize(
+    "write, flags, needs",
+    [
+        (videomae_file, "", ALL_OF_VIDEOMAE),
+        (videomae_file, "--no-cls_embed", "--no-sep_pos_embed --sincos_pos_embed"),
+        (videomae_file, "--input_size 48 --num_frames 8 --t_patch_size 4", ALL_OF_VIDEOMAE),
+        (videomae_file, "--model vit_small_patch16", f"{ALL_OF_VIDEOMAE} and {TINY_SIZES}"),
+        (default_file, "--model vit_small_patch16", TINY_SIZES),
+        (joint_without_biases, "", "--no-sep_pos_embed --no_qkv_bias"),
+    ],
+)
+def test_the_first_error_names_all_flags_that_the_file_needs(
+    tmp_path, videos, capsys, write, flags, needs
+):
+    path = write(tmp_path)
+    command = [*FINETUNE, "--path_to_data_dir", videos, "--finetune", path, "--dry_run"]
+    command += ["--output_dir", tmp_path, *flags.split()]
+    with pytest.raises(SystemExit):
+        call(main_finetune, *command)
+    error, told = re.search(r"(.*); the file needs (.*)\n", capsys.readouterr().err).groups()
+    assert re.match(needs + r"(, num_heads 4)?$", told)
+    command += re.findall(r"--no\S+|--sincos\S+", told)
+    command += ["--model", "vit_tiny_patch8"] if "--model" in told else []
+    command += ["--num_frames", 32] if "may be 512 x 8 x 8, " in error else []
+    call(main_finetune, *command)
 
 
 def test_dropping_the_class_token(tmp_path):

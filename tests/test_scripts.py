@@ -493,7 +493,8 @@ def test_every_flag_of_the_reference_is_known(script, name, tmp_path):
     model = VisionTransformer(img_size=16, embed_dim=64, depth=1, num_heads=1, num_frames=4)
     path = tmp_path / "vit.pth"
     torch.save({"model": model.state_dict(), "arguments": model.arguments}, path)
-    for flag, default in REFERENCE[name].items():
+    others = {"no_pin_mem": False, "cls_token": False}  # these set pin_mem and global_pool
+    for flag, default in (REFERENCE[name] | others).items():
         values = default if isinstance(default, list) else [default]
         if isinstance(default, bool):
             values = []

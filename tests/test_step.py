@@ -295,6 +295,21 @@ def test_the_step_benchmark_prints_every_row(capsys):
     assert out.count("  ours ") == out.count("  plain ") == 4
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("given", [[], ["fp32"], ["bf16"]])
+def test_the_step_benchmark_says_of_slow_devices_alone_that_bf16_is_slow(
+    monkeypatch, capsys, is_fast, given
+):
+    measured = []
+    monkeypatch.setattr(step_benchmark, "matrix_rate", lambda *_: 1.0)
+    monkeypatch.setattr(step_benchmark, "measure", lambda row, *_: measured.append(row) or {})
+    monkeypatch.setattr(step_benchmark.optim, "has_fast_bf16", lambda device: is_fast)
+    step_benchmark.main([*TINY, "--task", "test", *["--precision"][: len(given)], *given])
+    wanted = given or ["fp32", "bf16"][: 1 + is_fast]
+    assert [row.precision for row in measured] == wanted
+    assert ("bf16: not measured" in capsys.readouterr().out) == (not given and not is_fast)
+
+
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "test"])
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
 def test_plain_and_ours_take_the_same_step(task, mask_ratio):

@@ -1,8 +1,13 @@
 """Tests of the embedded data set: files, determinism, and that only motion tells the class."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,3 +243,56 @@ def test_shift_by_whole_pixels_is_a_roll():
     np.testing.assert_allclose(moved[0], layers, atol=1e-5)
     np.testing.assert_allclose(moved[1], np.roll(layers, (3, -5), axis=(1, 2)), atol=1e-5)
     np.testing.assert_allclose(moved[2], layers, atol=1e-5)
+
+
+# --- the project installed without its checkout
+
+
+ROOT = Path(synthetic.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Build a wheel from the tracked files."""
+    folder = tmp_path_factory.mktemp("build")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "src" / name)
+    build = "-m pip wheel -q --no-deps --no-build-isolation --no-index -w . ./src"
+    subprocess.run([sys.executable, *build.split()], cwd=folder, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_all_modules_and_recipes(wheel):
+    patterns = ("main_*.py", "submitit_*.py", "models_*.py", "engine_*.py", "util/**/*.py")
+    files = {path for pattern in (*patterns, "recipes/*") for path in ROOT.glob(pattern)}
+    assert {str(path.relative_to(ROOT)) for path in files} <= {*zipfile.ZipFile(wheel).namelist()}
+
+
+@pytest.mark.slow
+def test_the_installed_scripts_run_in_an_empty_folder(wheel, tmp_path):
+    """The environment has the libraries of this one but, in place of the checkout, the wheel."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv/bin/python"
+    (packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", packages, wheel]
+    subprocess.run([sys.executable, *install], check=True)
+    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    (tmp_path / "empty").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def run(*words: str) -> str:
+        command = [python, *words]
+        done = subprocess.run(
+            command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True
+        )
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    assert run("-c", "import util; print(util.__file__)").startswith(str(packages))
+    flags = "--dry_run --device cpu --num_workers 0".split()
+    for script in ("main_pretrain", "main_finetune"):
+        out = run("-m", script, *flags)
+        assert "GFLOPs per clip forward" in out
+        assert f"videos in {tmp_path}/empty/data/synthetic" in out

@@ -187,7 +187,7 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
 # flags of the reference that have no effect in some script here, and how many values each takes
 OBSOLETE_FLAGS = {
     **dict.fromkeys("distributed no_env dist_on_itp dist_eval pin_mem no_pin_mem".split(), 0),
-    **dict.fromkeys("global_pool cpu_mix resplit".split(), 0),
+    **dict.fromkeys("global_pool cls_token cpu_mix resplit".split(), 0),
     **dict.fromkeys("dist_url local_rank world_size start_epoch num_checkpoint_del".split(), 1),
     **dict.fromkeys("decoder_backend decoder_device encoder_attn color_jitter seed".split(), 1),
     "log_dir": 1,

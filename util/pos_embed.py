@@ -72,8 +72,8 @@ def split(joint: Tensor, grid: Grid, rounding: float = 0.0) -> tuple[Tensor, Ten
     rest = (join(spatial, temporal) - joint).norm() / (joint.double().norm() + 1e-12)
     if rest > max(1e-4, rounding):
         raise ValueError(
-            f"joint positions are not a sum of positions in space and in time ({rest:.1%} would be "
-            "lost): build the model with joint ones (--no-sep_pos_embed)"
+            "joint positions are not a sum of positions in space and in time: "
+            f"{rest:.1%} would be lost"
         )
     return spatial.to(joint.dtype), temporal.to(joint.dtype)
 

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm  # in notebooks a widget, elsewhere a line of text
 
 from util import dist
 
-ROOT = Path(__file__).parent.parent  # of the project
+ROOT = Path(__file__).parent.parent  # of the project, or of the packages that are installed
 MARKER = "dataset.json"
 SPLITS = ("train", "val__", "test_")  # five letters and six digits make an ID of eleven
 FORMAT = 1  # increased when the same parameters would give other videos
@@ -293,11 +293,13 @@ def synthetic_recipe(name: str) -> Callable[[argparse.Namespace], list[str]]:
 def data_dir(args: argparse.Namespace, task: str) -> str:
     """Return the folder of csvs: --path_to_data_dir, or the embedded videos, written if needed.
 
-    `task` is "pretrain" (all training videos) or "finetune" (the few labelled ones).
+    `task` is "pretrain" (all training videos) or "finetune" (the few labelled ones). The folder
+    data/synthetic is in the checkout, or in the current folder if the project is installed.
     """
     if args.path_to_data_dir:
         return args.path_to_data_dir
-    folder = ROOT / "data" / "synthetic"
+    is_checkout = (ROOT / "pyproject.toml").exists()
+    folder = (ROOT if is_checkout else Path.cwd()) / "data" / "synthetic"
     dist.print0(
         f"no --path_to_data_dir: using the embedded synthetic videos in {folder}, and "
         f"recipes/synthetic_{task}.args for flags that are not given"

@@ -35,8 +35,9 @@ MODEL_FLAGS = """
 # errors from using names, shapes and records that make no sense
 ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SINCOS = "VideoMAE's sine-cosine table"
-# flags that decide which tensors a model has
+# flags that decide which tensors a model has, and what --model decides of their shapes
 WHOLE = ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed")
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 NO_CLASS_ROW = "the class token's row is missing and left as drawn"
 
 # --- reading --------------------------------------------------------------------------------------
@@ -318,7 +319,11 @@ def apply_weights(
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
     wanted = {k: v for k, v in own.items() if keep_head or not k.startswith("head.")}
-    state, how, used = fit_state(weights, wanted, here)
+    needs = _needs(weights, here, keep_head)
+    try:
+        state, how, used = fit_state(weights, wanted, here)
+    except UserError as error:
+        raise UserError(f"{error}; {needs}" if needs else str(error)) from error
 
     # shapes do not show the number of heads, and the first blocks of a deeper model would fit
     wrong = []
@@ -331,20 +336,15 @@ def apply_weights(
         if k in state and state[k].shape != mine.shape:
             wrong.append(f"{k} is {list(state[k].shape)} in the file and {list(mine.shape)} here")
     if wrong:
-        raise UserError(
-            f"{weights.path} does not fit the model: {some(wrong, joint='; ')}; "
-            "check --model, --input_size, --num_frames, --t_patch_size and --num_classes"
-        )
+        problem = f"{weights.path} does not fit the model: {some(wrong, joint='; ')}"
+        raise UserError(f"{problem}; {needs or 'check --model'}")
     missing = [k for k in wanted if k not in state]
     missing += [f"{k}_class" for k in wanted if how.get(k) == NO_CLASS_ROW]
     if missing:
         problem = f"{weights.path} lacks {len(missing)} weights of the model"
         if not allow_missing:
-            theirs = {k: weights.arguments[k] for k in WHOLE if weights.arguments[k] != here[k]}
-            flags = " ".join(_as_flags(theirs))
             hint = "check --model, or load the rest with main_finetune.py --allow_missing"
-            hint = f"the file is of a model with {flags}" if flags else hint
-            raise UserError(f"{problem} ({some(missing)}); {hint}")
+            raise UserError(f"{problem} ({some(missing)}); {needs or hint}")
         print0(f"WARNING: {problem}: {some(missing)} stay as drawn (--allow_missing)")
 
     # the meta device has no memory to copy to: the model takes copies for its own tensors
@@ -367,6 +367,18 @@ def apply_weights(
         # the same name in many blocks is written once
         brief = list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
         print0(f"  {len(names):4}  {row}: {some(brief, 8 if row == 'loaded' else len(names))}")
+
+
+def _needs(weights: Weights, here: dict[str, Any], with_head: bool) -> str:
+    """Name all flags in which a file's model differs from the model here, but for its clips."""
+    theirs = {k: v for k, v in weights.arguments.items() if k in here and v != here[k]}
+    names = [*WHOLE, "num_classes"] if with_head else WHOLE
+    needs = [" ".join(_as_flags({k: theirs[k] for k in names if k in theirs}))]
+    sizes = [k for k in SIZES if k != "num_heads" or k in weights.stated]
+    if theirs.keys() & sizes:
+        needs.append("a --model with " + ", ".join(f"{k} {weights.arguments[k]}" for k in sizes))
+    text = " and ".join(filter(None, needs))
+    return f"the file needs {text}" if text else ""
 
 
 def has_head_for(weights: Weights, model: nn.Module) -> bool:
