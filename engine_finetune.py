@@ -127,8 +127,8 @@ def evaluate(
     Returns:
         loss, acc1, acc5 and mean_class_acc (the mean of the classes' acc1; all three in percent)
         over the readable videos of all ranks; bad and not_finite, the numbers of unreadable videos
-        and of those without finite logits; the confusion matrix of the others, int64 [C, C], labels
-        by predictions.
+        and of those without finite logits; and counts of labels by predictions, int64 [C, C + 1]
+        (see count_confusions).
 
     Raises:
         UserError: no video could be read, or none has finite logits.
@@ -175,7 +175,7 @@ def evaluate(
     odd = [row for rows in gather_objects(odd) for row in rows]
     if not stopped:
         check_scores(int(counts.sum()), odd, loader.dataset.index, precision)
-    return validation_stats(loss, top5, counts, len(loader.dataset)), counts[:, :-1]
+    return validation_stats(loss, top5, counts, len(loader.dataset)), counts
 
 
 def validation_stats(

@@ -267,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
         # Validate.
         checkpoints.before_validation()
         stop = checkpoints.interruption.after_step  # a signal also ends the validation
-        val, confusion = evaluate(
+        val, counts = evaluate(
             model, val_loader, device, args.precision, args.num_classes, log, stop
         )
         checkpoints.exit_if_stopped()
@@ -276,7 +276,7 @@ def main(args: argparse.Namespace) -> None:
         x = last_x(progress.epoch, args.repeat_aug)
         for name, value in val.items():
             log.scalar(f"val/{name}", value, x)
-        show_classes(confusion, checkpoints.classes, log, x)
+        show_classes(counts, checkpoints.classes, log, x)
         log.flush()
 
         # Write log.txt and a checkpoint.

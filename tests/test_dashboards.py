@@ -166,6 +166,14 @@ def test_unreadable_videos_are_passed_over(videos, tmp_path, capsys):
     fixed.show(model, 1, RunLog(str(tmp_path / "none"), 1, CPU))  # nothing to show is no error
 
 
+def test_weights_that_are_no_numbers_do_not_stop_a_run(videos, tmp_path, capsys):
+    """With --skip_nonfinite a run goes on; pictures of its predictions only decorate it."""
+    fixed, model = make_fixed_clips(videos / "train.csv")
+    torch.nn.init.constant_(model.decoder_pred.bias, float("nan"))
+    fixed.show(model, 1, RunLog(str(tmp_path), 1, CPU))
+    assert "WARNING: reconstructions are not shown in TensorBoard" in capsys.readouterr().out
+
+
 # --- runs ---------------------------------------------------------------------------------------
 
 

@@ -245,8 +245,12 @@ class FixedClips:
             self.clips = self._read()
         if not len(self.clips):
             return
+        with warned("reconstructions are not shown in TensorBoard"):
+            self._log(model, self.clips, epoch, log)
+
+    def _log(self, model: nn.Module, clips: Tensor, epoch: int, log: "RunLog") -> None:
         with autocast(self.device, self.args.precision):
-            result = reconstruct(model, self.clips, self.args.mask_ratio)
+            result = reconstruct(model, clips, self.args.mask_ratio)
 
         # Log the losses of the removed patches.
         x = last_x(epoch, self.args.repeat_aug)
@@ -256,7 +260,7 @@ class FixedClips:
 
         # Log original, masked and reconstruction side by side: a GIF and some frames as a picture.
         versions = zip(result.original, result.masked, result.reconstruction, strict=True)
-        factor = max(1, MIN_SIDE // self.clips.shape[2])
+        factor = max(1, MIN_SIDE // clips.shape[2])
         t = result.original.shape[1]
         fps = 30 / self.args.sampling_rate * t / self.args.num_frames
         step = -(-t // STRIP_FRAMES)
@@ -280,14 +284,17 @@ class FixedClips:
         return torch.stack(clips) if clips else torch.empty(0)
 
 
-def show_classes(confusion: np.ndarray, names: list[str], log: "RunLog", x: int) -> None:
-    """Log a confusion matrix int [C, C], a histogram of accuracies and the worst classes at x.
+def show_classes(counts: np.ndarray, names: list[str], log: "RunLog", x: int) -> None:
+    """Log a confusion matrix, a histogram of accuracies and the worst classes at x.
 
-    Without names, [], the classes have numbers.
+    Args:
+        counts: of labels by predictions, int [C, C + 1] (see count_confusions).
+        names: of the classes; [] shows their numbers.
     """
+    confusion, unpredicted = counts[:, :-1], counts[:, -1]
     if log.writer is None or not confusion.any():
         return
-    reports = report_classes(confusion)
+    reports = report_classes(confusion, unpredicted)
     with warned("the accuracies of the classes are not shown in TensorBoard"):
         log.image("val/confusion", draw_confusion(confusion), x)
         accuracies = np.array([report.accuracy for report in reports if report.videos])
