@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.dist import print0
 from util.errors import UserError
-from util.file_io import ADDRESSES, is_remote, local_path, open_file
+from util.file_io import ADDRESSES, is_remote, local_path, path_to_text, printable, read_text
 from util.video import sampling
 from util.video.decode import MAX_PIXELS, Video, VideoError
 from util.video.rand_augment import RandAugment
@@ -39,9 +40,10 @@ DrawBoxes = Callable[[int, int], list[Box]]
 class VideoIndex:
     """The rows of a csv, one `path label` per line.
 
-    Separators are space, comma or tab; paths may contain spaces; blank lines and lines that start
-    with # are skipped. The rows are kept in packed arrays, which loader workers share. A list of
-    strings would be copied into every worker, because reading a string changes its reference count.
+    Separators are space, comma or tab; paths may contain spaces or stand in double quotes, where ""
+    is one quote. Blank lines are skipped, and so are lines that start with #, which are counted.
+    The rows are kept in packed arrays, which loader workers share. A list of strings would be
+    copied into every worker, because reading a string changes its reference count.
 
     Args:
         path_prefix: folder that relative paths start from; empty: that of the csv.
@@ -51,21 +53,22 @@ class VideoIndex:
     def __init__(self, csv_path: str, path_prefix: str = "", num_classes: int | None = None):
         self.csv_path = csv_path
         self.folder = path_prefix or os.path.dirname(csv_path)
-        blob, ends, labels = bytearray(), [], []
-        with open_file(csv_path, "rb") as file:
-            # File names are bytes: what is not UTF-8 is kept unchanged, as in os.listdir.
-            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
-            for number, line in enumerate(text, start=1):
-                line = line.removeprefix("\ufeff").strip()  # Windows editors write this mark
-                if not line or line.startswith("#"):
-                    continue
-                path, label = _parse_row(line)
-                problem = _row_problem(path, label, num_classes)
-                if problem:
-                    raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
-                blob += os.fsencode(path)
-                ends.append(len(blob))
-                labels.append(label)
+        blob, ends, labels, comments = bytearray(), [], [], 0
+        for number, line in enumerate(io.StringIO(read_text(csv_path), newline=None), start=1):
+            line = line.removeprefix("\ufeff").strip()  # Windows editors write this mark
+            comments += line.startswith("#")
+            if not line or line.startswith("#"):
+                continue
+            path, label = _parse_row(line)
+            problem = _row_problem(path, label, num_classes)
+            if problem:
+                raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
+            blob += path.encode("utf-8", "surrogateescape")  # the bytes of the file's name
+            ends.append(len(blob))
+            labels.append(label)
+        if comments:
+            hint = "a path that starts with # must stand in double quotes"
+            print0(f"{printable(path_to_text(csv_path))}: comments skipped: {comments}; {hint}")
         if not ends:
             raise UserError(f"{csv_path} lists no videos; it needs one `path label` per line")
         self._paths = np.frombuffer(bytes(blob), dtype=np.uint8)
@@ -88,14 +91,13 @@ class VideoIndex:
 
 def _parse_row(line: str) -> tuple[str, int]:
     """Split a csv line at its last separator into path and label."""
+    if quoted := re.fullmatch(r'"((?:[^"]|"")*)"(?:[ ,\t]+([+-]?[0-9]+)|[ ,\t]*)', line):
+        return quoted[1].replace('""', '"'), int(quoted[2] or NO_LABEL)
     cut = max(line.rfind(separator) for separator in " ,\t")
     path, label = line, NO_LABEL
     if re.fullmatch("[+-]?[0-9]+", line[cut + 1 :]):
         path, label = line[: max(cut, 0)], int(line[cut + 1 :])
-    path = path.strip(" ,\t")
-    if len(path) > 2 and path[0] == path[-1] == '"':  # spreadsheets quote values with commas
-        path = path[1:-1]
-    return path, label
+    return path.strip(" ,\t"), label
 
 
 def _row_problem(path: str, label: int, num_classes: int | None) -> str:
