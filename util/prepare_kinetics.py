@@ -187,7 +187,7 @@ def find_videos(folder: str) -> list[str]:
         leftovers = set(filter(LEFTOVERS.fullmatch, folders + files))
         passed["hidden, system or unfinished"] += len(leftovers)
         folders[:] = sorted(set(folders) - leftovers)
-        for name in set(files) - leftovers:
+        for name in sorted(set(files) - leftovers):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in SUFFIXES:
                 found.append(os.path.join(parent, name))
