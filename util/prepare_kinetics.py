@@ -276,9 +276,8 @@ def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
     for _, group in groupby(sorted(videos, key=os.path.dirname), os.path.dirname):
         paths = list(group)
         shuffled = random.Random(0).sample(paths, len(paths))
-        count = round(val_share * len(paths))
-        if 0 < val_share < 1:  # at least one video of each kind, if there are two
-            count = min(max(count, 1), len(paths) - 1)
+        least, most = val_share > 0, len(paths) - (val_share < 1)  # one of each, if there are two
+        count = min(max(round(val_share * len(paths)), least), most)
         split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
     return split
 
@@ -453,12 +452,11 @@ def write_lists(data: DataSet, out: str) -> list[str]:
     for name in [name for name, lines in texts.items() if not lines]:
         _remove_list(os.path.join(out, name))
         del texts[name]
-    written = list(texts)
     texts |= {"classes.txt": data.classes, "missing.txt": data.missing}
     for name, lines in texts.items():
         content = os.fsencode("".join(f"{line}\n" for line in lines))
         write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
-    return written
+    return [name for name in texts if name.endswith(".csv")]
 
 
 def _quoted(path: str) -> str:

@@ -331,8 +331,7 @@ def main() -> None:
         out = write_dataset(**vars(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    held_out = f"{args.num_val} + {args.num_test} held out"
-    print_any(f"{out}: {args.num_videos} training videos, {held_out}")
+    print_any(f"{out}: {args.num_videos} for training, {args.num_val} + {args.num_test} held out")
 
 
 if __name__ == "__main__":
