@@ -77,6 +77,32 @@ def test_names_that_are_not_utf8_are_names_of_files(tmp_path):
         assert video.num_frames == 2
 
 
+def test_paths_may_stand_in_quotes(tmp_path):
+    text = '"#1.mp4" 0\n"a ""b"".mp4",1\n" c, 3 "\t2\n"d.mp4",\n"e" f.mp4 3\n'
+    index = VideoIndex(write_csv(tmp_path, text))
+    names = ["#1.mp4", 'a "b".mp4', " c, 3 ", "d.mp4", '"e" f.mp4']
+    assert [index.path(i) for i in range(5)] == [f"{tmp_path}/{name}" for name in names]
+    assert index.labels.tolist() == [0, 1, 2, -1, 3]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_csv_of_other_editors(tmp_path, encoding):
+    text = "ünï.mp4 1\r\n\u2028b\x0bc.mp4 2\r\n"
+    (tmp_path / "train.csv").write_bytes(text.encode(encoding))
+    index = VideoIndex(str(tmp_path / "train.csv"))
+    names = "ünï.mp4", "b\x0bc.mp4"
+    assert [index.path(i) for i in range(len(index))] == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_comments_are_counted(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"\xe9")  # standard output cannot hold it
+    folder.mkdir()
+    VideoIndex(write_csv(folder, "#1.avi 0\nb.avi 0\n  # note\n"))
+    assert "train.csv: comments skipped: 2; a path that" in capsys.readouterr().out
+    VideoIndex(write_csv(folder, '"#1.avi" 0\n'))
+    assert capsys.readouterr().out == ""
+
+
 def test_path_prefix_replaces_the_csv_folder(tmp_path):
     index = VideoIndex(write_csv(tmp_path, "x.mp4 0\n/y.mp4 1\n"), path_prefix="/data/videos")
     assert [index.path(i) for i in range(2)] == ["/data/videos/x.mp4", "/y.mp4"]

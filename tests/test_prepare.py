@@ -3,7 +3,11 @@
 import contextlib
 import json
 import os
+import random
+import shutil
 import struct
+import subprocess
+import sys
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
+from tests.test_imports import ROOT
 from tests.video_files import (
     counter_frame,
     moving_frames,
@@ -23,7 +28,7 @@ from tests.video_files import (
 from util import prepare_kinetics
 from util.errors import UserError
 from util.kinetics import VideoIndex
-from util.prepare_kinetics import find_damage, transcode
+from util.prepare_kinetics import Clip, DataSet, find_damage, transcode, write_lists
 from util.video.decode import Video, VideoError
 
 
@@ -123,23 +128,93 @@ def test_annotations_of_spreadsheets(kinetics):
     assert [row.rsplit()[-1] for row in lines(kinetics / "train.csv")] == ["0", "1", "1"]
 
 
-@pytest.mark.parametrize(
-    "name", ["#selfie", " lead", ",comma", '"quote', "\ufeffmark", "a b", "c,d"]
-)
-def test_rows_of_odd_names_are_read_as_they_were_written(tmp_path, name):
-    for video in ("x.mp4", "y z.mp4"):
-        touch(tmp_path / name / video)
-    prepare("folders", tmp_path, tmp_path, "--val_share", 0)
-    index = VideoIndex(str(tmp_path / "train.csv"), num_classes=1)
-    paths = [os.path.normpath(index.path(i)) for i in range(len(index))]
-    assert paths == [f"{tmp_path}/{name}/x.mp4", f"{tmp_path}/{name}/y z.mp4"]
+PIECES = [b" ", b"\t", b",", b'"', b"#", b"'", b"\\", b"-", b"3", b" 3", b"a", b"\xe9", b"\xff\xfe"]
+PIECES += [b"\xfe\xff", b"\x0b", b"\x0c", b"\x1c", b"\x85", "\x85\xa0\u2028\ufeff".encode()]
+PIECES += [character.encode() for character in "\x85\xa0\u2028\ufeffé"]
 
 
-def test_names_in_other_encodings_are_written_byte_by_byte(tmp_path):
-    touch(tmp_path / os.fsdecode(b"caf\xe9/x.mp4"))
-    prepare("folders", tmp_path, tmp_path, "--val_share", 0)
-    assert (tmp_path / "train.csv").read_bytes() == b"caf\xe9/x.mp4 0\n"
-    assert os.path.exists(VideoIndex(str(tmp_path / "train.csv"), num_classes=1).path(0))
+def test_every_path_is_read_as_it_was_written(tmp_path):
+    """Below the lists' folder and elsewhere, and in the first line, where a file's marks stand."""
+    rng, elsewhere = random.Random(0), f"{tmp_path}-elsewhere/"
+    names = [*PIECES, *(b"".join(rng.choices(PIECES, k=rng.randint(2, 6))) for _ in range(600))]
+    names += [name + suffix for name in names[::3] for suffix in (b".264", b"/x.mp4")]
+    paths = [os.path.join(rng.choice([f"{tmp_path}/", elsewhere]), os.fsdecode(n)) for n in names]
+    for chosen in (paths, *([f"{tmp_path}/{os.fsdecode(piece)}"] for piece in PIECES)):
+        clips = [Clip(path, "a", "train") for path in chosen]
+        write_lists(DataSet(clips, ["a"], [], {"train"}), str(tmp_path))
+        for num_classes in (1, None):
+            index = VideoIndex(str(tmp_path / "train.csv"), num_classes=num_classes)
+            assert [index.path(i) for i in range(len(index))] == chosen
+            assert not index.labels.any()
+
+
+def test_only_odd_paths_are_quoted(tmp_path):
+    names = ["-a b.mp4", "_c,d.mp4", "é's.mp4", "#1.avi", '"q".mp4', " lead.mp4"]
+    clips = [Clip(f"{tmp_path}/{name}", "a", "train") for name in names]
+    write_lists(DataSet(clips, ["a"], [], {"train"}), str(tmp_path))
+    rows = [*names[:3], '"#1.avi"', '"""q"".mp4"', '" lead.mp4"']
+    assert lines(tmp_path / "train.csv") == [f"{row} 0" for row in rows]
+
+
+LOCALES = {
+    "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin1": {"LC_ALL": "test_latin1", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_names_are_bytes_in_every_locale(tmp_path, locale):
+    """UTF-8, Latin-1 and other names, in folders, lists, official csvs, messages and copies."""
+    environment = {**os.environ, **LOCALES[locale], "PYTHONPATH": str(ROOT)}
+    if locale == "latin1":
+        environment["LOCPATH"] = str(tmp_path)
+        compiler = shutil.which("localedef")
+        words = "-i", "POSIX", "-f", "ISO-8859-1", tmp_path / "test_latin1"
+        if not compiler or subprocess.run([compiler, *words], capture_output=True).returncode > 1:
+            pytest.skip("this machine cannot make a Latin-1 locale")
+    accents = "à été".encode()  # in Latin-1, its second byte is white space
+    for name in (accents + b"/\xe9.mp4", b"caf\xe9/" + accents + b".avi", b"caf\xe9/#\xe0.mp4"):
+        path = tmp_path / "v" / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, moving_frames(2, 32, 32))
+    (tmp_path / "v" / os.fsdecode(b"empty \xe9")).mkdir()
+    touch(tmp_path / "v" / os.fsdecode(accents + b"/notes.\xe9"))
+    (tmp_path / "train.txt").write_bytes(
+        accents + b"/\xe9.mp4 1\ncaf\xe9/#\xe0.mp4 2\ncaf\xe9/gone\xe9.mp4 2\n"
+    )
+    header = b"label,youtube_id,time_start,time_end,split\n"
+    (tmp_path / "train.csv").write_bytes(header + b"%b,%b,1,2,train\n" % (accents, accents))
+    touch(tmp_path / "v" / os.fsdecode(accents + b"/" + accents + b"_000001_000002.mp4"))
+    code = """
+import sys
+from util.kinetics import VideoIndex
+from util.prepare_kinetics import get_args_parser, main
+from util.video.decode import Video
+root = sys.argv[1]
+def prepare(*words):
+    return main(get_args_parser().parse_args([*words]))
+lists = "--train_list", f"{root}/train.txt", "--reencode", f"{root}/copies"
+assert prepare("folders", f"{root}/v", f"{root}/copied", *lists) == 0
+index = VideoIndex(f"{root}/copied/train.csv", num_classes=2)
+for i in range(len(index)):
+    assert Video(index.path(i)).num_frames == 2
+assert prepare("folders", f"{root}/v", f"{root}/lists", "--val_share", "0", "--verify") == 1
+assert prepare("kinetics", f"{root}/v", f"{root}/k", "--annotations", f"{root}/train.csv") == 0
+"""
+    words = sys.executable, "-c", code, str(tmp_path)
+    run = subprocess.run(words, env=environment, capture_output=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr.decode(errors="replace")
+    start = f"{tmp_path}/".encode()
+    assert (tmp_path / "lists/classes.txt").read_bytes() == b"caf\xe9\n" + accents + b"\n"
+    rows = b"caf\xe9/#\xe0.mp4 0", b"caf\xe9/%b.avi 0" % accents
+    rows += accents + b"/%b_000001_000002.mp4 1" % accents, accents + b"/\xe9.mp4 1"
+    written = (tmp_path / "lists/train.csv").read_bytes()
+    assert written == b"".join(start + b"v/" + row + b"\n" for row in rows)
+    written = (tmp_path / "copied/train.csv").read_bytes()
+    assert written == b"".join(start + b"copies/" + rows[i] + b"\n" for i in (0, 3))
+    assert (tmp_path / "copied/missing.txt").read_bytes() == b"train caf\xe9/gone\xe9.mp4\n"
+    assert (tmp_path / "k/classes.txt").read_bytes() == accents + b"\n"
+    assert (tmp_path / "k/train.csv").read_bytes() == start + b"v/" + rows[2][:-1] + b"0\n"
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "two\rlines"])
@@ -158,6 +233,56 @@ def test_links_are_followed_once(tmp_path):
         (tmp_path / "v/a" / name).symlink_to("..")
     expected = [f"{tmp_path}/v/a/x.mp4", f"{tmp_path}/v/b/y.mp4"]
     assert prepare_kinetics.find_videos(str(tmp_path / "v")) == expected
+
+
+LEFT = """.ipynb_checkpoints/a-checkpoint.mp4, __MACOSX/run/._a.mp4, run/._a.mp4, run/.~lock.a.mp4,
+.Trashes/501/a.mp4, .Trash-1000/files/a.mp4, .git/annex/objects/a.mp4, .dvc/cache/a.mp4,
+@eaDir/a.mp4/SYNOPHOTO_FILM_M.mp4, run/@eaDir/SYNOPHOTO_FILM_M.mp4, #recycle/run/a.mp4,
+@Recycle/a.mp4, .@__thumb/a.mp4, $RECYCLE.BIN/S-1-5/$R1.mp4, $Recycle.Bin/a.mp4, lost+found/a.mp4,
+System Volume Information/a.mp4, run/__pycache__/a.mp4, run/a.part.mp4, run/a.1234.tmp.mp4,
+run/b.mp4.crdownload, b.mp4.download/b.mp4, run/.a.mp4.X1y2Z3""".split(",")
+LEFT = [name.strip() for name in LEFT]
+KEPT = "#20_Rhythm_clap.avi", "-dash_000001_000002.mp4", "@home.mp4", "_under.mp4", "a.tmp1.mp4"
+
+
+def test_what_systems_leave_is_passed_over_and_counted(tmp_path, capsys):
+    for name in (*LEFT, *(f"run/{name}" for name in KEPT), "swim/b.mp4"):
+        touch(tmp_path / ".hidden/v" / name)
+    prepare("folders", tmp_path / ".hidden/v", tmp_path / "o", "--val_share", 0)
+    rows = [f"{tmp_path}/.hidden/v/run/{name} 0" for name in KEPT]
+    assert lines(tmp_path / "o/train.csv") == [*rows, f"{tmp_path}/.hidden/v/swim/b.mp4 1"]
+    assert lines(tmp_path / "o/classes.txt") == ["run", "swim"]
+    assert f"passed over: {len(LEFT)} hidden, system" in capsys.readouterr().out
+
+
+def test_all_common_suffixes_are_videos_and_others_are_counted(tmp_path, capsys):
+    videos = """
+        3gp 3g2 mts m2ts m2t ts dv gif ogv ogm vob asf rm rmvb mxf f4v divx mpe m1v m2v mjpeg mjpg
+        amv nut wtv ivf y4m h264 264 h265 265 hevc mp4 webm mkv avi mov m4v mpg mpeg flv wmv qt
+    """.split()
+    videos = [f"{i}.{x}" for suffix in videos for i, x in enumerate((suffix, suffix.title()))]
+    videos += ["2.MTS", "2.MP4"]
+    others = "a.jpg b.JPG c.webp sound.ogg README ../swim/a.xyz".split()
+    for name in (*videos, *others):
+        touch(tmp_path / "v/run" / name)
+    prepare("folders", tmp_path / "v", tmp_path / "o", "--val_share", 0)
+    assert len(lines(tmp_path / "o/train.csv")) == len(videos)
+    out = capsys.readouterr().out
+    assert "passed over: 2 .jpg, 1 without a suffix, 1 .webp, 1 .ogg, 1 .xyz" in out
+    assert f"WARNING: no videos in {tmp_path}/v/swim\n" in out
+
+
+@pytest.mark.parametrize("suffix", "3gp MTS ts dv gif ogv vob asf mxf h264 y4m nut".split())
+def test_files_of_such_suffixes_are_read(tmp_path, suffix):
+    (tmp_path / "a").mkdir()
+    codecs = {"gif": "gif", "y4m": "rawvideo", "dv": "dvvideo", "ogv": "libvpx"}
+    codec = codecs.get(suffix, "libx264" if suffix in ("3gp", "h264") else "mpeg2video")
+    frames = moving_frames(5, *((576, 720) if suffix == "dv" else (48, 64)))
+    pix_fmt = "rgb8" if suffix == "gif" else "yuv420p"
+    write_video(tmp_path / f"a/x.{suffix}", frames, codec, 25, pix_fmt=pix_fmt)
+    prepare("folders", tmp_path, tmp_path, "--val_share", 0)
+    with Video(VideoIndex(str(tmp_path / "train.csv")).path(0)) as video:
+        assert len(list(video.frames(range(5)))) == 5
 
 
 def test_folder_without_videos(kinetics):
@@ -214,6 +339,80 @@ def test_folders_without_lists(tmp_path):
         prepare("folders", tmp_path / "plain", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--val_share 20", "--val_share nan", "--val_share -0.1", "--crf nan", "--crf 52", "--crf -1",
+     "--gop 0", "--gop 99999999999", "--short_side inf", f"--short_side 1{'0' * 400}"],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(tmp_path, words, capsys):
+    touch(tmp_path / "v/a/0.mp4")
+    with pytest.raises(SystemExit, match="2"):
+        prepare("folders", tmp_path / "v", tmp_path / "o", *words.split())
+    assert f"{words.split()[0]}: {words.split()[1]} is not a" in capsys.readouterr().err
+
+
+def annotate(path: Path, *rows: str) -> Path:
+    """Write an official csv from rows `LABEL ID`."""
+    cells = [row.replace(" ", ",") + ",1,2\n" for row in rows]
+    path.write_text("".join(["label,youtube_id,time_start,time_end\n", *cells]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("folders one o", "val.csv .* no video below one is for it.*--val_share"),
+        ("folders split o", "val.csv .* no video below split is for it.*folder"),
+        ("folders one o --train_list list --test_list gone", "val.csv .* none of its 2 videos"),
+        ("folders one o --train_list list --test_list none", "val.csv .* no video .*list"),
+        ("folders one o --train_list gone", "train.csv .* none of its 2 .*, such as train a/1.mp4"),
+        ("kinetics k o --annotations train.csv val.csv", "val.csv .* none of its 2 .*annotations"),
+        ("kinetics k o --annotations train.csv test.csv", "test.csv .* none of its 1 videos"),
+        ("folders bad o --reencode copies --val_share 0", "train.csv .*broken: bad/a/0.mp4"),
+    ],
+)
+def test_an_empty_list_that_was_asked_for_is_an_error(tmp_path, monkeypatch, words, reason):
+    monkeypatch.chdir(tmp_path)
+    names = "one/a/0.mp4 split/train/a/0.mp4 split/val/a/x.txt k/x_000001_000002.mp4 bad/a/0.mp4"
+    for name in names.split():
+        touch(tmp_path / name)
+    for name, text in (("list", "a/0.mp4\n"), ("gone", "a/1.mp4\na/2.mp4\n"), ("none", "\n")):
+        (tmp_path / name).write_text(text)
+    annotate(tmp_path / "train.csv", "a x")
+    annotate(tmp_path / "val.csv", "a gone", "a lost")
+    annotate(tmp_path / "test.csv", "a gone")
+    with pytest.raises(UserError, match=reason):
+        prepare(*words.split())
+    assert not (tmp_path / "o").exists()
+
+
+def test_lists_that_were_not_asked_for_are_not_written(tmp_path, capsys):
+    """Not even left behind by an earlier call; official csvs of the same name are."""
+    for name in ("a/0", "a/1", "b/0"):
+        touch(tmp_path / f"v/{name}.mp4")
+    touch(tmp_path / "k/x_000001_000002.mp4")
+    out = tmp_path / "o"
+
+    def written(*words) -> list[str]:
+        assert prepare(*words) == 0
+        names = [name for name in ("train.csv", "val.csv", "test.csv") if (out / name).exists()]
+        assert capsys.readouterr().out.endswith(f"; wrote {', '.join(names)}\n")
+        return names
+
+    assert written("folders", tmp_path / "v", out) == ["train.csv", "val.csv", "test.csv"]
+    assert lines(out / "val.csv")[0].endswith(" 0") and len(lines(out / "train.csv")) == 2
+    assert written("folders", tmp_path / "v", out, "--val_share", 0) == ["train.csv"]
+    assert written("folders", tmp_path / "v", out, "--val_share", 1) == ["val.csv", "test.csv"]
+    (out / "val.csv").write_text("")  # as versions before left it
+    for split, names in (("train", ["train.csv"]), ("test", ["test.csv"])):
+        official = annotate(tmp_path / f"{split}.csv", "a x")
+        assert written("kinetics", tmp_path / "k", out, "--annotations", official) == names
+    validate, kept = annotate(tmp_path / "validate.csv", "a x"), annotate(out / "train.csv", "a x")
+    text = kept.read_text()
+    assert prepare("kinetics", tmp_path / "k", out, "--annotations", validate) == 0
+    assert kept.read_text() == text
+
+
 @pytest.mark.parametrize("stray", ["extra/a/x.mp4", "train/x.mp4"])
 def test_a_stray_folder_beside_those_of_the_splits_is_named(tmp_path, stray):
     for name in ("train/a/0.mp4", "Val/a/1.mp4", stray):
@@ -223,19 +422,19 @@ def test_a_stray_folder_beside_those_of_the_splits_is_named(tmp_path, stray):
 
 
 def test_listed_names_may_hold_spaces_and_be_missing(tmp_path, capsys):
-    for name in ("Apply Makeup/v 1.avi", "Archery/v_2.avi", "Archery/not listed.avi"):
+    for name in ("Apply Makeup/v 1.avi", "Archery/v_2.avi", "Archery/v5.avi", "Archery/other.avi"):
         touch(tmp_path / "videos" / name)
     train = tmp_path / "trainlist01.txt"
     train.write_text("Apply Makeup/v 1.avi 1\n\nArchery/v_2.avi 2 \r\nArchery/v 3.avi 2\n")
-    (tmp_path / "testlist01.txt").write_text("Archery/v 4.avi\n")
+    (tmp_path / "testlist01.txt").write_text("Archery/v 4.avi\nArchery/v5.avi\n")
     words = "--train_list", train, "--test_list", tmp_path / "testlist01.txt"
     prepare("folders", tmp_path / "videos", tmp_path, *words)
-    assert "2 train; 2 classes; 2 not found" in capsys.readouterr().out
+    assert "2 train, 1 val; 2 classes; 2 not found" in capsys.readouterr().out
     expected = ["videos/Apply Makeup/v 1.avi 0", "videos/Archery/v_2.avi 1"]
     assert lines(tmp_path / "train.csv") == expected
     assert lines(tmp_path / "missing.txt") == ["train Archery/v 3.avi", "val Archery/v 4.avi"]
     (tmp_path / "Apply Makeup_test_split1.txt").write_text("v 1.avi 1 \nv 9.avi 2 \nv 8.avi 0 \n")
-    (tmp_path / "Archery_test_split1.txt").write_text("v_2.avi 1 \n")
+    (tmp_path / "Archery_test_split1.txt").write_text("v_2.avi 1 \nv5.avi 2 \n")
     prepare("folders", tmp_path / "videos", tmp_path, "--hmdb_splits", tmp_path)
     assert lines(tmp_path / "train.csv") == expected
     assert lines(tmp_path / "missing.txt") == ["val Apply Makeup/v 9.avi"]
@@ -474,7 +673,8 @@ def test_reencode_never_writes_over_the_source(tmp_path):
     (tmp_path / "v/a").mkdir(parents=True)
     write_counter_video(tmp_path / "v/a/0.mp4", 3)
     with pytest.raises(UserError, match=r"would overwrite .*0\.mp4"):
-        prepare("folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "v")
+        words = "--val_share", 0, "--reencode", tmp_path / "v"
+        prepare("folders", tmp_path / "v", tmp_path, *words)
 
 
 def test_reencode_refuses_two_videos_of_one_name(tmp_path):

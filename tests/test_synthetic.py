@@ -128,6 +128,14 @@ def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch, error: 
     assert len(calls) < 32, "the rest is not written first"
 
 
+def test_a_folder_whose_name_cannot_be_printed(tmp_path: Path, monkeypatch, capsys):
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    monkeypatch.setattr(sys, "argv", ["synthetic", str(out), *flags])
+    synthetic.main()
+    assert f"{tmp_path}/caf\\udce9: 20 for training" in capsys.readouterr().out
+
+
 def test_two_processes_at_once(tmp_path: Path):
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     command = [sys.executable, "-m", "util.synthetic", str(tmp_path / "set"), *flags]

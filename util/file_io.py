@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable
 from http.client import HTTPException
@@ -91,6 +92,12 @@ def path_to_text(path: str) -> str:
 def printable(text: str) -> str:
     """Return text in which bytes that are not UTF-8 are shown as \\xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def print_any(text: str) -> None:
+    """Print text with names of files, whatever bytes they have and whatever the locale is."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def local_path(path: str) -> str:

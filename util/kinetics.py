@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.classes import match_labels
+from util.dist import print0
 from util.errors import UserError
-from util.file_io import ADDRESSES, is_remote, local_path, open_file
+from util.file_io import ADDRESSES, is_remote, local_path, path_to_text, printable, read_text
 from util.video import sampling
 from util.video.decode import MAX_PIXELS, ROUNDING, Video, VideoError
 from util.video.rand_augment import RandAugment
@@ -40,9 +41,10 @@ DrawBoxes = Callable[[int, int], list[Box]]
 class VideoIndex:
     """The rows of a csv, one `path label` per line.
 
-    Separators are space, comma or tab; paths may contain spaces; blank lines and lines that start
-    with # are skipped. The rows are kept in packed arrays, which loader workers share. A list of
-    strings would be copied into every worker, because reading a string changes its reference count.
+    Separators are space, comma or tab; paths may contain spaces or stand in double quotes, where ""
+    is one quote. Blank lines are skipped, and so are lines that start with #, which are counted.
+    The rows are kept in packed arrays, which loader workers share. A list of strings would be
+    copied into every worker, because reading a string changes its reference count.
 
     Args:
         path_prefix: folder that relative paths start from; empty: that of the csv.
@@ -59,20 +61,21 @@ class VideoIndex:
     ):
         self.csv_path = csv_path
         self.folder = path_prefix or os.path.dirname(csv_path)
-        rows, unlabelled = [], 0
-        with open_file(csv_path, "rb") as file:
-            # File names are bytes: what is not UTF-8 is kept unchanged, as in os.listdir.
-            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape")
-            for number, line in enumerate(text, start=1):
-                line = line.removeprefix("\ufeff").strip()  # Windows editors write this mark
-                if not line or line.startswith("#"):
-                    continue
-                path, label = _parse_row(line)
-                problem = _row_problem(path, label, num_classes, needs_labels)
-                if problem:
-                    raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
-                unlabelled = unlabelled or number * (label == NO_LABEL)
-                rows.append((os.fsencode(path), label))
+        rows, unlabelled, comments = [], 0, 0
+        for number, line in enumerate(io.StringIO(read_text(csv_path), newline=None), start=1):
+            line = line.removeprefix("\ufeff").strip()  # Windows editors write this mark
+            comments += line.startswith("#")
+            if not line or line.startswith("#"):
+                continue
+            path, label = _parse_row(line)
+            problem = _row_problem(path, label, num_classes, needs_labels)
+            if problem:
+                raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
+            unlabelled = unlabelled or number * (label == NO_LABEL)
+            rows.append((path.encode("utf-8", "surrogateescape"), label))  # the name's bytes
+        if comments:
+            hint = "a path that starts with # must stand in double quotes"
+            print0(f"{printable(path_to_text(csv_path))}: comments skipped: {comments}; {hint}")
         if not rows:
             raise UserError(f"{csv_path} lists no videos; it needs one `path label` per line")
         self._pack(rows)
@@ -124,14 +127,13 @@ class VideoIndex:
 
 def _parse_row(line: str) -> tuple[str, int]:
     """Split a csv line at its last separator into path and label."""
+    if quoted := re.fullmatch(r'"((?:[^"]|"")*)"(?:[ ,\t]+([+-]?[0-9]+)|[ ,\t]*)', line):
+        return quoted[1].replace('""', '"'), int(quoted[2] or NO_LABEL)
     cut = max(line.rfind(separator) for separator in " ,\t")
     path, label = line, NO_LABEL
     if re.fullmatch("[+-]?[0-9]+", line[cut + 1 :]):
         path, label = line[: max(cut, 0)], int(line[cut + 1 :])
-    path = path.strip(" ,\t")
-    if len(path) > 2 and path[0] == path[-1] == '"':  # spreadsheets quote values with commas
-        path = path[1:-1]
-    return path, label
+    return path.strip(" ,\t"), label
 
 
 def _row_problem(path: str, label: int, num_classes: int | None, needs_labels: bool) -> str:

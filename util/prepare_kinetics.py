@@ -4,10 +4,10 @@
     python -m util.prepare_kinetics folders VIDEOS OUT
     python -m util.prepare_kinetics ssv2 VIDEOS OUT --labels labels.json --annotations train.json
 
-This writes train.csv, val.csv, test.csv, classes.txt (one class per line, in the order of the
-labels) and missing.txt (annotated videos that were not found) to OUT. --reencode DIR also writes
-copies of short side 256 that are cheap to decode, and lists those; --verify decodes every listed
-video. See DATASET.md.
+This writes train.csv, val.csv, test.csv (those that the data set has), classes.txt (one class per
+line, in the order of the labels) and missing.txt (annotated videos that were not found) to OUT.
+--reencode DIR also writes copies of short side 256 that are cheap to decode, and lists those;
+--verify decodes every listed video. See DATASET.md.
 """
 
 import argparse
@@ -33,13 +33,28 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from util.args import adder, positive_int
+from util.args import adder, number, positive_int, share
 from util.errors import UserError
-from util.file_io import open_file, write_atomically
+from util.file_io import path_to_text, print_any, read_text, text_to_path, write_atomically
 from util.loader import available_cpus
 from util.video.decode import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
 
-SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"}
+# without those that are mostly sound (.ogg) or still pictures (.webp)
+SUFFIXES = frozenset(f".{suffix}" for suffix in """
+    mp4 m4v mp4v mpg4 mov qt hdmov mj2 ismv f4v flv insv 3gp 3gp2 3gpp 3gpp2 3g2 mkv mk3d webm
+    avi divx xvid amv wmv wm asf dvr-ms wtv nut nsv nuv ogv ogm ogx rm rmvb rv ivr viv
+    mpg mpeg mpe mp2v mpv mpv2 m1v m2v m2p vob vro evo dvd mod tod ts mts m2t m2ts tp trp mpegts
+    dv dif mxf gxf lxf cine gif fli flc dav y4m ivf obu h261 h263 264 h264 h26l avc 265 h265 hevc
+    266 h266 vvc vc1 rcv cavs drc dnxhd dnxhr mjpg mjpeg
+""".split())  # fmt: skip
+# What systems leave beside videos; HMDB51 has videos whose names begin with #, Kinetics with - or _
+LEFTOVERS = re.compile(
+    r"\..*|__macosx|network trash folder|temporary items|thevolumesettingsfolder"  # macOS, Unix
+    r"|\$recycle\.bin|recycler|system volume information|found\.\d{3}|lost\.dir"  # Windows, Android
+    r"|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|lost\+found"  # servers
+    r"|__pycache__|node_modules|.*\.(te?mp|part|partial|download|crdownload)(\.\w+)?",  # unfinished
+    re.IGNORECASE | re.DOTALL,
+)
 LISTS = ("train", "val", "test")
 # what annotations and folders call a split -> its list
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -64,11 +79,12 @@ class Clip(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """Everything that the lists are written from."""
+    """Everything that the lists are written from; names as os.listdir gives them in any locale."""
 
     clips: list[Clip]
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found
+    wanted: set[str]  # splits that were asked for, and must have videos
 
 
 def read_kinetics(args: argparse.Namespace) -> DataSet:
@@ -118,6 +134,7 @@ def read_ssv2(args: argparse.Namespace) -> DataSet:
 def _read_json(path: str, kind: type) -> Any:
     try:
         content = json.loads(_read_text(path))
+        json.dumps(content, ensure_ascii=False).encode()  # escapes may name what is no character
     except ValueError as error:
         raise UserError(f"{path} is not a json file: {error}") from error
     if not isinstance(content, kind):
@@ -126,14 +143,12 @@ def _read_json(path: str, kind: type) -> Any:
 
 
 def _read_text(path: str) -> str:
-    """Return the text of a file, without the byte-order mark that editors on Windows write."""
-    with open_file(path, "rb") as file:
-        content = file.read()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from error
+    """Return the text of annotations, which must be UTF-8 or UTF-16."""
+    text = read_text(path)
+    if wrong := re.search("[\udc80-\udcff]", text):
+        line = text.count("\n", 0, wrong.start()) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text")
+    return text
 
 
 def _split(name: str, path: str) -> str:
@@ -148,27 +163,48 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
     """Find the videos of annotated clips at any depth, by their names without suffix."""
     if not clips:
         raise UserError(f"no row of {', '.join(args.annotations)} has a label")
+    clips = [Clip(*map(text_to_path, clip)) for clip in clips]
+    classes = list(map(text_to_path, classes))
     # of equal names, the first
     by_name = {Path(path).stem: path for path in reversed(find_videos(args.videos))}
     found = [clip._replace(path=by_name[clip.path]) for clip in clips if clip.path in by_name]
     missing = [f"{clip.split} {clip.path}" for clip in clips if clip.path not in by_name]
-    return DataSet(found, classes, missing)
+    return DataSet(found, classes, missing, {clip.split for clip in clips})
 
 
 def find_videos(folder: str) -> list[str]:
-    """Return the sorted paths of all videos below a folder; links to folders are followed once."""
-    found, visited = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    """Return the sorted paths of all videos below a folder; links to folders are followed once.
+
+    Print what is passed over, and which folders beside those of videos hold none.
+    """
+    found, visited, passed, errors = [], {}, Counter(), []
+    for parent, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
         place = os.path.realpath(parent)
         if place in visited:  # a link may lead to a folder above it
             folders.clear()
             continue
-        visited.add(place)
-        folders.sort()
-        found += [os.path.join(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
+        visited[place] = Path(parent)
+        leftovers = set(filter(LEFTOVERS.fullmatch, folders + files))
+        passed["hidden, system or unfinished"] += len(leftovers)
+        folders[:] = sorted(set(folders) - leftovers)
+        for name in sorted(set(files) - leftovers):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                found.append(os.path.join(parent, name))
+            else:
+                passed[suffix or "without a suffix"] += 1
+    passed.update(f"unreadable folder {error.filename} ({error.strerror})" for error in errors)
+    if counts := [f"{count} {kind}" for kind, count in passed.most_common() if count]:
+        print_any(f"{folder}: files and folders passed over: {', '.join(counts)}")
     if not found:
-        raise UserError(f"{folder} is not a folder with videos ({' '.join(sorted(SUFFIXES))})")
-    return sorted(found)
+        raise UserError(f"{folder} holds no videos (files named .mp4, .avi, .mkv and so on)")
+    filled = {Path(path).parent for path in found}
+    depths = {len(path.parts) for path in filled}
+    filled = filled.union(*(path.parents for path in filled))
+    beside = [path for path in visited.values() if len(path.parts) in depths]
+    if empty := sorted(str(path) for path in beside if path not in filled):
+        print_any(f"WARNING: no videos in {', '.join(empty)}")
+    return sorted(found, key=os.fsencode)
 
 
 # --- a folder per class: UCF101, HMDB51, others -------------------------------------------------
@@ -192,14 +228,21 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         split_of = {path: listed[name] for path, name in names.items() if name in listed}
         absent = listed.keys() - names.values()
         missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
+        lists = {"train": args.train_list, "val": args.test_list}
+        wanted = {split for split, path in lists.items() if path or args.hmdb_splits}
     else:
         top = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
         split_of = {path: SPLITS[name] for path, name in top.items() if name in SPLITS}
-        split_of = split_of or _draw_split(videos, args.val_share)
+        names = [path.name.lower() for path in Path(args.videos).iterdir() if path.is_dir()]
+        wanted = {SPLITS[name] for name in names if name in SPLITS}
+        if not split_of:
+            split_of = _draw_split(videos, args.val_share)
+            wanted = {0: {"train"}, 1: {"val"}}.get(args.val_share, {"train", "val"})
         if stray := [path for path in videos if path not in split_of]:
             raise UserError(f"{stray[0]} is not below a folder train, val or test, as others are")
-    clips = [Clip(path, parts[path][-2], split) for path, split in sorted(split_of.items())]
-    return DataSet(clips, sorted({p[-2] for p in parts.values()}), missing)
+    clips = [Clip(path, parts[path][-2], split_of[path]) for path in videos if path in split_of]
+    classes = sorted({p[-2] for p in parts.values()}, key=os.fsencode)
+    return DataSet(clips, classes, missing, wanted)
 
 
 def _read_listed(args: argparse.Namespace) -> dict[str, str]:
@@ -211,9 +254,9 @@ def _read_listed(args: argparse.Namespace) -> dict[str, str]:
     splits, listed = {"1": "train", "2": "val"}, {}
     ending = f"_test_split{args.hmdb_split}.txt"
     for path in sorted(Path(args.hmdb_splits).glob(f"*{ending}")):
-        for name, number in _read_lines(str(path)):
-            if number in splits:
-                listed[f"{path.name.removesuffix(ending)}/{name}"] = splits[number]
+        for name, use in _read_lines(str(path)):
+            if use in splits:
+                listed[f"{path.name.removesuffix(ending)}/{name}"] = splits[use]
     if not listed:
         raise UserError(f"{args.hmdb_splits} holds no *{ending} with videos")
     return listed
@@ -221,8 +264,10 @@ def _read_listed(args: argparse.Namespace) -> dict[str, str]:
 
 def _read_lines(path: str) -> list[tuple[str, str]]:
     """Read (name, last word) from lines `name N` or `name`; names may hold spaces."""
-    lines = [line.strip() for line in _read_text(path).splitlines()] if path else []
-    return [(re.sub(r"\s+\d+$", "", line), line.split()[-1]) for line in lines if line]
+    text = read_text(path) if path else ""
+    lines = [line.strip(" \t") for line in re.split(r"[\r\n]", text)]
+    found = [(re.sub(r"[ \t]+[0-9]+$", "", x), re.split(r"[ \t]", x)[-1]) for x in lines if x]
+    return [(text_to_path(name), word) for name, word in found]
 
 
 def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
@@ -231,7 +276,8 @@ def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
     for _, group in groupby(sorted(videos, key=os.path.dirname), os.path.dirname):
         paths = list(group)
         shuffled = random.Random(0).sample(paths, len(paths))
-        count = round(val_share * len(paths))
+        least, most = val_share > 0, len(paths) - (val_share < 1)  # one of each, if there are two
+        count = min(max(round(val_share * len(paths)), least), most)
         split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
     return split
 
@@ -387,27 +433,58 @@ def _in_parallel(
 # --- lists and command line ---------------------------------------------------------------------
 
 
-def write_lists(data: DataSet, out: str) -> None:
-    """Write the csvs, classes.txt and missing.txt; without a test set, test.csv repeats val.csv.
+def write_lists(data: DataSet, out: str) -> list[str]:
+    """Write classes.txt, missing.txt and the csvs that have videos; return the csvs' names.
 
-    Paths below `out` are written relative to it, so that the folder can be moved as a whole.
+    Without a test set, test.csv repeats val.csv. A csv of an earlier call that gets no videos now
+    is removed. Paths below `out` are relative to it, so that the folder can be moved as a whole.
     """
     os.makedirs(out, exist_ok=True)
     root = os.path.abspath(out)
-    number = {name: i for i, name in enumerate(data.classes)}
+    label_of = {name: i for i, name in enumerate(data.classes)}
     texts: dict[str, list[str]] = {f"{split}.csv": [] for split in LISTS}
     for path, label, split in data.clips:
         path = os.path.abspath(path)
         if os.path.commonpath([path, root]) == root:
             path = os.path.relpath(path, root)
-            if not re.match(r"[\w.-]", path):  # it could be taken for a comment, quote or separator
-                path = f"./{path}"
-        texts[f"{split}.csv"].append(f"{path} {number[label]}")
+        texts[f"{split}.csv"].append(f"{_quoted(path)} {label_of[label]}")
     texts["test.csv"] = texts["test.csv"] or texts["val.csv"]
+    for name in [name for name, lines in texts.items() if not lines]:
+        _remove_list(os.path.join(out, name))
+        del texts[name]
     texts |= {"classes.txt": data.classes, "missing.txt": data.missing}
     for name, lines in texts.items():
-        content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        content = os.fsencode("".join(f"{line}\n" for line in lines))
         write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
+    return [name for name in texts if name.endswith(".csv")]
+
+
+def _quoted(path: str) -> str:
+    """Put a path in quotes if VideoIndex would read another one without them."""
+    text = path_to_text(path)
+    # A line may not start with a quote, a comment, or what a text in UTF-8 or UTF-16 starts with.
+    if re.match('["#\ufeff\udc80-\udcff]', text) or text != text.strip().strip(" ,\t"):
+        return '"' + path.replace('"', '""') + '"'
+    return path
+
+
+def _remove_list(path: str) -> None:
+    """Remove a list of an earlier call, but no other file: official csvs have the same names."""
+    rows = Path(path).read_bytes().splitlines() if os.path.isfile(path) else [b"no list"]
+    if all(re.search(rb"[ ,\t]\d+\s*$", row) for row in rows):
+        os.remove(path)
+        print_any(f"removed {path} of an earlier call; this one has no videos for it")
+
+
+def _check_lists(data: DataSet, videos: str) -> None:
+    """Raise UserError if a split that was asked for has no videos."""
+    for split in sorted(data.wanted - {clip.split for clip in data.clips}):
+        reason = f"no video below {videos} is for it; add some, or leave out its folder or list, "
+        reason += "or set --val_share to 0 or 1"
+        if lost := [name for name in data.missing if name.startswith(f"{split} ")]:
+            reason = f"none of its {len(lost)} videos, such as {lost[0]}, is below {videos}; "
+            reason += "add them, or leave out its annotations or list to go without"
+        raise UserError(f"{split}.csv would be empty: {reason}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -421,11 +498,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     common.add_argument("out", help="folder to write the lists to")
     add = adder(common)
     add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
-    add("--short_side", 256, "short side of the copies, pixels, at most", positive_int)
-    add("--gop", 32, "frames between key frames", positive_int)
-    add("--crf", 23, "x264's quality, smaller is better", float)
+    count = number(int, "a whole number from 1 to 65535", lambda value: 1 <= value <= 65535)
+    crf = number(float, "a number from 0 to 51", lambda value: 0 <= value <= 51)
+    add("--short_side", 256, "short side of the copies, pixels, at most", count)
+    add("--gop", 32, "frames between key frames", count)
+    add("--crf", 23, "x264's quality from 0 to 51, smaller is better", crf)
     add("--verify", False, "decode all videos and name the broken ones")
-    add("--workers", available_cpus(), "videos processed at a time", positive_int)
+    add("--workers", available_cpus(), "videos processed at a time", count)
     commands = parser.add_subparsers(dest="kind", required=True)
     group = commands.add_parser("kinetics", parents=[common], help="official csv files")
     group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")
@@ -434,7 +513,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--test_list", "", "UCF101's testlist01.txt")
     add("--hmdb_splits", "", "folder of CLASS_test_split1.txt files")
     add("--hmdb_split", 1, "HMDB51's split number", positive_int)
-    add("--val_share", 0.2, "share of validation videos if nothing else gives the splits", float)
+    add("--val_share", 0.2, "share of validation videos if nothing else gives the splits", share)
     group = commands.add_parser("ssv2", parents=[common], help="Something-Something json files")
     group.add_argument("--labels", required=True, help="json file of templates and their numbers")
     group.add_argument("--annotations", nargs="+", required=True, metavar="JSON")
@@ -444,24 +523,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
     data = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}[args.kind](args)
-    if not data.clips:
-        first = f", such as {data.missing[0]}" if data.missing else ""
-        raise UserError(f"none of the annotated videos{first} is below {args.videos}")
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
+    _check_lists(data, args.videos)
     broken = []
     if args.reencode:
         data, broken = reencode(data, args)
-    write_lists(data, args.out)
+    if lost := data.wanted - {clip.split for clip in data.clips}:
+        raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {broken[0]}", 1)
+    written = write_lists(data, args.out)
     if args.verify:
         paths = (clip.path for clip in data.clips)
         broken += sorted(_in_parallel(find_damage, paths, args.workers, "verifying").values())
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
-    print(f"{args.out}: {counts}; {len(data.classes)} classes; {len(data.missing)} not found")
+    counts += f"; {len(data.classes)} classes; {len(data.missing)} not found"
+    print_any(f"{args.out}: {counts}; wrote {', '.join(written)}")
     if broken:
-        print(f"{len(broken)} broken videos:", *broken, sep="\n  ")
+        print_any("\n  ".join([f"{len(broken)} broken videos:", *broken]))
     return 1 if broken else 0
 
 

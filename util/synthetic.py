@@ -39,6 +39,7 @@ import numpy as np
 from tqdm.auto import tqdm  # in notebooks a widget, elsewhere a line of text
 
 from util import dist
+from util.file_io import print_any
 
 ROOT = Path(__file__).parent.parent  # of the project, or of the packages that are installed
 MARKER = "dataset.json"
@@ -332,7 +333,7 @@ def main() -> None:
         out = write_dataset(**vars(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{out}: {args.num_videos} training videos, {args.num_val} + {args.num_test} held out")
+    print_any(f"{out}: {args.num_videos} for training, {args.num_val} + {args.num_test} held out")
 
 
 if __name__ == "__main__":
