@@ -461,6 +461,23 @@ def test_something_something_lists(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("labels", "entries", "problem"),
+    [
+        ({"a": "1", "b": "2"}, [], "its 2 numbers do not count from 0"),
+        ({"a": "0", "b": "x"}, [], "its 2 numbers do not count from 0"),
+        ({"a": "0"}, ["5"], "5 is not a video with an id"),
+        ({"a": "0"}, [{"template": "a"}], "is not a video with an id"),
+    ],
+)
+def test_odd_json_of_something_something_is_refused(tmp_path, labels, entries, problem):
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    words = "--labels", tmp_path / "labels.json", "--annotations", tmp_path / "train.json"
+    with pytest.raises(UserError, match=problem):
+        prepare("ssv2", tmp_path, tmp_path, *words)
+
+
 # --- re-encoding --------------------------------------------------------------------------------
 
 

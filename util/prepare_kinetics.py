@@ -120,15 +120,20 @@ def read_ssv2(args: argparse.Namespace) -> DataSet:
     video has its objects in brackets; videos without one (the test set) are skipped.
     """
     numbers = _read_json(args.labels, dict)
+    names = {str(number): name for name, number in numbers.items()}
+    if names.keys() != {str(label) for label in range(len(numbers))}:
+        raise UserError(f"{args.labels}: its {len(numbers)} numbers do not count from 0")
     clips = []
     for path in args.annotations:
         for entry in _read_json(path, list):
+            if not isinstance(entry, dict) or "id" not in entry:
+                raise UserError(f"{path}: {str(entry)[:120]} is not a video with an id")
             template = re.sub(r"[\[\]]", "", str(entry.get("template", "")))
             if template and template not in numbers:
                 raise UserError(f"{path}: template {template!r} is not in {args.labels}")
             if template:
                 clips.append(Clip(str(entry["id"]), template, _split("", path)))
-    return _find(clips, sorted(numbers, key=lambda name: int(numbers[name])), args)
+    return _find(clips, [names[str(label)] for label in range(len(numbers))], args)
 
 
 def _read_json(path: str, kind: type) -> Any:
