@@ -47,11 +47,11 @@ def get_args_parser() -> flags.Parser:
         "share of the removed patches that the decoder skips too: faster, but not in the paper",
         flags.share_below_1,
     )
-    add("--decoder_embed_dim", 512, "decoder width", flags.between(int, 1, 2**16))
+    add("--decoder_embed_dim", 512, "decoder width", flags.small_int)
     add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
-    add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.positive_int)
+    add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
     add("--norm_pix_loss", True, "normalise each target patch by its mean and standard deviation")
-    add("--pred_t_dim", 8, "frames to predict per clip", flags.positive_int)
+    add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
     add = flags.adder(parser)

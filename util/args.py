@@ -47,7 +47,8 @@ def between(kind: Kind, low: float, high: float) -> Kind:
 
 # the upper limits catch slips of the keyboard before they fill the memory or overflow
 positive_int, natural_int = (between(int, low, 10**9) for low in (1, 0))
-up_to_1000 = between(int, 0, 1000)
+any_seed = between(int, 0, 2**63 - 1)
+up_to_1000, small_int = between(int, 0, 1000), between(int, 1, 10_000)
 positive_float, natural_float = (between(float, low, 10**6) for low in (1e-6, 0))
 positive_share, share = (between(float, low, 1) for low in (1e-6, 0))
 share_below_1 = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
@@ -110,11 +111,11 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     if not jitter_scales:
         return
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
-    add("--repeat_aug", 1, "clips taken from each loaded video", positive_int)
+    add("--repeat_aug", 1, "clips taken from each loaded video", small_int)
     pair = {"nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
     area, aspect = "random crop's area / frame's area", "width / height of the random crop"
     add("--jitter_scales_relative", jitter_scales, area, positive_share, **pair)
-    add("--jitter_aspect_relative", (3 / 4, 4 / 3), aspect, positive_float, **pair)
+    add("--jitter_aspect_relative", (3 / 4, 4 / 3), aspect, between(float, 0.1, 10), **pair)
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
 
@@ -126,10 +127,10 @@ def add_model_args(
     names = "one of " + ", ".join(filter(None, models))
     checkpoint = "; empty: the model in the checkpoint" if "" in models else ""
     add("--model", default, names + checkpoint, choices=models, metavar="NAME")
-    add("--input_size", 224, "height and width of a clip, pixels", positive_int)
-    add("--num_frames", 16, "frames of a clip", positive_int)
-    add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", positive_int)
-    add("--t_patch_size", 2, "frames of a patch", positive_int)
+    add("--input_size", 224, "height and width of a clip, pixels", small_int)
+    add("--num_frames", 16, "frames of a clip", small_int)
+    add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", small_int)
+    add("--t_patch_size", 2, "frames of a patch", small_int)
     add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
     text = "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed"
     add("--sincos_pos_embed", False, text, action=BooleanOptionalAction)
@@ -167,7 +168,7 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
     add("--output_dir", output_dir, "folder for log.txt and everything else that the run writes")
     if training:
         add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
-        add("--seed", 0, "seed of all random choices", between(int, 0, 2**63 - 1))
+        add("--seed", 0, "seed of all random choices", any_seed)
     add("--device", "auto", "cuda, mps, cpu, or auto (the first of these that the machine has)")
     text = "precision of the forward pass; not given: bf16 if the GPU supports it, else fp32"
     add("--precision", None, text, choices=("bf16", "fp16", "fp32"))

@@ -202,7 +202,7 @@ class Checkpoints:
         self.failure = ""  # of the last save
         self.host_copy = HostCopy()
         optimizer.register_step_pre_hook(lambda *_: self.host_copy.wait())
-        self.interruption = Interruption(args.dist_timeout, bool(args.output_dir))
+        self.interruption = Interruption(args.dist_timeout, bool(getattr(args, "output_dir", "")))
 
     # --- in the training loop -----------------------------------------------------------------
 

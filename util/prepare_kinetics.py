@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from util.args import adder, positive_int
+from util.args import adder, between, positive_int, share
 from util.errors import UserError
 from util.file_io import open_file, write_atomically
 from util.loader import available_cpus
@@ -423,7 +423,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
     add("--short_side", 256, "short side of the copies, pixels, at most", positive_int)
     add("--gop", 32, "frames between key frames", positive_int)
-    add("--crf", 23, "x264's quality, smaller is better", float)
+    add("--crf", 23, "x264's quality, smaller is better", between(float, 0, 51))
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos processed at a time", positive_int)
     commands = parser.add_subparsers(dest="kind", required=True)
@@ -434,7 +434,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--test_list", "", "UCF101's testlist01.txt")
     add("--hmdb_splits", "", "folder of CLASS_test_split1.txt files")
     add("--hmdb_split", 1, "HMDB51's split number", positive_int)
-    add("--val_share", 0.2, "share of validation videos if nothing else gives the splits", float)
+    add("--val_share", 0.2, "share of validation videos if nothing else gives the splits", share)
     group = commands.add_parser("ssv2", parents=[common], help="Something-Something json files")
     group.add_argument("--labels", required=True, help="json file of templates and their numbers")
     group.add_argument("--annotations", nargs="+", required=True, metavar="JSON")
