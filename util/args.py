@@ -137,7 +137,7 @@ def add_model_args(
     add("--cls_embed", True, "prepend a class token")
     add("--no_qkv_bias", False, "leave out the biases of q, k and v")
     if classifier:
-        add("--num_classes --nb_classes", 400, "classes of the head", positive_int)
+        add("--num_classes --nb_classes", 400, "classes of the head", small_int)
 
 
 def add_optim_args(parser: ArgumentParser) -> None:
