@@ -310,7 +310,7 @@ def test_a_second_run_in_a_folder_is_refused(
     argv += ["--finetune", classifier] if module is main_test else []
     status, text = fails(capsys, module, *argv)
     assert status == 1
-    assert f"another run (process {process.pid} on " in text and f"writes to {folder}" in text
+    assert f"another run (process {process.pid} on " in text and f"uses {folder}" in text
     call(module, *argv, "--dry_run")  # writes nothing, as --eval
     if module is main_finetune:
         call(module, *argv, "--eval", "--resume", classifier)

@@ -252,7 +252,7 @@ def test_without_an_output_folder_nothing_is_written(
     log_dir = ["--log_dir", "curves"] if curves else []
     call(module, "--path_to_data_dir", videos, *argv, "--epochs", 2, "--output_dir", "", *log_dir,
          "--checkpoint_minutes", 1e-6)  # fmt: skip
-    written = "--output_dir is empty: nothing is written"
+    written = "--output_dir is empty: this run writes nothing"
     assert capsys.readouterr().out.count(written + " but TensorBoard's files" * curves) == 1
     names = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert names == ({"curves"} if curves else set())

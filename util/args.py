@@ -129,7 +129,7 @@ def add_model_args(
     add("--model", default, names + checkpoint, choices=models, metavar="NAME")
     add("--input_size", 224, "height and width of a clip, pixels", small_int)
     add("--num_frames", 16, "frames of a clip", small_int)
-    add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", small_int)
+    add("--sampling_rate", 4, "take every n-th frame, counted at 30 fps", between(int, 1, 1000))
     add("--t_patch_size", 2, "frames of a patch", small_int)
     add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
     text = "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed"
@@ -165,7 +165,8 @@ def add_optim_args(parser: ArgumentParser) -> None:
 def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True) -> None:
     """Add the flags of device, folders and logging."""
     add = adder(parser, "run")
-    add("--output_dir", output_dir, "folder for log.txt and everything else that the run writes")
+    text = "folder of all that the run writes; %%j: the id of its Slurm job; empty: write nothing"
+    add("--output_dir", output_dir, text)
     if training:
         add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
         add("--seed", 0, "seed of all random choices", any_seed)

@@ -97,9 +97,8 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
     if ranks == 1 or dist.is_initialized():
         return
     host, port = launch_text("MASTER_ADDR"), launch_number("MASTER_PORT", 1, 65535)
-    backend, minutes = "gloo", timeout_minutes
-    if device_type == "cuda":
-        backend, minutes = "nccl", timeout_minutes + 5
+    backend, extra = ("nccl", 5) if device_type == "cuda" else ("gloo", 0)
+    minutes = timeout_minutes + extra
     waiting = f"waiting for {ranks} ranks at {host}:{port}, at most {minutes:g} minutes"
     if "SLURM_PTY_PORT" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         waiting += f"; {HOW_TO_START}"
@@ -116,7 +115,7 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
 
 
 def _wait_for_port(host: str, port: int, seconds: float, waiting: str) -> None:
-    """Wait until rank 0 listens; after ten seconds print `waiting`, which rank 0 cannot do."""
+    """Wait until rank 0 listens; after ten seconds print `waiting`, as rank 0 may not be there."""
     begin, told = time.monotonic(), False
     while True:
         try:

@@ -32,11 +32,8 @@ FAILURES = {
     "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "
     "GLOO_SOCKET_IFNAME names the network interface to use",
 }
-
-
 # what Slurm or submitit fill in; "90%noise" has none
 PLACEHOLDER = re.compile(r"%(j|\d+j|[JAaNnstux](?![A-Za-z]))")
-
 LOCK_SECONDS = 10  # a requeued or restarted run may begin before its predecessor has ended
 locks: dict[str, IO[bytes]] = {}  # files that this process has locked
 
@@ -88,11 +85,11 @@ def ending(script: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Describe a failed file system or a lost process; return None for an unknown error."""
+    """Describe failed files, full memory or a lost process; return None for an unknown error."""
     if isinstance(error, UserError):
         return error
     text = " ".join(str(error).split())
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, MemoryError)):
         return UserError(text or type(error).__name__, status=1)
     if isinstance(error, RuntimeError):
         for pattern, happened in FAILURES.items():
@@ -141,7 +138,7 @@ def open_output(args: Namespace) -> None:
     error = None
     if not args.output_dir:
         curves = " but TensorBoard's files" if getattr(args, "log_dir", "") else ""
-        print0(f"--output_dir is empty: nothing is written{curves}")
+        print0(f"--output_dir is empty: this run writes nothing{curves}")
     elif dist.is_main():
         try:
             make_dirs(args.output_dir)
@@ -170,7 +167,7 @@ def lock_folder(folder: str, seconds: float) -> None:
                 break
             except (BlockingIOError, PermissionError):  # both mean that it is locked
                 file.seek(0)
-                holder = f"another run ({file.read().decode(errors='replace')}) writes to {folder}"
+                holder = f"another run ({file.read(999).decode(errors='replace')}) uses {folder}"
                 if time.monotonic() > deadline:
                     way_out = f"use another --output_dir (if that machine is gone, delete {path})"
                     raise UserError(f"{holder}; {way_out}", status=1) from None
