@@ -124,8 +124,8 @@ def start(args: Namespace) -> torch.device:
 def fill_placeholders(args: Namespace, job_id: str) -> None:
     """Replace %j in the names of folders by the id of Slurm's job; refuse other placeholders."""
     for name in ("output_dir", "log_dir", "job_dir"):
-        path = getattr(args, name, None)
-        for placeholder in PLACEHOLDER.findall(path or ""):
+        path = getattr(args, name, None) or ""  # None: not given to a launcher
+        for placeholder in PLACEHOLDER.findall(path):
             if placeholder != "j" or not job_id:
                 here = "of a Slurm job, but SLURM_JOB_ID is not set" if not job_id else "of the job"
                 known = f"%{placeholder} in --{name} {path} cannot be filled in; only %j is, the id"
