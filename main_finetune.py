@@ -98,7 +98,8 @@ def parse_args(
 
     args = flags.parse(parser, argv, default_flags)
     args.reprob *= args.rand_aug
-    parse_config(args.aa)  # refuse a wrong one before a job is queued
+    if args.rand_aug:
+        parse_config(args.aa)  # refuse a wrong one before a job is queued
     return args
 
 
