@@ -30,7 +30,7 @@ from util.meters import RunLog, last_x, open_log
 from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups_lrd, prepare_model
 from util.synthetic import data_dir, synthetic_recipe
 from util.video.mixup import Mixup
-from util.video.rand_augment import RandAugment
+from util.video.rand_augment import RandAugment, parse_config
 from util.visualize import show_classes
 from util.weights import MODEL_FLAGS, apply_weights, checkpoint_flags, has_head_for, read_weights
 
@@ -53,7 +53,8 @@ def get_args_parser() -> flags.Parser:
     add("--cutmix_minmax", None, side, flags.share, action=flags.Range, nargs=2)
     add("--mixup_prob", 1.0, "probability of mixing a batch at all", flags.share)
     add("--mixup_switch_prob", 0.5, "probability of cutmix instead of mixup", flags.share)
-    add("--mask_ratio", 0.0, "share of patches left out for speed; falls to 0 by a cosine", float)
+    text = "share of patches left out for speed; falls to 0 by a cosine"
+    add("--mask_ratio", 0.0, text, flags.share_below_1)
     flags.add_optim_args(parser)
     add = flags.adder(parser)
     add(
@@ -97,6 +98,8 @@ def parse_args(
 
     args = flags.parse(parser, argv, default_flags)
     args.reprob *= args.rand_aug
+    if args.rand_aug:
+        parse_config(args.aa)  # refuse a wrong one before a job is queued
     return args
 
 
@@ -284,6 +287,7 @@ def main(args: argparse.Namespace) -> None:
         record |= {f"val_{k}": v for k, v in val.items()}
         checkpoints.finish_epoch(record, len(train_loader), metric="val_acc1")
         best = f"{progress.best('val_acc1'):.2f} % (checkpoint-{progress.best_epoch:05d}.pth)"
+        best = best if args.output_dir else f"{progress.best('val_acc1'):.2f} %"
         print_validation(val, f"  best top-1 {best}")
     checkpoints.close()
     log.close()

@@ -40,18 +40,18 @@ def get_args_parser() -> flags.Parser:
     flags.add_data_args(parser, jitter_scales=(0.5, 1.0))
     flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
     add = flags.adder(parser, "masked autoencoder")
-    add("--mask_ratio", 0.9, "share of patches that are removed", float)
+    add("--mask_ratio", 0.9, "share of patches that are removed", flags.share_below_1)
     add(
         "--decoder_mask_ratio",
         0.0,
         "share of the removed patches that the decoder skips too: faster, but not in the paper",
-        float,
+        flags.share_below_1,
     )
-    add("--decoder_embed_dim", 512, "decoder width", int)
-    add("--decoder_depth", 4, "decoder blocks", int)
-    add("--decoder_num_heads", 16, "attention heads of a decoder block", int)
+    add("--decoder_embed_dim", 512, "decoder width", flags.small_int)
+    add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
+    add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
     add("--norm_pix_loss", True, "normalise each target patch by its mean and standard deviation")
-    add("--pred_t_dim", 8, "frames to predict per clip", int)
+    add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
     add = flags.adder(parser)

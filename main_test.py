@@ -41,8 +41,8 @@ def get_args_parser() -> flags.Parser:
     add("--finetune --resume", "", "path or address of a fine-tuned classifier of any project")
     text = "files to classify, in place of test.csv; prints the five best classes of each"
     add("--videos", None, text, nargs="+", metavar="FILE")
-    add("--num_clips", 10, "temporal views of a video", flags.positive_int)
-    add("--num_crops", 3, "spatial views of a clip", flags.positive_int)
+    add("--num_clips", 10, "temporal views of a video", flags.small_int)
+    add("--num_crops", 3, "spatial views of a clip", flags.small_int)
     add("--ensemble", "sum", "how the scores of views are combined", choices=("sum", "max"))
     add("--batch_size", 32, "views per forward pass", flags.positive_int)
     flags.add_run_args(parser, output_dir="./output/test", training=False)

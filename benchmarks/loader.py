@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import util.kinetics
-from util.args import adder, positive_int
+from util.args import adder, positive_float, positive_int
 from util.kinetics import Generators, Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader
 from util.prepare_kinetics import find_videos, transcode
@@ -358,7 +358,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--rounds", 3, "over all videos", positive_int)
     add("--work", list(RECIPES), "what to measure", nargs="+", choices=RECIPES)
     add("--workers", [1, 2, 4], "numbers of loader processes", positive_int, nargs="*")
-    add("--clips_per_second", 1000, "that the cores are counted for", float)
+    add("--clips_per_second", 1000, "that the cores are counted for", positive_float)
     add("--check", False, "exit 1 below the targets")
     add("--plot", "", "also draw the speeds, as PNG", metavar="FILE")
     return parser

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import models_mae
 import models_vit
 from util import optim
-from util.args import adder, positive_int
+from util.args import adder, positive_int, share_below_1
 from util.dist import get_device, print0
 from util.flops import count_flops
 from util.video_vit import Attention, Encoder, PatchEmbed
@@ -296,9 +296,9 @@ def main(argv: list[str] | None = None) -> None:
     tasks, variants = ["pretrain", "finetune", "test"], ["plain", "ours", "compiled"]
     add("--model", ["base"], "sizes", nargs="+", choices=SIZES)
     add("--task", tasks, "what to measure", nargs="+", choices=tasks)
-    add("--mask_ratio", [0.0, 0.5, 0.75, 0.9, 0.95], "in pre-training", float, nargs="+")
-    add("--decoder_mask_ratio", 0.0, "share of the removed patches not decoded", float)
-    add("--finetune_mask_ratio", [0.0], "in fine-tuning", float, nargs="+")
+    add("--mask_ratio", [0.0, 0.5, 0.75, 0.9, 0.95], "in pre-training", share_below_1, nargs="+")
+    add("--decoder_mask_ratio", 0.0, "share of the removed patches not decoded", share_below_1)
+    add("--finetune_mask_ratio", [0.0], "in fine-tuning", share_below_1, nargs="+")
     add("--batch_size", 2, "clips per step", positive_int)
     add("--input_size", 224, "pixels", positive_int)
     add("--num_frames", 16, "frames of a clip", positive_int)

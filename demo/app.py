@@ -22,6 +22,7 @@ from demo.visualize import (
     load_autoencoder,
     load_clip,
 )
+from util.args import between
 from util.errors import UserError
 from util.run import run
 from util.visualize import MASK_TYPES, encode_gif
@@ -115,7 +116,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="path, address or name of a pre-trained model; None: as in python -m demo.visualize",
     )
     parser.add_argument(
-        "--port", type=int, help="port of the page; None: the first free one from 7860"
+        "--port",
+        type=between(int, 1, 65535),
+        help="port of the page; None: the first free one from 7860",
     )
     return parser.parse_args(argv)
 

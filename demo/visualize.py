@@ -242,7 +242,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "cuboids (block)",
         choices=MASK_TYPES,
     )
-    add("--seed", 0, "seed of the first video's masks; one more for each video after it", int)
+    add(
+        "--seed",
+        0,
+        "seed of the first video's masks; one more for each video after it",
+        flags.any_seed,
+    )
     add("--paste_visible", True, "show the true pixels of visible patches in the reconstruction")
     start = "position of the clip, from 0 (the start of a video) to 1 (its end)"
     add("--clip_start", 0.5, start, flags.share)

@@ -1,13 +1,17 @@
 """Devices and process groups as the environment describes them."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
 from util import dist
+from util.errors import UserError
 
 STEP = {
     "SLURM_JOB_ID": "17", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "6",
@@ -34,6 +38,55 @@ def test_srun_step_becomes_a_process_group(environment):
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
 
 
+def test_the_main_address_is_of_the_steps_own_nodes(environment):
+    """A step may run on some of the job's nodes."""
+    os.environ["SLURM_STEP_NODELIST"] = "gpu[09-10]"
+    dist.adopt_slurm_step()
+    assert os.environ["MASTER_ADDR"] == "gpu09"
+
+
+@pytest.mark.parametrize("value", [None, "", "x", "-1", "1e3", "99999999999"])
+@pytest.mark.parametrize(
+    "name",
+    ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "SLURM_PROCID", "SLURM_LOCALID"],
+)
+def test_a_wrong_variable_of_slurm_is_named(environment, name, value):
+    del os.environ[name]
+    os.environ |= {} if value is None else {name: value}
+    with pytest.raises(UserError, match=f"{name} is .*; start all ranks with torchrun") as caught:
+        dist.adopt_slurm_step()
+    assert caught.value.status == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "wrong"),
+    [
+        ({"RANK": None}, "RANK is missing"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is missing"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is missing"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": None}, "RANK is '1', not a whole number from 0 to 0"),
+        ({"RANK": "2"}, "RANK is '2', not a whole number from 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE is 'all'"),
+    ],
+)
+def test_a_wrong_variable_of_torchrun_is_named(environment, variables, wrong):
+    """Before, RANK 2 of 2 waited for half an hour, and the others ended in tracebacks."""
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29"}
+    for name, value in variables.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    with pytest.raises(UserError, match=wrong) as caught:
+        dist.init_distributed("cpu", 0.05)
+    assert caught.value.status == 1
+
+
 @pytest.mark.parametrize("variables", [{"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0"}])
 def test_single_task_and_torchrun_inside_a_step_are_left_alone(environment, variables):
     os.environ |= variables
@@ -57,13 +110,52 @@ def test_device_that_is_not_there(name):
         dist.get_device(name)
 
 
-def test_rank_that_never_comes_ends_the_others():
-    """The second rank is missing: the first gives up after the timeout instead of hanging."""
-    code = "from util.dist import init_distributed; init_distributed('cpu', 3 / 60)"
-    rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [pytest.param({"RANK": "0"}, marks=pytest.mark.slow), {"RANK": "1"}, {"SLURM_PTY_PORT": "5"}],
+)
+def test_a_rank_that_waits_in_vain_says_so(environment, variables):
+    """The first rank tells at once what it waits for, and all give up after --dist_timeout.
+
+    In a shell of `srun --pty`, the other tasks of the step never start anything.
+    """
+    port = free_port()
+    if "RANK" in variables:
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    else:
+        os.environ |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+        os.environ |= {"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"}
+    os.environ |= {"MASTER_PORT": str(port), **variables}
+    code = "from util import dist, run; dist.adopt_slurm_step(); "
+    code += "run.run(lambda _: dist.init_distributed('cpu', 1 / 60), lambda argv: None)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | rank, capture_output=True, text=True,
+        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode != 0
-    assert "imeout" in done.stderr or "imed out" in done.stderr
+    assert done.returncode == 1, done.stderr
+    waiting = f"waiting for 2 ranks at \\w+[.\\w]*:{port}, at most 0.0166667 minutes"
+    assert len(re.findall(waiting, done.stdout)) == (variables != {"RANK": "1"}), done.stdout
+    assert ("`srun --pty`" in done.stdout) == ("SLURM_PTY_PORT" in variables)
+    (sentence,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "error: 2 ranks did not meet at" in sentence and "--dist_timeout" in sentence
+    assert "start all ranks with torchrun or `srun python ...`" in sentence
+    assert "Traceback" not in done.stderr and "frame #" not in done.stderr
+
+
+def test_another_rank_speaks_only_if_the_first_is_not_there(monkeypatch, capsys):
+    """Of a thousand ranks, only those that cannot reach the first one print what they wait for."""
+    clock = Namespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(dist, "time", clock)
+    with pytest.raises(OSError):
+        dist._wait_for_port("127.0.0.1", free_port(), 60, "rank 1 waits")
+    assert capsys.readouterr().out == "rank 1 waits\n" and clock.now > 60
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dist._wait_for_port("127.0.0.1", server.getsockname()[1], 60, "rank 1 waits")
+    assert capsys.readouterr().out == ""

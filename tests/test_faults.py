@@ -1,12 +1,14 @@
 """Test faults around a run: killed workers, ranks that hang or die, taken ports, bad flags."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +17,34 @@ import torch
 
 import main_finetune
 import main_pretrain
+import main_test
 import submitit_finetune
 import submitit_pretrain
 import submitit_test
+from models_vit import vit_tiny_patch8
 from tests.test_kills import argv, children, kill_all, rank_pid, wait_for_line
-from tests.test_scripts import PRETRAIN, ROOT, assert_same_weights, finish, spawn
+from tests.test_scripts import (
+    FINETUNE,
+    PRETRAIN,
+    ROOT,
+    assert_same_weights,
+    call,
+    fails,
+    finish,
+    spawn,
+)
+from util import run, slurm
+from util.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """Write an untrained classifier of three classes."""
+    path = tmp_path_factory.mktemp("classifier") / "vit.pth"
+    sizes = {"img_size": 32, "num_frames": 4, "num_classes": 3}
+    model = vit_tiny_patch8(**sizes)
+    torch.save({"model": model.state_dict(), "arguments": model.arguments}, path)
+    return path
 
 
 def loader_workers(pid: int) -> list[int]:
@@ -186,6 +211,28 @@ def test_help_of_the_launchers_shows_the_flags_of_script_and_job(capsys):
             assert flag in text
 
 
+@pytest.mark.parametrize("flag", ["--job_dir", "--output_dir", "--log_dir"])
+def test_a_job_with_another_placeholder_is_not_submitted(tmp_path, flag):
+    args = submitit_pretrain.parse_args([flag, f"{tmp_path}/%A", "--cluster", "local"])
+    with pytest.raises(UserError, match=f"%A in {flag} .* cannot be filled in; only %j is"):
+        slurm.submit("main_pretrain", args)
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"), [([], "jobs/5"), (["--output_dir", "%j/out"], "5/out"),
+                          (["--output_dir", ""], "")]
+)  # fmt: skip
+def test_the_folder_of_a_job(monkeypatch, given, folder):
+    """A job fills in its own id, on Slurm or not; an empty --output_dir saves nothing."""
+    seen = []
+    monkeypatch.setattr(main_pretrain, "main", seen.append)
+    environment = Namespace(job_id="5", num_tasks=1)
+    monkeypatch.setattr(slurm.submitit, "JobEnvironment", lambda: environment)
+    args = submitit_pretrain.parse_args(["--job_dir", "jobs/%j", "--log_dir", "%j/log", *given])
+    slurm.Job("main_pretrain", args)()
+    assert [(args.output_dir, args.log_dir) for args in seen] == [(folder, "5/log")]
+
+
 @pytest.mark.slow
 def test_a_local_job_of_two_tasks(videos, tmp_path):
     """Submit two CPU tasks without Slurm; checkpoints go to the job's own folder."""
@@ -222,6 +269,107 @@ def wait_until(what: Callable[[], object], printed: Callable[[], str], seconds=1
     while not what():
         assert time.monotonic() < deadline, printed()
         time.sleep(0.01)
+
+
+# --- two runs in one folder
+
+
+HOLDER = """
+import sys, time
+from util import run
+run.lock_folder(sys.argv[1], 0)
+print("locked", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def holder(tmp_path_factory):
+    """Lock a folder in another process; return both."""
+    folder = tmp_path_factory.mktemp("run")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], env=environment, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    wait_for_line(process, "locked")
+    yield folder, process
+    kill_all(process)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"), [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE), (main_test, [])]
+)
+def test_a_second_run_in_a_folder_is_refused(
+    videos, holder, classifier, monkeypatch, capsys, module, flags
+):
+    monkeypatch.setattr(run, "LOCK_SECONDS", 0.3)
+    folder, process = holder
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    argv = ["--path_to_data_dir", videos, "--output_dir", folder, "--device", "cpu", *flags]
+    argv += ["--finetune", classifier] if module is main_test else []
+    status, text = fails(capsys, module, *argv)
+    assert status == 1
+    assert f"another run (process {process.pid} on " in text and f"uses {folder}" in text
+    call(module, *argv, "--dry_run")  # writes nothing, as --eval
+    if module is main_finetune:
+        call(module, *argv, "--eval", "--resume", classifier)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_lock_dies_with_its_process_not_with_its_workers(videos, tmp_path):
+    """After SIGKILL the workers live on for seconds, but the next run need not wait for them."""
+    flags = argv("main_pretrain.py", videos, tmp_path, 1, 2)
+    flags[flags.index("--epochs") + 1] = 500
+    first = spawn("main_pretrain.py", *flags)
+    wait_for_line(first, r"Epoch \[1/500\]")
+    workers = loader_workers(first.pid)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    flags[flags.index("--epochs") + 1] = 2
+    second = spawn("main_pretrain.py", *flags)
+    try:
+        wait_for_line(second, rf"another run \(process {first.pid} on .*; trying again")
+        first.kill()
+        out = second.communicate(timeout=120)[0]
+        assert all(map(alive, workers))
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        kill_all(first)
+    assert second.returncode == 0 and "resumed from" in out, out
+
+
+@pytest.mark.slow
+def test_every_rank_ends_when_the_folder_is_in_use(videos, holder):
+    folder, _ = holder
+    flags = argv("main_pretrain.py", videos, folder, 2, 0)
+    out = finish(spawn("main_pretrain.py", *flags, "--dist_timeout", 0.1, ranks=2), status=1)
+    assert "trying again for 3 seconds" in out
+    for rank in (0, 1):
+        assert f"[rank {rank}] main_pretrain.py: error: another run (process" in out
+
+
+def test_one_process_may_run_in_a_folder_again(tmp_path):
+    for _ in range(2):
+        run.lock_folder(str(tmp_path), 0)
+        run.lock_folder(str(tmp_path), 0)
+        with run.ending("main_pretrain.py"):
+            assert len(run.locks) == 1
+        assert not run.locks
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run.fcntl, "lockf", lockf)
+    with run.ending("main_pretrain.py"):
+        run.lock_folder(str(tmp_path), 0)
+        run.lock_folder("s3://bucket/run", 0)
+    warning = f"WARNING: {tmp_path} cannot be locked against a second run: "
+    assert capsys.readouterr().out.startswith(warning)
 
 
 # --- torchrun over two hosts made of network namespaces

@@ -196,6 +196,18 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_to_a_run_that_saves_nothing(videos, tmp_path, number):
+    flags = argv("main_pretrain.py", videos, "", 1, 0)
+    process = spawn("main_pretrain.py", *flags, cwd=tmp_path)
+    out = wait_for_line(process, r"Epoch \[1/4\]")
+    process.send_signal(number)
+    out += finish(process, REQUEUE_STATUS)
+    assert f"{number.name}: stopping after this step\n" in out
+    assert "stopped; nothing was saved (exit status 75)" in out
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "place"),

@@ -20,10 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_pretrain
 import main_test
+import submitit_finetune
 from engine_finetune import combine_views
 from models_vit import VisionTransformer
 from tests import golden
-from util import run
+from util import run, slurm
+from util.errors import UserError
 from util.kinetics import VideoIndex
 from util.report import VideoScores
 
@@ -127,6 +129,14 @@ def test_learning_rate_arithmetic(videos, tmp_path, capsys):
         assert rate.split(" = ")[1] in printed.split("learning rate:")[1].splitlines()[0]
         assert "clips per update: 4 x 2 = 8" in printed
         assert "WARNING: --warmup_epochs 1 do not end within --epochs 1" in printed
+        assert (
+            "WARNING: --accum_iter 2 does not divide the 3 steps of an epoch: the last 1" in printed
+        )
+
+
+def test_an_accumulation_that_divides_the_epoch_is_no_warning(videos, capsys):
+    call(main_pretrain, "--path_to_data_dir", videos, *PRETRAIN, "--accum_iter", 3, "--dry_run")
+    assert "does not divide" not in capsys.readouterr().out
 
 
 def test_classes_without_videos_are_told(videos, tmp_path, capsys):
@@ -229,6 +239,50 @@ def test_eval_needs_no_training_videos(videos, finetuned, tmp_path, capsys):
     call(main_finetune, "--path_to_data_dir", tmp_path, "--device", "cpu", "--output_dir", "",
          "--eval", "--resume", finetuned / "checkpoint-00001.pth")  # fmt: skip
     assert "validation: top-1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("curves", [False, True])
+@pytest.mark.parametrize(
+    ("module", "argv"), [(main_pretrain, [*PRETRAIN, "--vis_period", 1]), (main_finetune, FINETUNE)]
+)
+def test_without_an_output_folder_nothing_is_written(
+    videos, tmp_path, monkeypatch, capsys, module, argv, curves
+):
+    """Neither here nor elsewhere; with --log_dir there are TensorBoard's files."""
+    monkeypatch.chdir(tmp_path)
+    log_dir = ["--log_dir", "curves"] if curves else []
+    call(module, "--path_to_data_dir", videos, *argv, "--epochs", 2, "--output_dir", "", *log_dir,
+         "--checkpoint_minutes", 1e-6)  # fmt: skip
+    written = "--output_dir is empty: this run writes nothing"
+    assert capsys.readouterr().out.count(written + " but TensorBoard's files" * curves) == 1
+    names = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert names == ({"curves"} if curves else set())
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("out/%j", "out/17"), ("%j-%j/x", "17-17/x"), ("mask90%", "mask90%"), ("%", "%"),
+     ("90%noise", "90%noise"), ("50%_a", "50%_a"), ("%A_%a", "%A"), ("x/%t", "%t"), ("%4j", "%4j"),
+     ("%x-%j", "%x"), ("log-%N.d", "%N")],
+)  # fmt: skip
+@pytest.mark.parametrize("job_id", ["17", None])
+def test_the_id_of_the_job_is_filled_in(tmp_path, monkeypatch, folder, expected, job_id):
+    """The id stays the same when a job is requeued; no other placeholder is taken as a name."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job_id:
+        monkeypatch.setenv("SLURM_JOB_ID", job_id)
+    argv = ["--path_to_data_dir", "X", "--device", "cpu", "--output_dir", f"{tmp_path}/{folder}"]
+    args = main_pretrain.parse_args([*argv, "--log_dir", f"{tmp_path}/{folder}"])
+    refused = expected.startswith("%") and expected != "%"
+    if refused or (expected != folder and not job_id):
+        with pytest.raises(UserError, match=f"{expected if refused else '%j'} in --output_dir"):
+            run.start(args)
+        assert os.listdir(tmp_path) == []
+        return
+    with run.ending("main_pretrain.py"):
+        run.start(args)
+    assert args.output_dir == args.log_dir == f"{tmp_path}/{expected}"
+    assert os.path.isdir(args.output_dir)
 
 
 # --- kills and resumes --------------------------------------------------------------------------
@@ -425,6 +479,29 @@ def test_an_epoch_without_an_update_is_refused(capsys, videos, tmp_path):
     assert "an epoch has 3 steps, too few for an update every --accum_iter 4 steps" in text
 
 
+@pytest.mark.parametrize(
+    ("module", "rates", "peak"),
+    [
+        (main_pretrain, ["--blr", "1e-4", "--min_lr", "1e-5"], "7.81e-07"),
+        (main_pretrain, ["--lr", "0"], "0"),
+        (main_finetune, ["--lr", "2e-6", "--min_lr", "1e-5"], "2e-06"),
+    ],
+)  # fmt: skip
+def test_a_rate_that_would_rise_to_the_end_is_refused(capsys, videos, module, rates, peak):
+    argv = ["--path_to_data_dir", videos, *(FINETUNE if module is main_finetune else PRETRAIN)]
+    argv += ["--epochs", "2", *rates, "--dry_run"]
+    status, text = fails(capsys, module, *argv)
+    assert status == 2
+    smallest = rates[rates.index("--min_lr") + 1] if "--min_lr" in rates else "1e-06"
+    assert f"the peak learning rate {peak} must be" in text
+    assert f"--min_lr {float(smallest):g}" in text
+
+
+def test_a_constant_rate_is_allowed(videos):
+    call(main_pretrain, "--path_to_data_dir", videos, *PRETRAIN, "--lr", "0", "--min_lr", "0",
+         "--dry_run")  # fmt: skip
+
+
 def test_main_test_without_checkpoint(capsys, videos):
     status, text = fails(capsys, main_test, "--path_to_data_dir", videos)
     assert status == 2
@@ -464,13 +541,54 @@ def test_help_names_every_flag(capsys):
         "--seed -1", "--clip_grad -1", "--weight_decay -0.1", "--dropout 1.5", "--keep_last -1",
         "--jitter_scales_relative 0.2 0.1", "--jitter_aspect_relative 0 1", "--warmup_epochs nan",
         "--remode const", "--recount 3", "--mixup_mode elem", "--cutmix_minmax 0.8 0.2",
+        "--beta 0.9 1.0", "--beta nan 0.9", "--mask_ratio nan", "--mask_ratio 1", "--mask_ratio -1",
+        "--jitter_scales_relative 0.5 1.5", "--jitter_aspect_relative 1e-9 1", "--lr 1e300",
+        "--dist_timeout 1e300", "--item_timeout 1e300", "--layer_decay 1e300", "--seed 2**70",
+        f"--seed {2**70}", "--num_workers 100000", "--input_size 1000000", "--num_frames 10000000",
+        "--repeat_aug 1000000", "--sampling_rate 1000000", "--time 0", "--mem_gb nan", "--nodes -1",
+        "--ngpus -1", "--signal_delay_s 70000", "--tasks_per_node 0", "--cpus_per_task 0",
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_where_they_are_given(flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        main_finetune.parse_args(flags.split())
+        submitit_finetune.parse_args(flags.split())
     assert caught.value.code == 2
     assert f"argument {flags.split()[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--decoder_embed_dim 0", "--decoder_depth -1", "--decoder_num_heads 0", "--pred_t_dim 0",
+     "--mask_ratio nan", "--mask_ratio 1.5", "--decoder_mask_ratio nan", "--decoder_mask_ratio 1"],
+)  # fmt: skip
+def test_values_of_the_autoencoder_are_refused_where_they_are_given(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main_pretrain.parse_args(flags.split())
+    assert caught.value.code == 2
+    assert f"argument {flags.split()[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", [main_pretrain, main_finetune, main_test])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e999", "many", ""])
+def test_no_number_is_below_zero_infinite_or_none(module, value, capsys):
+    parser = module.get_args_parser()
+    slurm.add_slurm_args(parser)
+    numbers = [action for action in parser._actions if action.type]
+    assert len(numbers) > 15
+    for action in numbers:
+        with pytest.raises(SystemExit) as caught:
+            count = action.nargs or 1
+            parser.parse_args([f"{action.option_strings[0]}={value}"] if count == 1
+                              else [action.option_strings[0], *["1", value][:count]])  # fmt: skip
+        assert caught.value.code == 2
+        assert f"argument {action.option_strings[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("policy", ["randx", "rand-n1" + "0" * 400, "rand-m99999", "rand-mstdnan"])
+def test_a_policy_is_refused_before_a_job_is_queued(capsys, videos, policy):
+    status, text = fails(capsys, main_finetune, "--path_to_data_dir", videos, "--aa", policy)
+    assert status == 2
+    assert "RandAugment config" in text
 
 
 def test_erasing_is_a_part_of_randaugment():

@@ -278,7 +278,7 @@ def test_a_mask_ratio_that_keeps_nothing_is_refused(videos, tmp_path, capsys, ra
     with pytest.raises(SystemExit) as caught:
         call(main_finetune, *flags, "--mask_ratio", ratio)
     assert caught.value.code == 2
-    assert "error: mask_ratio" in capsys.readouterr().err
+    assert "argument --mask_ratio: " in capsys.readouterr().err
 
 
 # --- benchmarks

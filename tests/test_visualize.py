@@ -389,8 +389,6 @@ def test_mistakes_are_named(tmp_path, videos, capsys):
         run(video, "--checkpoint", "nothing.pth")
     with pytest.raises(UserError, match=r"file/v0.gif: Not a directory"):
         run(video, "--checkpoint", checkpoint, "--output_dir", tmp_path / "file")
-    with pytest.raises(UserError, match="seed = -1 is negative"):
-        run(video, "--checkpoint", checkpoint, "--output_dir", tmp_path, "--seed", -1)
     classifier = saved(tmp_path / "vit.pth", vit_tiny_patch8(img_size=32, num_frames=8))
     with pytest.raises(UserError, match=r"vit.pth has no decoder to reconstruct with"):
         run(video, "--checkpoint", classifier)
@@ -400,6 +398,8 @@ def test_mistakes_are_named(tmp_path, videos, capsys):
     for flags, problem in (
         (["--mask_ratio", "95"], "--mask_ratio: 95 is not a share above 0 and below 1"),
         (["--clip_start", "2"], "--clip_start: 2 is not a number from 0 to 1"),
+        (["--seed", "-1"], "--seed: -1 is not a whole number from 0 to"),
+        (["--fps", "nan"], "--fps: nan is not a number"),
         (["--mask_type", "cube"], "--mask_type: invalid choice: 'cube'"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -39,11 +39,19 @@ def number(kind: Kind, description: str, allows: Callable[[float], bool]) -> Kin
     return parse_number
 
 
-positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
-natural_int = number(int, "a whole number of at least 0", lambda value: value >= 0)
-positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
-natural_float = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
-share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+def between(kind: Kind, low: float, high: float) -> Kind:
+    """Make a parser of numbers from low to high."""
+    name = "a whole number" if kind is int else "a number"
+    return number(kind, f"{name} from {low:,} to {high:,}", lambda value: low <= value <= high)
+
+
+# the upper limits catch slips of the keyboard before they fill the memory or overflow
+positive_int, natural_int = (between(int, low, 10**9) for low in (1, 0))
+any_seed = between(int, 0, 2**63 - 1)
+up_to_1000, small_int = between(int, 0, 1000), between(int, 1, 10_000)
+positive_float, natural_float = (between(float, low, 10**6) for low in (1e-6, 0))
+positive_share, share = (between(float, low, 1) for low in (1e-6, 0))
+share_below_1 = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 class Range(argparse.Action):
@@ -95,7 +103,7 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add = adder(parser, "data")
     add("--path_to_data_dir", "", "folder of train.csv, val.csv, test.csv; empty: synthetic videos")
     add("--path_prefix", "", "folder that relative paths start from; empty: the csv file's folder")
-    add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", natural_int)
+    add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", up_to_1000)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
     how = "dense: spread evenly over a clip; segments: one in each of --num_frames equal parts"
@@ -103,10 +111,11 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     if not jitter_scales:
         return
     add("--max_bad_share", 0.1, "stop when a larger share of a csv's videos is unreadable", share)
-    add("--repeat_aug", 1, "clips taken from each loaded video", positive_int)
-    limits = {"kind": positive_float, "nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
-    add("--jitter_scales_relative", jitter_scales, "random crop's area / frame's area", **limits)
-    add("--jitter_aspect_relative", (3 / 4, 4 / 3), "width / height of the random crop", **limits)
+    add("--repeat_aug", 1, "clips taken from each loaded video", small_int)
+    pair = {"nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
+    area, aspect = "random crop's area / frame's area", "width / height of the random crop"
+    add("--jitter_scales_relative", jitter_scales, area, positive_share, **pair)
+    add("--jitter_aspect_relative", (3 / 4, 4 / 3), aspect, between(float, 0.1, 10), **pair)
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
 
@@ -118,11 +127,11 @@ def add_model_args(
     names = "one of " + ", ".join(filter(None, models))
     checkpoint = "; empty: the model in the checkpoint" if "" in models else ""
     add("--model", default, names + checkpoint, choices=models, metavar="NAME")
-    add("--input_size", 224, "height and width of a clip, pixels", positive_int)
-    add("--num_frames", 16, "frames of a clip", positive_int)
+    add("--input_size", 224, "height and width of a clip, pixels", small_int)
+    add("--num_frames", 16, "frames of a clip", small_int)
     span = "a clip's frames are spread evenly over --num_frames x --sampling_rate frames at 30 fps"
-    add("--sampling_rate", 4, span, positive_int)
-    add("--t_patch_size", 2, "frames of a patch", positive_int)
+    add("--sampling_rate", 4, span, between(int, 1, 1000))
+    add("--t_patch_size", 2, "frames of a patch", small_int)
     add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
     text = "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed"
     add("--sincos_pos_embed", False, text, action=BooleanOptionalAction)
@@ -130,7 +139,7 @@ def add_model_args(
     add("--no_qkv_bias", False, "leave out the biases of q, k and v")
     if classifier:
         text = "classes of the head; not given: the lines of classes.txt (test: the file's)"
-        add("--num_classes --nb_classes", None, text, positive_int)
+        add("--num_classes --nb_classes", None, text, between(int, 1, 100_000))
 
 
 def add_optim_args(parser: ArgumentParser) -> None:
@@ -144,7 +153,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
     add("--blr", 1e-3, "base learning rate, for a batch of 256", natural_float)
     add("--min_lr", 1e-6, "learning rate at the end", natural_float)
     add("--weight_decay", 0.05, "AdamW's weight decay", natural_float)
-    add("--beta", (0.9, 0.999), "AdamW's betas", share, nargs=2)
+    add("--beta", (0.9, 0.999), "AdamW's betas", share_below_1, nargs=2)
     add("--clip_grad", None, "largest global gradient norm; 0: no limit", natural_float)
     text = (
         "skip up to N updates in a row whose loss or gradient is not finite (the loss is then "
@@ -158,10 +167,11 @@ def add_optim_args(parser: ArgumentParser) -> None:
 def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True) -> None:
     """Add the flags of device, folders and logging."""
     add = adder(parser, "run")
-    add("--output_dir", output_dir, "folder for log.txt and everything else that the run writes")
+    text = "folder of all that the run writes; %%j: the id of its Slurm job; empty: write nothing"
+    add("--output_dir", output_dir, text)
     if training:
         add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
-        add("--seed", 0, "seed of all random choices", natural_int)
+        add("--seed", 0, "seed of all random choices", any_seed)
     add("--device", "auto", "cuda, mps, cpu, or auto (the first of these that the machine has)")
     text = "precision of the forward pass; not given: bf16 if the GPU supports it, else fp32"
     add("--precision", None, text, choices=("bf16", "fp16", "fp32"))

@@ -171,6 +171,7 @@ class Checkpoints:
     Only the main process writes. A thread writes the file atomically from a copy in host memory;
     training waits for the copy in the next optimiser step, and for an earlier save that still runs.
     If a write fails (full disk, lost folder), this warns, keeps the older files and goes on.
+    Without an output_dir nothing is saved.
 
     Args:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
@@ -205,7 +206,7 @@ class Checkpoints:
         self.failure = ""  # of the last save
         self.host_copy = HostCopy()
         optimizer.register_step_pre_hook(lambda *_: self.host_copy.wait())
-        self.interruption = Interruption(args.dist_timeout)
+        self.interruption = Interruption(args.dist_timeout, bool(getattr(args, "output_dir", "")))
 
     # --- in the training loop -----------------------------------------------------------------
 
@@ -280,7 +281,7 @@ class Checkpoints:
     def save(self) -> None:
         """Save the present state from a thread; training goes on at once."""
         self.last_saved = time.monotonic()
-        if not is_main():
+        if not (is_main() and self.args.output_dir):
             return
         self.wait()
         progress = self.progress

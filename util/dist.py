@@ -1,8 +1,11 @@
 """Ranks: the same code runs under torchrun, under srun and as a single process."""
 
 import os
+import re
+import socket
 import sys
 import threading
+import time
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -11,7 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util.errors import UserError
+
 SAVING = "saving"  # name of the thread that writes a checkpoint
+HOW_TO_START = (
+    "start all ranks with torchrun or `srun python ...` (a shell of `srun --pty` is one task), or "
+    "unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS for a single process"
+)
 
 
 def rank() -> int:
@@ -35,22 +44,41 @@ def print0(*values: Any, **options: Any) -> None:
         print(*values, flush=True, **options)
 
 
+def launch_text(name: str, default: str = "") -> str:
+    """Return a variable of the launcher's environment; raise UserError if there is none."""
+    text = os.environ.get(name) or default
+    if not text:
+        raise UserError(f"the environment variable {name} is missing; {HOW_TO_START}", status=1)
+    return text
+
+
+def launch_number(name: str, low: int, high: int = 2**32 - 1, default: str = "") -> int:
+    """Return such a variable as a whole number; raise UserError unless it is from low to high."""
+    text = launch_text(name, default)
+    if re.fullmatch(r"\d{1,10}", text) and low <= int(text) <= high:
+        return int(text)
+    problem = f"is {text!r}, not a whole number from {low} to {high}"
+    raise UserError(f"the environment variable {name} {problem}; {HOW_TO_START}", status=1)
+
+
 def adopt_slurm_step() -> None:
     """Under srun with several tasks, set the environment variables that torchrun would set."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    tasks = 1 if "RANK" in os.environ else launch_number("SLURM_STEP_NUM_TASKS", 1, default="1")
+    if tasks == 1:
         return
-    from submitit.slurm.slurm import SlurmJobEnvironment  # knows how node lists are written
+    from submitit.slurm.slurm import _parse_node_list
 
-    tasks, nodes = (int(os.environ[f"SLURM_STEP_NUM_{what}"]) for what in ("TASKS", "NODES"))
-    # several steps of a job may run at the same time: each needs a port of its own
-    port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ["SLURM_STEP_ID"])) % 20000
+    nodes = launch_number("SLURM_STEP_NUM_NODES", 1, tasks)
+    job, step = (launch_number(f"SLURM_{what}_ID", 0) for what in ("JOB", "STEP"))
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or launch_text("SLURM_JOB_NODELIST")
     os.environ |= {
-        "RANK": os.environ["SLURM_PROCID"],
+        "RANK": str(launch_number("SLURM_PROCID", 0, tasks - 1)),
         "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_RANK": str(launch_number("SLURM_LOCALID", 0, tasks - 1)),
         "LOCAL_WORLD_SIZE": str(tasks // nodes),
-        "MASTER_ADDR": SlurmJobEnvironment().hostnames[0],
-        "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
+        "MASTER_ADDR": _parse_node_list(hosts)[0],
+        # several steps of a job may run at the same time: each needs a port of its own
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + (job * 7 + step) % 20000)),
     }
 
 
@@ -60,10 +88,46 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
     NCCL carries CUDA tensors, Gloo all others. A collective that waits longer than the timeout ends
     the process with an error, so that nothing hangs for ever. NCCL gets five minutes more: the
     exchange in util.signals.Interruption then fails first, and its error says more.
+
+    Raise UserError if a variable is missing or wrong, or if the ranks do not meet in time.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend, extra = ("nccl", 5) if device_type == "cuda" else ("gloo", 0)
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + extra))
+    ranks = launch_number("WORLD_SIZE", 1, default="1")
+    number = launch_number("RANK", 0, ranks - 1, default="0" if ranks == 1 else "")
+    launch_number("LOCAL_WORLD_SIZE", 1, default="1")  # the loader reads it
+    if ranks == 1 or dist.is_initialized():
+        return
+    host, port = launch_text("MASTER_ADDR"), launch_number("MASTER_PORT", 1, 65535)
+    backend, extra = ("nccl", 5) if device_type == "cuda" else ("gloo", 0)
+    minutes = timeout_minutes + extra
+    waiting = f"waiting for {ranks} ranks at {host}:{port}, at most {minutes:g} minutes"
+    if "SLURM_PTY_PORT" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        waiting += f"; {HOW_TO_START}"
+    try:
+        if number == 0:
+            print(waiting, flush=True)
+        else:
+            _wait_for_port(host, port, 60 * minutes, f"rank {number} is {waiting}")
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    except (OSError, dist.DistStoreError, dist.DistNetworkError) as error:
+        missed = f"{ranks} ranks did not meet at {host}:{port} (--dist_timeout {timeout_minutes:g}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{missed}: {reason}); {HOW_TO_START}", status=1) from error
+
+
+def _wait_for_port(host: str, port: int, seconds: float, waiting: str) -> None:
+    """Wait until rank 0 listens; after ten seconds print `waiting`, as rank 0 may not be there."""
+    begin, told = time.monotonic(), False
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError:
+            passed = time.monotonic() - begin
+            if passed > seconds:
+                raise
+            if passed > 10 and not told:
+                told = True
+                print(waiting, flush=True)
+            time.sleep(min(0.2, seconds))
 
 
 def warn_of_stale_store() -> None:
@@ -86,15 +150,20 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def finish_save() -> None:
+    """Wait for the thread that writes a checkpoint, if there is one."""
+    for thread in threading.enumerate():
+        if thread.name == SAVING:
+            thread.join()
+
+
 def exit_alone(status: int) -> NoReturn:
     """End this process while the other ranks still run; finish a save in progress first.
 
     NCCL could not leave its group: another rank may wait in a collective, for this process. Once
     this process is gone, the other ranks and the launcher notice that something is wrong.
     """
-    for thread in threading.enumerate():
-        if thread.name == SAVING:
-            thread.join()
+    finish_save()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -123,8 +192,8 @@ def get_device(name: str) -> torch.device:
     if index is None:
         # srun may let each task see only its own GPU; torchrun does not
         alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-        index = 0 if alone else int(os.environ.get("LOCAL_RANK", "0"))
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        index = 0 if alone else launch_number("LOCAL_RANK", 0, default="0")
+    elif launch_number("WORLD_SIZE", 1, default="1") > 1:
         raise ValueError(f"--device {name} is one GPU for all processes; cuda gives each its own")
     if index >= count:
         raise ValueError(f"GPU {index} was asked for, but this machine has {count}")

@@ -19,13 +19,21 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
 
     Args:
         counted: what the recipe counts as its batch, "videos" or their (repeated) "clips".
-        steps: micro-steps of an epoch; fewer than an update needs raise UserError.
+        steps: micro-steps of an epoch.
+
+    Raises:
+        UserError: an epoch has too few steps for an update, or the rate would rise to --min_lr.
     """
     accum, ranks = args.accum_iter, world_size()
     if steps < accum:
         raise UserError(
             f"an epoch has {steps} steps, too few for an update every --accum_iter {accum} steps; "
             "lower it, or use more videos"
+        )
+    if steps % accum:
+        print0(
+            f"WARNING: --accum_iter {accum} does not divide the {steps} steps of an epoch: the "
+            f"last {steps % accum} of every epoch are computed in vain, as no update follows them"
         )
     # Count what an update sees.
     videos = args.batch_size * accum * ranks
@@ -42,6 +50,11 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
     else:
         lr = args.lr
         print0(f"learning rate: {lr:.3g} (--lr)")
+    if not args.min_lr <= lr < math.inf:
+        raise UserError(
+            f"the peak learning rate {lr:.3g} must be finite and at least --min_lr "
+            f"{args.min_lr:g}, to which it falls; change --min_lr, --blr or --lr"
+        )
     if args.warmup_epochs >= args.epochs:
         reached = lr * args.epochs / args.warmup_epochs
         print0(

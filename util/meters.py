@@ -266,7 +266,7 @@ def open_log(
     done = epoch_1000x(progress.epoch + progress.step / steps, args.repeat_aug)
     # a run that stopped after the last step of an epoch still has to write that epoch's results
     purge_step = min(done, last_x(progress.epoch, args.repeat_aug)) if done else None
-    log_dir = args.log_dir or os.path.join(args.output_dir, "tensorboard")
+    log_dir = args.log_dir or (args.output_dir and os.path.join(args.output_dir, "tensorboard"))
     log = RunLog(log_dir, args.print_freq, device, purge_step)
     log.guard.limit, log.repeat_aug = args.skip_nonfinite, args.repeat_aug
     log.time_first_step = args.compile

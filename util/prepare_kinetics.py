@@ -33,7 +33,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from util.args import adder, number, positive_int, share
+from util.args import adder, between, positive_int, share
 from util.errors import UserError
 from util.file_io import path_to_text, print_any, read_text, text_to_path, write_atomically
 from util.loader import available_cpus
@@ -503,11 +503,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     common.add_argument("out", help="folder to write the lists to")
     add = adder(common)
     add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
-    count = number(int, "a whole number from 1 to 65535", lambda value: 1 <= value <= 65535)
-    crf = number(float, "a number from 0 to 51", lambda value: 0 <= value <= 51)
+    count = between(int, 1, 65535)
     add("--short_side", 256, "short side of the copies, pixels, at most", count)
     add("--gop", 32, "frames between key frames", count)
-    add("--crf", 23, "x264's quality from 0 to 51, smaller is better", crf)
+    add("--crf", 23, "x264's quality from 0 to 51, smaller is better", between(float, 0, 51))
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos processed at a time", count)
     commands = parser.add_subparsers(dest="kind", required=True)

@@ -1,20 +1,25 @@
 """How a script starts and ends: flags, device, ranks, and errors as one sentence and a status."""
 
 import contextlib
+import fcntl
 import io
+import os
 import re
+import socket
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from util import dist
 from util.dist import print0
 from util.errors import UserError
-from util.file_io import make_dirs
+from util.file_io import is_remote, make_dirs
 from util.optim import choose_precision, has_fast_bf16
 from util.signals import signals_restored
 
@@ -27,6 +32,10 @@ FAILURES = {
     "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "
     "GLOO_SOCKET_IFNAME names the network interface to use",
 }
+# what Slurm or submitit fill in; "90%noise" has none
+PLACEHOLDER = re.compile(r"%(j|\d+j|[JAaNnstux](?![A-Za-z]))")
+LOCK_SECONDS = 10  # a requeued or restarted run may begin before its predecessor has ended
+locks: dict[str, IO[bytes]] = {}  # files that this process has locked
 
 
 @signals_restored()
@@ -68,15 +77,19 @@ def ending(script: str) -> Iterator[None]:
         if several:
             dist.exit_alone(status)
         sys.exit(status)
+    finally:
+        dist.finish_save()
+        while locks:
+            locks.popitem()[1].close()
     dist.shutdown()
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Describe a failed file system or a lost process; return None for an unknown error."""
+    """Describe failed files, full memory or a lost process; return None for an unknown error."""
     if isinstance(error, UserError):
         return error
     text = " ".join(str(error).split())
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, MemoryError)):
         return UserError(text or type(error).__name__, status=1)
     if isinstance(error, RuntimeError):
         for pattern, happened in FAILURES.items():
@@ -87,7 +100,8 @@ def explain(error: BaseException) -> UserError | None:
 
 
 def start(args: Namespace) -> torch.device:
-    """Join the other ranks, choose device and precision, and print the flags."""
+    """Join the other ranks, choose device and precision, print the flags, lock --output_dir."""
+    fill_placeholders(args, os.environ.get("SLURM_JOB_ID", ""))
     dist.adopt_slurm_step()
     with usage_errors():
         device = dist.get_device(args.device)
@@ -102,9 +116,69 @@ def start(args: Namespace) -> torch.device:
     if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16(device):
         print0("WARNING: this CPU has no bf16 arithmetic: expect steps to be tens of times slower")
     torch.set_float32_matmul_precision("high")
-    if args.output_dir and dist.is_main():
-        make_dirs(args.output_dir)
+    if not (args.dry_run or getattr(args, "eval", False)):
+        open_output(args)
     return device
+
+
+def fill_placeholders(args: Namespace, job_id: str) -> None:
+    """Replace %j in the names of folders by the id of Slurm's job; refuse other placeholders."""
+    for name in ("output_dir", "log_dir", "job_dir"):
+        path = getattr(args, name, None) or ""  # None: not given to a launcher
+        for placeholder in PLACEHOLDER.findall(path):
+            if placeholder != "j" or not job_id:
+                here = "of a Slurm job, but SLURM_JOB_ID is not set" if not job_id else "of the job"
+                known = f"%{placeholder} in --{name} {path} cannot be filled in; only %j is, the id"
+                raise UserError(f"{known} {here}")
+            setattr(args, name, path.replace("%j", job_id))
+
+
+def open_output(args: Namespace) -> None:
+    """Create --output_dir and lock it; every rank raises UserError if that fails."""
+    error = None
+    if not args.output_dir:
+        curves = " but TensorBoard's files" if getattr(args, "log_dir", "") else ""
+        print0(f"--output_dir is empty: this run writes nothing{curves}")
+    elif dist.is_main():
+        try:
+            make_dirs(args.output_dir)
+            lock_folder(args.output_dir, min(LOCK_SECONDS, 30 * args.dist_timeout))
+        except UserError as caught:
+            error = caught
+    if error := dist.broadcast_object(error):
+        raise error
+
+
+def lock_folder(folder: str, seconds: float) -> None:
+    """Lock a folder until `ending`; raise UserError if another process keeps it for `seconds`.
+
+    A POSIX lock ends with its process, however that dies, and loader workers do not inherit it.
+    Object stores have no locks. Where a file system has none, this warns.
+    """
+    path = os.path.join(folder, ".lock")
+    if is_remote(folder) or path in locks:
+        return
+    deadline, told = time.monotonic() + seconds, False
+    try:
+        file = locks[path] = open(path, "a+b", buffering=0)  # noqa: SIM115  (`ending` closes it)
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):  # both mean that it is locked
+                file.seek(0)
+                holder = f"another run ({file.read(999).decode(errors='replace')}) uses {folder}"
+                if time.monotonic() > deadline:
+                    way_out = f"use another --output_dir (if that machine is gone, delete {path})"
+                    raise UserError(f"{holder}; {way_out}", status=1) from None
+                if not told:
+                    print0(f"{holder}; trying again for {seconds:g} seconds")
+                told = True
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        print0(f"WARNING: {folder} cannot be locked against a second run: {error}")
 
 
 @contextlib.contextmanager

@@ -59,10 +59,11 @@ class Interruption:
 
     The ranks exchange flags while they compute: an exchange begun after one step is read after
     the next. So no rank waits for another one or for its device. If one does not answer
-    within `timeout` minutes, the others raise an error.
+    within `timeout` minutes, the others raise an error. `saves`: the run writes checkpoints.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, saves: bool = True) -> None:
+        self.saves = saves
         self.signal = 0  # place in STOP_SIGNALS, counted from 1; 0: none has come
         self.since = float("inf")  # when the first one came
         self.agreed = False
@@ -81,7 +82,8 @@ class Interruption:
         self.since, which = min(self.since, now), signal.Signals(number)
         self.signal = max(self.signal, STOP_SIGNALS.index(which) + 1)
         again = "; Ctrl-C again stops at once" if which == signal.SIGINT else ""
-        text = f"{which.name}: stopping after this step with a checkpoint{again}\n"
+        checkpoint = " with a checkpoint" if self.saves else ""
+        text = f"{which.name}: stopping after this step{checkpoint}{again}\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # print would raise if the signal interrupted another print
 
@@ -118,7 +120,8 @@ class Interruption:
             previous(number, None)
             if not is_main():
                 time.sleep(60)
-        print0(f"stopped; the same command continues from here (exit status {status})")
+        saved = "the same command continues from here" if self.saves else "nothing was saved"
+        print0(f"stopped; {saved} (exit status {status})")
         sys.exit(status)
 
     def close(self) -> None:

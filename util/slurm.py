@@ -8,9 +8,9 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from util.args import adder
+from util.args import adder, between, positive_float, positive_int, up_to_1000
 from util.errors import UserError
-from util.run import ending
+from util.run import ending, fill_placeholders
 
 MAX_TIMEOUTS = 1000  # how often a job may reach its time limit; submitit's default is 3
 
@@ -20,14 +20,14 @@ def add_slurm_args(parser: ArgumentParser) -> None:
     add = adder(parser, "job")
     cluster = "local: run processes on this machine, without Slurm"
     add("--cluster", "slurm", cluster, choices=("slurm", "local"))
-    add("--nodes", 1, "number of machines", int)
-    add("--ngpus", 8, "GPUs per node, with one task each; 0: run on CPUs", int)
-    add("--tasks_per_node", 1, "tasks per node if --ngpus is 0", int)
-    add("--cpus_per_task", 10, "CPU cores per task", int)
-    add("--mem_gb", None, "memory per node, GB", float)
-    add("--time", 4320, "time limit, minutes", int)
+    add("--nodes", 1, "number of machines", positive_int)
+    add("--ngpus", 8, "GPUs per node, with one task each; 0: run on CPUs", up_to_1000)
+    add("--tasks_per_node", 1, "tasks per node if --ngpus is 0", between(int, 1, 1000))
+    add("--cpus_per_task", 10, "CPU cores per task", positive_int)
+    add("--mem_gb", None, "memory per node, GB", positive_float)
+    add("--time", 4320, "time limit, minutes", positive_int)
     delay = "seconds between the signal to save and the time limit; Slurm may add up to 60"
-    add("--signal_delay_s", 120, delay, int)
+    add("--signal_delay_s", 120, delay, between(int, 0, 65535))
     add("--partition", None, "Slurm's partition")
     add("--account", None, "account that pays for the job")
     add("--qos", None, "Slurm's quality of service")
@@ -54,7 +54,9 @@ class Job:
         if args.ngpus and args.device == "auto":
             args.device = "cuda"  # fail without a GPU rather than train on the CPU for days
         environment = submitit.JobEnvironment()
-        args.output_dir = args.output_dir or args.job_dir.replace("%j", environment.job_id)
+        if args.output_dir is None:  # empty: save nothing
+            args.output_dir = args.job_dir
+        fill_placeholders(args, environment.job_id)
         if environment.num_tasks > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         with ending(f"{self.script}.py"):
@@ -70,6 +72,7 @@ def submit(script: str, args: Namespace) -> None:
 
     Raise UserError if this machine has no Slurm, Slurm refuses the job, or a local job fails.
     """
+    fill_placeholders(Namespace(**vars(args)), "0")  # refuse now what the job would refuse
     folder = args.job_dir = os.path.abspath(args.job_dir)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)

@@ -331,7 +331,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     try:
         out = write_dataset(**vars(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         sys.exit(f"error: {error}")
     print_any(f"{out}: {args.num_videos} for training, {args.num_val} + {args.num_test} held out")
 

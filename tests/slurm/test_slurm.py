@@ -198,3 +198,26 @@ def test_a_documented_batch_script(slurm, uninterrupted, videos, tmp_path, scrip
     assert "stopping after this step with a checkpoint" in logs
     assert logs.count("Epoch [0/") and "resumed from" in logs
     assert_same_run(out, uninterrupted)
+
+
+# --- a shell within a step
+
+
+@pytest.mark.skipif(not shutil.which("script"), reason="needs util-linux's script, for a terminal")
+def test_a_shell_of_srun_pty_says_what_it_waits_for(slurm, videos, tmp_path):
+    """`srun --pty bash` with two tasks: the second shell ends at once, so rank 1 is missing."""
+    flags = [*FLAGS, "--path_to_data_dir", videos, "--output_dir", tmp_path / "out"]
+    command = [sys.executable, ROOT / "main_pretrain.py", *flags, "--dist_timeout", 0.05]
+    process = subprocess.Popen(
+        ["salloc", "-N2", "-n2", "script", "-qec", "srun --pty bash", "/dev/null"],
+        env=slurm, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    process.stdin.write(f"{' '.join(map(str, command))}; echo status=$?; exit\n")
+    process.stdin.flush()  # closing it would end the terminal
+    out = "".join(process.stdout)
+    process.stdin.close()
+    process.wait(timeout=60)
+    assert re.search(r"waiting for 2 ranks at n1:\d+, at most 0.05 minutes; start all ranks", out)
+    assert "main_pretrain.py: error: 2 ranks did not meet at n1:" in out
+    assert re.search(r"^status=1\b", out, re.M) and "Traceback" not in out

@@ -81,6 +81,8 @@ def parse_config(config: str) -> Config:
     weights = OPERATION_SETS[chosen]
     if numbers["p"] > 1:
         raise UserError(f"RandAugment config {config!r} has a probability above 1")
+    if max(numbers.values()) > 1000:
+        raise UserError(f"RandAugment config {config!r} has a number above 1000")
     if chosen and numbers["n"] > len(weights):
         raise UserError(f"RandAugment config {config!r} has only {len(weights)} operations")
     return Config(
