@@ -31,7 +31,7 @@ from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups
 from util.synthetic import data_dir, synthetic_recipe
 from util.video.mixup import Mixup
 from util.video.rand_augment import RandAugment, parse_config
-from util.visualize import show_classes
+from util.visualize import show_validation
 from util.weights import MODEL_FLAGS, apply_weights, checkpoint_flags, has_head_for, read_weights
 
 
@@ -277,9 +277,7 @@ def main(args: argparse.Namespace) -> None:
 
         # Show the results in TensorBoard.
         x = last_x(progress.epoch, args.repeat_aug)
-        for name, value in val.items():
-            log.scalar(f"val/{name}", value, x)
-        show_classes(counts, checkpoints.classes, log, x)
+        show_validation(val, counts, checkpoints.classes, log, x)
         log.flush()
 
         # Write log.txt and a checkpoint.

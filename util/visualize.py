@@ -284,13 +284,17 @@ class FixedClips:
         return torch.stack(clips) if clips else torch.empty(0)
 
 
-def show_classes(counts: np.ndarray, names: list[str], log: "RunLog", x: int) -> None:
-    """Log a confusion matrix, a histogram of accuracies and the worst classes at x.
+def show_validation(
+    stats: dict[str, float], counts: np.ndarray, names: list[str], log: "RunLog", x: int
+) -> None:
+    """Log what `evaluate` returns: statistics, confusion matrix, accuracies, the worst classes.
 
     Args:
         counts: of labels by predictions, int [C, C + 1] (see count_confusions).
         names: of the classes; [] shows their numbers.
     """
+    for name, value in stats.items():
+        log.scalar(f"val/{name}", value, x)
     confusion, unpredicted = counts[:, :-1], counts[:, -1]
     if log.writer is None or not confusion.any():
         return
