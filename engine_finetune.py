@@ -160,7 +160,7 @@ def evaluate(
         with autocast(device, precision):
             logits = model(augment_on_device(clips, flip=None, erase=None))
         logits = logits.float()  # (N, classes)
-        finite = logits.isfinite().all(dim=1)  # (N,)
+        finite = logits.softmax(dim=1).isfinite().all(dim=1)  # (N,); a single -inf is a score of 0
         seen.append((rows, finite))
         losses = F.cross_entropy(logits, labels, reduction="none")
         sums[0] += losses.where(finite, 0.0).sum()

@@ -150,7 +150,7 @@ def open_train(args: argparse.Namespace, folder: str, device: torch.device) -> V
     )
     highest = int(index.labels.max())
     if highest + 1 < args.num_classes:
-        print0(f"WARNING: --num_classes is {args.num_classes}, but the largest label is {highest}")
+        print0(f"WARNING: {args.num_classes} classes, but the largest label is {highest}")
     return VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
 
 
@@ -171,9 +171,9 @@ def validate(args: argparse.Namespace, device: torch.device) -> None:
     folder = data_dir(args, "finetune")
     if args.num_classes is None:
         raise UserError(f"{args.resume} has no head: fine-tune it first")
-    weights, names = read_weights(args.resume), read_classes(folder)
-    loader = open_val(args, folder, device, len(names) or args.num_classes)
-    loader.dataset.index.match_labels(names, weights.classes, args.num_classes)
+    weights, found = read_weights(args.resume), read_classes(folder)
+    loader = open_val(args, folder, device, len(found.names) or args.num_classes)
+    loader.dataset.index.match_labels(found, weights.classes, args.num_classes)
     warn_of_one(args.num_classes)
     model = build_model(args)
     if args.dry_run:
@@ -197,8 +197,11 @@ def print_validation(val: dict[str, float], more: str = "") -> None:
 
 def load_pretrained(
     model: models_vit.VisionTransformer, args: argparse.Namespace, names: list[str]
-) -> None:
-    """Load the encoder of --finetune; draw a small head unless --keep_head finds one that fits."""
+) -> list[str]:
+    """Load the encoder of --finetune; draw a small head unless --keep_head finds one that fits.
+
+    Return the names of the classes: those given or, if there are none, those of the head kept.
+    """
     weights = read_weights(args.finetune)
     keep_head = args.keep_head and has_head_for(weights, model)
     if keep_head and not same_classes(names, weights.classes):
@@ -209,6 +212,7 @@ def load_pretrained(
     apply_weights(model, weights, keep_head, args.allow_missing)
     if not keep_head:
         torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    return names or (weights.classes if keep_head else [])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -219,8 +223,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Data.
     folder = data_dir(args, "finetune")
-    class_names = read_classes(folder)
-    args.num_classes = count_classes(class_names, args.num_classes, folder)
+    found = read_classes(folder)
+    class_names, args.num_classes = found.names, count_classes(found, args.num_classes)
     train_loader = open_train(args, folder, device)
     train_set, mixup = train_loader.dataset, make_mixup(args)
     val_loader = open_val(args, folder, device, args.num_classes)
@@ -230,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     latest = None if args.dry_run else load_latest(args)
     if args.finetune and not latest:
-        load_pretrained(model, args, class_names)
+        class_names = load_pretrained(model, args, class_names)
     model.to(device)
     print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 

@@ -80,12 +80,12 @@ def open_index(args: argparse.Namespace, weights: Weights) -> tuple[VideoIndex, 
     if args.videos:
         return VideoIndex.of_files(args.videos), weights.classes or numbers
     folder = data_dir(args, "finetune")
-    names = read_classes(folder)
-    csv_path = os.path.join(folder, "test.csv")
-    index = VideoIndex(csv_path, args.path_prefix, len(names) or args.num_classes, False)
+    found = read_classes(folder)
+    csv_path, num_labels = os.path.join(folder, "test.csv"), len(found.names) or args.num_classes
+    index = VideoIndex(csv_path, args.path_prefix, num_labels, needs_labels=False)
     if index.has_labels:
-        index.match_labels(names, weights.classes, args.num_classes)
-    own = names if len(names) == args.num_classes else numbers
+        index.match_labels(found, weights.classes, args.num_classes)
+    own = found.names if len(found.names) == args.num_classes else numbers
     return index, weights.classes or own
 
 

@@ -18,7 +18,7 @@ import main_test
 from tests.test_scripts import FINETUNE, ROOT, call
 from tests.video_files import write_video
 from util import report
-from util.classes import count_classes, match_labels, read_classes
+from util.classes import ClassNames, count_classes, match_labels, read_classes
 from util.dist import SAVING
 from util.errors import UserError
 
@@ -100,7 +100,7 @@ def refusal(capsys, *argv: object, script=main_finetune, status: int = 2) -> str
 )
 def test_names_are_read_in_any_encoding(tmp_path, content, names):
     write_set(tmp_path, [], content)
-    assert read_classes(str(tmp_path)) == names
+    assert read_classes(str(tmp_path)) == (names, f"{tmp_path}/classes.txt")
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_names_are_read_in_any_encoding(tmp_path, content, names):
         (b"", "line 1: not the name of a class"),
         (b"run\n\nswim\n", "line 2: not the name of a class"),
         (b"r\0u\0n\0", "line 1: not the name of a class"),
-        (b"run\nswim\nrun\n", "lines 1 and 3 are the same"),
-        ("é\ne\u0301\n".encode(), "lines 1 and 2 are the same"),
+        (b"run\nswim\nrun\n", "lines 1 and 3 are the same class"),
+        ("é\ne\u0301\n".encode(), "lines 1 and 2 are the same class"),
     ],
 )
 def test_odd_names_are_refused(tmp_path, content, problem):
@@ -119,47 +119,71 @@ def test_odd_names_are_refused(tmp_path, content, problem):
         read_classes(str(tmp_path))
 
 
-def test_names_are_beside_the_csvs_or_above(tmp_path):
+@pytest.mark.parametrize("folder", ["lists", "lists/", "lists/.", ".", "./"])
+def test_names_are_beside_the_csvs_or_above(tmp_path, monkeypatch, folder):
     (tmp_path / "lists").mkdir()
-    assert read_classes(f"{tmp_path}/lists/") == []
+    monkeypatch.chdir(tmp_path / "lists" if folder in (".", "./") else tmp_path)
+    assert read_classes(folder).names == []
     (tmp_path / "classes.txt").write_text("up\ndown\n")
-    assert read_classes(f"{tmp_path}/lists/") == ["up", "down"]
+    assert read_classes(folder).names == ["up", "down"]
     (tmp_path / "lists/classes.txt").write_text("left\nright\n")
-    assert read_classes(f"{tmp_path}/lists/") == ["left", "right"]
+    assert read_classes(folder).names == ["left", "right"]
     (tmp_path / "lists/classes.txt").unlink()
     (tmp_path / "lists/classes.txt").mkdir()  # there, but it cannot be read
     with pytest.raises(UserError, match="cannot open"):
-        read_classes(f"{tmp_path}/lists")
+        read_classes(folder)
 
 
 def test_names_on_a_web_server(server):
     folder, address, _ = server
-    assert read_classes(address) == []
+    assert read_classes(address).names == []
     (folder / "classes.txt").write_text("up\ndown\n")
-    assert read_classes(address) == ["up", "down"]
+    assert read_classes(address).names == ["up", "down"]
+    with pytest.raises(UserError, match="cannot fetch"):  # which is not a file that is absent
+        read_classes("http://127.0.0.1:1/lists")
 
 
 def test_classes_txt_counts_the_classes(capsys):
-    assert count_classes(FRUIT, None, "x") == count_classes(FRUIT, 3, "x") == 3
-    assert count_classes([], 7, "x") == 7
-    with pytest.raises(UserError, match=r"x has no classes.txt to count the classes: give --"):
-        count_classes([], None, "x")
-    with pytest.raises(UserError, match=r"--num_classes is 400, but the classes.txt of x names 3"):
-        count_classes(FRUIT, 400, "x")
+    there, absent = ClassNames(FRUIT, "x.txt"), ClassNames([], "x.txt")
+    assert count_classes(there, None) == count_classes(there, 3) == 3
+    assert count_classes(absent, 7) == 7
+    with pytest.raises(UserError, match=r"no x.txt to count the classes: give --num_classes"):
+        count_classes(absent, None)
+    with pytest.raises(UserError, match=r"--num_classes is 400, but x.txt names 3 classes"):
+        count_classes(there, 400)
     assert "WARNING" not in capsys.readouterr().out
-    assert count_classes(["all"], None, "x") == 1
+    assert count_classes(ClassNames(["all"], "x.txt"), None) == 1
     assert "WARNING: there is one class" in capsys.readouterr().out
 
 
-def test_labels_are_matched_by_name():
-    assert match_labels(FRUIT, FRUIT, 3, "x") is None
-    assert match_labels(FRUIT, [], 3, "x") is match_labels([], FRUIT, 3, "x") is None
-    assert match_labels(["cherry", "apple"], FRUIT, 3, "x").tolist() == [2, 0]
-    assert match_labels(["cafe\u0301"], ["tea", "café"], 2, "x").tolist() == [1]  # from macOS
-    with pytest.raises(UserError, match=r"does not have 1 of the 2.*: kiwi; it has apple, ban"):
-        match_labels(["apple", "kiwi"], FRUIT, 3, "x")
-    with pytest.raises(UserError, match="names 2 classes and the model has 3"):
-        match_labels(["cherry", "apple"], [], 3, "x")
+@pytest.mark.parametrize(
+    ("names", "known", "labels", "told"),
+    [
+        (FRUIT, FRUIT, None, ""),
+        ([], [], None, ""),
+        (FRUIT, [], None, "taken as the model's numbers, as the checkpoint does not name its"),
+        ([], FRUIT, None, "taken as the model's numbers, as there is no x.txt"),
+        (["cherry", "apple"], FRUIT, [2, 0], "matched by name: 2 classes here, 3 of the model"),
+        (["cafe\u0301", "tea"], ["tea ", "café"], [1, 0], "matched by name"),  # from macOS
+    ],
+)
+def test_labels_are_matched_by_name(capsys, names, known, labels, told):
+    found = match_labels(ClassNames(names, "x.txt"), known, len(known) or len(names))
+    assert (found if found is None else found.tolist()) == labels
+    printed = capsys.readouterr().out
+    assert told in printed if told else not printed
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "problem"),
+    [
+        (["apple", "kiwi"], FRUIT, r"does not have 1 of the 2 classes in x.txt: kiwi; it has app"),
+        (["cherry", "apple"], [], r"x.txt names 2 classes and the model has 3"),
+    ],
+)
+def test_labels_that_nothing_explains_are_refused(names, known, problem):
+    with pytest.raises(UserError, match=problem + r".*rename x.txt"):
+        match_labels(ClassNames(names, "x.txt"), known, 3)
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -190,6 +214,14 @@ def test_other_classes_are_refused(fruit, videos, tmp_path, capsys, names, flags
     flags = [fruit / "out/checkpoint-00000.pth" if flag == "CHECKPOINT" else flag for flag in flags]
     argv = ["--path_to_data_dir", folder, "--output_dir", out, *FLAGS, *flags]
     assert problem in refusal(capsys, *argv)
+
+
+def test_the_names_of_a_kept_head_are_kept(fruit, checkpoint, videos, tmp_path):
+    rows = [(videos / f"v{i}.mp4", i % 3) for i in range(6)]
+    folder = write_set(tmp_path / "data", rows, None)
+    call(main_finetune, "--path_to_data_dir", folder, "--output_dir", tmp_path, *FLAGS,
+         "--num_classes", 3, "--finetune", checkpoint, "--keep_head")  # fmt: skip
+    assert torch.load(tmp_path / "checkpoint-00000.pth", weights_only=True)["classes"] == FRUIT
 
 
 def test_names_that_are_not_utf8_are_shown_escaped(videos, tmp_path, capsys):
@@ -328,6 +360,16 @@ def test_a_table_that_cannot_be_written_does_not_lose_the_result(
     assert (tmp_path / "scores.npz").exists() and (tmp_path / "log.txt").exists()
 
 
+@pytest.mark.parametrize("script", [main_test, main_finetune])
+def test_a_file_in_place_of_the_folder_is_refused_at_once(
+    fruit, checkpoint, tmp_path, capsys, script
+):
+    (tmp_path / "out").write_text("")
+    argv = ["--path_to_data_dir", fruit, "--finetune", checkpoint, "--output_dir", tmp_path / "out"]
+    printed = refusal(capsys, *argv, *(VIEWS if script is main_test else FLAGS), script=script)
+    assert f"cannot create the folder {tmp_path}/out: it is a file" in printed
+
+
 def test_without_a_folder_a_test_only_prints(fruit, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call(main_test, "--path_to_data_dir", fruit, "--finetune", checkpoint, "--output_dir", "",
@@ -351,6 +393,9 @@ def bright(checkpoint, tmp_path_factory) -> Path:
     with_content(checkpoint, folder / "some.pth", model=model)
     model["head.weight"].fill_(float("nan"))
     with_content(checkpoint, folder / "all.pth", model=model)
+    model["head.weight"].zero_()
+    model["head.bias"].copy_(torch.tensor([0.0, 1.0, -torch.inf]))  # a score of 0 is a number
+    with_content(checkpoint, folder / "zero.pth", model=model)
     return folder
 
 
@@ -375,6 +420,13 @@ def test_scores_that_are_no_numbers_are_wrong_and_named(bright, tmp_path, capsys
         rows = list(read_predictions(tmp_path).values())
         assert [row["error"] for row in rows] == ["", "", *["scores are not numbers"] * 2]
         assert [row["prediction"] != "" for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("script", [main_test, main_finetune])
+def test_a_class_with_score_zero_is_no_fault(bright, tmp_path, capsys, script):
+    call(script, *evaluation(bright, script, "zero.pth", tmp_path, "--precision", "fp32"))
+    printed = capsys.readouterr().out
+    assert "top-1 50.00 %" in printed and "not numbers" not in printed and "inf" not in printed
 
 
 @pytest.mark.parametrize("script", [main_test, main_finetune])

@@ -367,6 +367,7 @@ def test_names_of_classes_are_kept(tmp_path, to):
         (["run", "swim", "run"], True),
         ("abc", False),
         ([1, 2, 3], False),
+        ([], False),
         (None, False),
         (["LABEL_0", "LABEL_1", "LABEL_2"], False),  # of transformers, for a model without names
     ],

@@ -142,7 +142,7 @@ def test_an_accumulation_that_divides_the_epoch_is_no_warning(videos, capsys):
 def test_classes_without_videos_are_told(videos, tmp_path, capsys):
     call(main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE,
          "--num_classes", 400, "--dry_run")  # fmt: skip
-    assert "WARNING: --num_classes is 400, but the largest label is 2" in capsys.readouterr().out
+    assert "WARNING: 400 classes, but the largest label is 2" in capsys.readouterr().out
 
 
 def test_flags_by_hand_override_those_of_a_file(tmp_path):

@@ -90,7 +90,8 @@ def path_to_text(path: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text in which bytes that are not UTF-8 are shown as \\xNN."""
+    """Return text in which control characters and bytes that are not UTF-8 are shown as \\xNN."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -128,6 +129,8 @@ def make_dirs(path: str) -> None:
         path_manager.mkdirs(path)
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror or error}") from error
+    if not is_remote(path) and not os.path.isdir(path):  # mkdirs does not mind a file there
+        raise UserError(f"cannot create the folder {path}: it is a file")
 
 
 def write_atomically(path: str, write: Callable[[Any], None]) -> None:

@@ -371,7 +371,7 @@ def find_classes(
     names = names or _written(checkpoint).get("classes") or checkpoint.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return [], ""
-    if not num_classes or names == [f"LABEL_{i}" for i in range(num_classes)]:
+    if not names or not num_classes or names == [f"LABEL_{i}" for i in range(num_classes)]:
         return [], ""
     if len(set(names)) != num_classes or len(names) != num_classes:
         return [], f"its names of classes do not fit its head of {num_classes} and are left out"

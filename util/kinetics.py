@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.classes import match_labels
+from util.classes import ClassNames, match_labels
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import ADDRESSES, is_remote, local_path, path_to_text, printable, read_text
@@ -68,7 +68,7 @@ class VideoIndex:
             if not line or line.startswith("#"):
                 continue
             path, label = _parse_row(line)
-            problem = _row_problem(path, label, num_classes, needs_labels)
+            problem = _row_problem(line, path, label, num_classes, needs_labels)
             if problem:
                 raise UserError(f"{csv_path}, line {number}: {problem}: {line[:120]!r}")
             unlabelled = unlabelled or number * (label == NO_LABEL)
@@ -108,9 +108,9 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def match_labels(self, names: list[str], known: list[str], num_classes: int) -> None:
+    def match_labels(self, names: ClassNames, known: list[str], num_classes: int) -> None:
         """Replace the labels by those of a model; see classes.match_labels."""
-        labels = match_labels(names, known, num_classes, os.path.dirname(self.csv_path))
+        labels = match_labels(names, known, num_classes)
         if labels is not None:
             self.labels = labels[self.labels]
 
@@ -136,7 +136,9 @@ def _parse_row(line: str) -> tuple[str, int]:
     return path.strip(" ,\t"), label
 
 
-def _row_problem(path: str, label: int, num_classes: int | None, needs_labels: bool) -> str:
+def _row_problem(
+    line: str, path: str, label: int, num_classes: int | None, needs_labels: bool
+) -> str:
     """Return what is wrong with a row, or an empty string."""
     if not path:
         return "no path"
@@ -149,7 +151,7 @@ def _row_problem(path: str, label: int, num_classes: int | None, needs_labels: b
     if label > 2**31:
         return "a label cannot be this large"
     if num_classes is None or not needs_labels:
-        almost = re.search(r"[ ,\t][+-]?[0-9]*\.?[0-9]+(,|\s+#.*)?$", path)
+        almost = re.search(r"[ ,\t][+-]?[0-9]*\.?[0-9]+([ ,\t]*|\s+#.*)$", line)
         if label == NO_LABEL and almost:
             return "a label must be an integer at the end"
     elif label == NO_LABEL:

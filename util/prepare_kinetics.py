@@ -34,6 +34,7 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from util.args import adder, between, positive_int, share
+from util.classes import check_names
 from util.errors import UserError
 from util.file_io import path_to_text, print_any, read_text, text_to_path, write_atomically
 from util.loader import available_cpus
@@ -52,7 +53,7 @@ LEFTOVERS = re.compile(
     r"\..*|__macosx|network trash folder|temporary items|thevolumesettingsfolder"  # macOS, Unix
     r"|\$recycle\.bin|recycler|system volume information|found\.\d{3}|lost\.dir"  # Windows, Android
     r"|@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|lost\+found"  # servers
-    r"|__pycache__|node_modules|.*\.(te?mp|part|partial|download|crdownload)(\.\w+)?",  # unfinished
+    r"|__pycache__|.*\.(part|partial|download|crdownload)|.*\.\d+\.tmp\.mp4",  # unfinished files
     re.IGNORECASE | re.DOTALL,
 )
 LISTS = ("train", "val", "test")
@@ -128,7 +129,7 @@ def read_ssv2(args: argparse.Namespace) -> DataSet:
         for entry in _read_json(path, list):
             if not isinstance(entry, dict) or "id" not in entry:
                 raise UserError(f"{path}: {str(entry)[:120]} is not a video with an id")
-            template = re.sub(r"[\[\]]", "", str(entry.get("template", "")))
+            template = re.sub(r"[\[\]]", "", str(entry.get("template") or ""))
             if template and template not in numbers:
                 raise UserError(f"{path}: template {template!r} is not in {args.labels}")
             if template:
@@ -278,11 +279,12 @@ def _read_lines(path: str) -> list[tuple[str, str]]:
 def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
     """Split the videos of each class at random; the draw depends only on how many there are."""
     split = {}
-    for _, group in groupby(sorted(videos, key=os.path.dirname), os.path.dirname):
-        paths = list(group)
+    groups = [list(g) for _, g in groupby(sorted(videos, key=os.path.dirname), os.path.dirname)]
+    counts = [round(val_share * len(paths)) for paths in groups]
+    if 0 < val_share < 1 and sum(counts) in (0, len(videos)):  # few videos: a list would be empty
+        counts = [min(max(c, 1), len(paths) - 1) for c, paths in zip(counts, groups, strict=True)]
+    for count, paths in zip(counts, groups, strict=True):
         shuffled = random.Random(0).sample(paths, len(paths))
-        least, most = val_share > 0, len(paths) - (val_share < 1)  # one of each, if there are two
-        count = min(max(round(val_share * len(paths)), least), most)
         split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
     return split
 
@@ -530,6 +532,7 @@ def main(args: argparse.Namespace) -> int:
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
+    check_names(list(map(path_to_text, data.classes)), os.path.join(args.out, "classes.txt"))
     _check_lists(data, args.videos)
     broken = []
     if args.reencode:

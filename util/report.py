@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from util.classes import some_names
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import is_remote, path_to_text, printable, write_atomically
@@ -129,9 +130,9 @@ def report(
     if not args.output_dir:
         return
 
-    write_predictions(args.output_dir, result, index, ranking, views, names)
     record |= {"videos": len(index), "bad": len(unreadable), "not_finite": len(odd)}
     append_log(args.output_dir, record)
+    write_predictions(args.output_dir, result, index, ranking, views, names)
     # last, because this only decorates the result
     classes = os.path.join(args.output_dir, "classes.csv")
     with warned(f"{classes} is not written"):
@@ -158,8 +159,8 @@ def check_scores(readable: int, odd: list[int], index: "VideoIndex", precision: 
         )
     if odd:
         wrong = ", counted as wrong" if index.has_labels else ""
-        files = [printable(path_to_text(index.path(i))) for i in odd]
-        print0(f"{len(odd)} videos whose scores are not numbers{wrong}:", *files, sep="\n  ")
+        files = some_names([path_to_text(index.path(i)) for i in odd], "\n  ")
+        print0(f"{len(odd)} videos whose scores are not numbers{wrong}:\n  {files}")
 
 
 @contextlib.contextmanager
@@ -193,21 +194,21 @@ def write_predictions(
 
     The score in a row is the mean over views, or their maximum if views = 1.
     """
-    rows: list[list[Any]] = ["video label prediction name correct score top5 error".split()]
+    rows: list[list[Any]] = ["video label prediction correct score top5 error name".split()]
     finite = result.finite
     for i, label in enumerate(index.labels.tolist()):
-        cells: list[Any] = ["", "", 0, "", "", result.errors[i] or "scores are not numbers"]
+        cells: list[Any] = ["", 0, "", "", result.errors[i] or "scores are not numbers", ""]
         if finite[i]:
             best = ranking[i].tolist()
             score = f"{result.scores[i, best[0]] / views:.4f}"
             top5 = " ".join(map(str, best))
-            cells = [best[0], names[best[0]], int(best[0] == label), score, top5, ""]
+            cells = [best[0], int(best[0] == label), score, top5, "", names[best[0]]]
         if not index.has_labels:
-            label = cells[2] = ""
+            label = cells[1] = ""
         rows.append([path_to_text(index.path(i)), label, *cells])
-    write_csv(os.path.join(folder, "predictions.csv"), rows)
     scores = os.path.join(folder, "scores.npz")
     write_atomically(scores, lambda f: np.savez(f, scores=result.scores, labels=index.labels))
+    write_csv(os.path.join(folder, "predictions.csv"), rows)
 
 
 def write_classes(

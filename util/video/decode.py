@@ -26,7 +26,8 @@ MAX_PIXELS = 8192 * 8192
 # A title in an unknown encoding does not make a video unusable (PyAV 19 has no such argument).
 LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # a frame may stand in for at most this many missing frames after it
-MAX_GAP = 10.0  # seconds; a longer time between two frames is a jump of the clock
+MAX_GAP = 10.0  # seconds; a longer time between two frames may be a jump of the clock
+MAX_PAUSE = 600.0  # seconds; in MP4 and Matroska a longer one is such a jump
 ROUNDING = 0.001  # seconds; how much time stamps may be off (Matroska rounds them to 1 ms)
 # Only these formats reliably mark the frames to which no other refers, which decoders may drop.
 # (HEVC's mark is about one temporal layer only; other decoders ignore the request.)
@@ -162,7 +163,8 @@ class Video:
             self.num_frames = len(delivered)
             known = [stamp for stamp in delivered if stamp is not None]
             gaps = np.diff(known if len(known) == len(delivered) else []) * unit
-        self.times = uneven_times(gaps)
+        has_pauses = self._containers[0].format.name.startswith(("mov", "matroska"))
+        self.times = uneven_times(gaps, MAX_PAUSE if has_pauses else MAX_GAP)
         if not self.num_frames:
             raise VideoError(f"{self.path}: no frames")
 
@@ -367,9 +369,12 @@ class Video:
         return np.ascontiguousarray(image[:: b + d, :: a + c])
 
 
-def uneven_times(gaps: np.ndarray) -> np.ndarray | None:
-    """Return the times of frames that are `gaps` seconds apart; None if their rate is even."""
-    jumps = (gaps < 0) | (gaps > MAX_GAP)
+def uneven_times(gaps: np.ndarray, longest: float) -> np.ndarray | None:
+    """Return the times of frames that are `gaps` seconds apart; None if their rate is even.
+
+    Gaps above `longest` are jumps of the clock and count as a mean one.
+    """
+    jumps = (gaps < 0) | (gaps > longest)
     if jumps.all():
         return None  # the times are unknown
     interval = gaps[~jumps].mean()
