@@ -6,6 +6,7 @@ H W pixels, V views of a test video.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -162,8 +163,9 @@ def evaluate(
         logits = logits.float()  # (N, classes)
         finite = logits.softmax(dim=1).isfinite().all(dim=1)  # (N,); a single -inf is a score of 0
         seen.append((rows, finite))
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        sums[0] += losses.where(finite, 0.0).sum()
+        known = logits.where(finite.unsqueeze(1), 0.0)  # whose loss is log(classes)
+        sums[0] += F.cross_entropy(known, labels, reduction="sum")
+        sums[0] -= (~finite).sum() * math.log(num_classes)
         sums[1] += topk_correct(logits, labels.where(finite, -1), 5)
         predictions = logits.argmax(dim=1).where(finite, num_classes)
         confusion += count_confusions(labels, predictions, num_classes)

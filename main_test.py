@@ -111,7 +111,7 @@ def load_model(args: argparse.Namespace, weights: Weights) -> models_vit.VisionT
 
 def main(args: argparse.Namespace) -> None:
     """Build data and model, score every video, report and write the scores."""
-    device = run.start(args)
+    device = run.start(args, lock=".lock_test")  # a training run may use the same folder
 
     # Data: one video at a time; its views fill the forward passes.
     weights = read_weights(args.finetune)

@@ -20,7 +20,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from util.args import any_seed
+from util.args import natural_int
 from util.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "output/demo", help="folder of results")
     add("--data", type=Path, default=ROOT / "data/synthetic", help="folder of the videos")
-    add("--seed", type=any_seed, default=0, help="seed of the training runs")
+    add("--seed", type=natural_int, default=0, help="seed of the training runs")
     add(
         "--check",
         action="store_true",

@@ -246,7 +246,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seed",
         0,
         "seed of the first video's masks; one more for each video after it",
-        flags.any_seed,
+        flags.natural_int,
     )
     add("--paste_visible", True, "show the true pixels of visible patches in the reconstruction")
     start = "position of the clip, from 0 (the start of a video) to 1 (its end)"

@@ -214,7 +214,7 @@ def test_help_of_the_launchers_shows_the_flags_of_script_and_job(capsys):
 @pytest.mark.parametrize("flag", ["--job_dir", "--output_dir", "--log_dir"])
 def test_a_job_with_another_placeholder_is_not_submitted(tmp_path, flag):
     args = submitit_pretrain.parse_args([flag, f"{tmp_path}/%A", "--cluster", "local"])
-    with pytest.raises(UserError, match=f"%A in {flag} .* cannot be filled in; only %j is"):
+    with pytest.raises(UserError, match=f"{flag} .* has the placeholder %A: only %j is"):
         slurm.submit("main_pretrain", args)
 
 
@@ -277,24 +277,40 @@ def wait_until(what: Callable[[], object], printed: Callable[[], str], seconds=1
 HOLDER = """
 import sys, time
 from util import run
-run.lock_folder(sys.argv[1], 0)
+for name in sys.argv[2:]:
+    run.lock_folder(sys.argv[1], 0, name)
 print("locked", flush=True)
 time.sleep(1000)
 """
 
 
-@pytest.fixture(scope="module")
-def holder(tmp_path_factory):
-    """Lock a folder in another process; return both."""
-    folder = tmp_path_factory.mktemp("run")
+def hold(folder: Path, *names: str) -> subprocess.Popen:
+    """Start a process that locks files in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], env=environment, stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", HOLDER, str(folder), *names], env=environment,
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for_line(process, "locked")
+    return process
+
+
+@pytest.fixture(scope="module")
+def holder(tmp_path_factory):
+    """Lock a folder in another process, as a training run and as a test; return both."""
+    folder = tmp_path_factory.mktemp("run")
+    process = hold(folder, ".lock", ".lock_test")
     yield folder, process
     kill_all(process)
+
+
+def test_a_training_run_need_not_wait_for_a_test(videos, tmp_path):
+    process = hold(tmp_path, ".lock_test")
+    try:
+        call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", tmp_path, *PRETRAIN,
+             "--epochs", 1)  # fmt: skip
+    finally:
+        kill_all(process)
 
 
 @pytest.mark.parametrize(

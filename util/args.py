@@ -45,12 +45,12 @@ def between(kind: Kind, low: float, high: float) -> Kind:
     return number(kind, f"{name} from {low:,} to {high:,}", lambda value: low <= value <= high)
 
 
-# the upper limits catch slips of the keyboard before they fill the memory or overflow
-positive_int, natural_int = (between(int, low, 10**9) for low in (1, 0))
-any_seed = between(int, 0, 2**63 - 1)
+positive_int = number(int, "a whole number of at least 1", lambda value: 1 <= value < 2**63)
+natural_int = number(int, "a whole number of at least 0", lambda value: 0 <= value < 2**63)
 up_to_1000, small_int = between(int, 0, 1000), between(int, 1, 10_000)
-positive_float, natural_float = (between(float, low, 10**6) for low in (1e-6, 0))
-positive_share, share = (between(float, low, 1) for low in (1e-6, 0))
+positive_float = number(float, "a number above 0, to 1e12", lambda value: 0 < value <= 1e12)
+natural_float = between(float, 0, 10**12)
+share = between(float, 0, 1)
 share_below_1 = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 
@@ -114,8 +114,8 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--repeat_aug", 1, "clips taken from each loaded video", small_int)
     pair = {"nargs": 2, "action": Range, "metavar": ("MIN", "MAX")}
     area, aspect = "random crop's area / frame's area", "width / height of the random crop"
-    add("--jitter_scales_relative", jitter_scales, area, positive_share, **pair)
-    add("--jitter_aspect_relative", (3 / 4, 4 / 3), aspect, between(float, 0.1, 10), **pair)
+    add("--jitter_scales_relative", jitter_scales, area, positive_float, **pair)
+    add("--jitter_aspect_relative", (3 / 4, 4 / 3), aspect, positive_float, **pair)
     add("--hflip", True, "mirror half of the clips; wrong if left and right are different classes")
 
 
@@ -130,7 +130,7 @@ def add_model_args(
     add("--input_size", 224, "height and width of a clip, pixels", small_int)
     add("--num_frames", 16, "frames of a clip", small_int)
     span = "a clip's frames are spread evenly over --num_frames x --sampling_rate frames at 30 fps"
-    add("--sampling_rate", 4, span, between(int, 1, 1000))
+    add("--sampling_rate", 4, span, small_int)
     add("--t_patch_size", 2, "frames of a patch", small_int)
     add("--sep_pos_embed", True, "separate position embeddings for space and time, not joint ones")
     text = "fixed sine-cosine position embeddings, as in VideoMAE; needs --no-sep_pos_embed"
@@ -139,7 +139,7 @@ def add_model_args(
     add("--no_qkv_bias", False, "leave out the biases of q, k and v")
     if classifier:
         text = "classes of the head; not given: the lines of classes.txt (test: the file's)"
-        add("--num_classes --nb_classes", None, text, between(int, 1, 100_000))
+        add("--num_classes --nb_classes", None, text, between(int, 1, 20_000))
 
 
 def add_optim_args(parser: ArgumentParser) -> None:
@@ -171,7 +171,7 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
     add("--output_dir", output_dir, text)
     if training:
         add("--log_dir", "", "TensorBoard folder; empty: OUTPUT_DIR/tensorboard")
-        add("--seed", 0, "seed of all random choices", any_seed)
+        add("--seed", 0, "seed of all random choices", natural_int)
     add("--device", "auto", "cuda, mps, cpu, or auto (the first of these that the machine has)")
     text = "precision of the forward pass; not given: bf16 if the GPU supports it, else fp32"
     add("--precision", None, text, choices=("bf16", "fp16", "fp32"))
@@ -179,7 +179,8 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
     add("--fp32", argparse.SUPPRESS, "short for --precision fp32", **fp32)
     add("--dry_run", False, "build data and model, print batch arithmetic and FLOPs, then exit")
     add("--print_freq", 20, "steps between printed lines", positive_int)
-    add("--dist_timeout", 30, "minutes that a rank waits for the others", positive_float)
+    minutes = between(float, 1e-4, 1e7)  # more would overflow PyTorch's clock
+    add("--dist_timeout", 30, "minutes that a rank waits for the others", minutes)
 
 
 def add_checkpoint_args(parser: ArgumentParser) -> None:

@@ -91,43 +91,41 @@ def init_distributed(device_type: str, timeout_minutes: float) -> None:
 
     Raise UserError if a variable is missing or wrong, or if the ranks do not meet in time.
     """
-    ranks = launch_number("WORLD_SIZE", 1, default="1")
-    number = launch_number("RANK", 0, ranks - 1, default="0" if ranks == 1 else "")
-    launch_number("LOCAL_WORLD_SIZE", 1, default="1")  # the loader reads it
+    ranks = launch_number("WORLD_SIZE", 1, default="" if "RANK" in os.environ else "1")
     if ranks == 1 or dist.is_initialized():
         return
+    number = launch_number("RANK", 0, ranks - 1)
+    launch_number("LOCAL_WORLD_SIZE", 1, default="1")  # the loader reads it
     host, port = launch_text("MASTER_ADDR"), launch_number("MASTER_PORT", 1, 65535)
     backend, extra = ("nccl", 5) if device_type == "cuda" else ("gloo", 0)
-    minutes = timeout_minutes + extra
-    waiting = f"waiting for {ranks} ranks at {host}:{port}, at most {minutes:g} minutes"
+    waiting = f"{f'rank {number}: ' if number else ''}waiting for {ranks} ranks at {host}:{port}"
     if "SLURM_PTY_PORT" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         waiting += f"; {HOW_TO_START}"
+    if number == 0 or launch_number("LOCAL_RANK", 0, default="0") == 0:  # one of each node
+        print(waiting, flush=True)
     try:
-        if number == 0:
-            print(waiting, flush=True)
-        else:
-            _wait_for_port(host, port, 60 * minutes, f"rank {number} is {waiting}")
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        if number:
+            _wait_for_port(host, port, 60 * timeout_minutes)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + extra))
     except (OSError, dist.DistStoreError, dist.DistNetworkError) as error:
-        missed = f"{ranks} ranks did not meet at {host}:{port} (--dist_timeout {timeout_minutes:g}"
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{missed}: {reason}); {HOW_TO_START}", status=1) from error
+        missed = f"{ranks} ranks did not meet at {host}:{port} ({reason})"
+        if "EADDRINUSE" in reason:
+            raise UserError(f"{missed}; give another MASTER_PORT", status=1) from error
+        limit = f"within --dist_timeout {timeout_minutes:g} minutes"
+        raise UserError(f"{missed} {limit}; {HOW_TO_START}", status=1) from error
 
 
-def _wait_for_port(host: str, port: int, seconds: float, waiting: str) -> None:
-    """Wait until rank 0 listens; after ten seconds print `waiting`, as rank 0 may not be there."""
-    begin, told = time.monotonic(), False
+def _wait_for_port(host: str, port: int, seconds: float) -> None:
+    """Wait until rank 0 listens; PyTorch would print pages of C++ when it gives up."""
+    end = time.monotonic() + seconds
     while True:
         try:
             return socket.create_connection((host, port), timeout=5).close()
         except OSError:
-            passed = time.monotonic() - begin
-            if passed > seconds:
+            if time.monotonic() > end:
                 raise
-            if passed > 10 and not told:
-                told = True
-                print(waiting, flush=True)
-            time.sleep(min(0.2, seconds))
+            time.sleep(0.2)
 
 
 def warn_of_stale_store() -> None:

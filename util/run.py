@@ -32,9 +32,11 @@ FAILURES = {
     "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "
     "GLOO_SOCKET_IFNAME names the network interface to use",
 }
-# what Slurm or submitit fill in; "90%noise" has none
-PLACEHOLDER = re.compile(r"%(j|\d+j|[JAaNnstux](?![A-Za-z]))")
+# what Slurm or submitit fill in; "90%noise" and "50%job" have none
+PLACEHOLDER = re.compile(r"(?<!%)%(\d*j|[JAaNnstux])(?![A-Za-z0-9])")
 LOCK_SECONDS = 10  # a requeued or restarted run may begin before its predecessor has ended
+HOST = socket.gethostname()
+LEASE_SECONDS = 120  # file servers free the locks of a machine that is gone only after a while
 locks: dict[str, IO[bytes]] = {}  # files that this process has locked
 
 
@@ -99,8 +101,11 @@ def explain(error: BaseException) -> UserError | None:
     return None
 
 
-def start(args: Namespace) -> torch.device:
-    """Join the other ranks, choose device and precision, print the flags, lock --output_dir."""
+def start(args: Namespace, lock: str = ".lock") -> torch.device:
+    """Join the other ranks, choose device and precision, print the flags, lock --output_dir.
+
+    `lock` is the file to lock there; runs that may share a folder have different ones.
+    """
     fill_placeholders(args, os.environ.get("SLURM_JOB_ID", ""))
     dist.adopt_slurm_step()
     with usage_errors():
@@ -117,23 +122,24 @@ def start(args: Namespace) -> torch.device:
         print0("WARNING: this CPU has no bf16 arithmetic: expect steps to be tens of times slower")
     torch.set_float32_matmul_precision("high")
     if not (args.dry_run or getattr(args, "eval", False)):
-        open_output(args)
+        open_output(args, lock)
     return device
 
 
-def fill_placeholders(args: Namespace, job_id: str) -> None:
+def fill_placeholders(
+    args: Namespace, job_id: str, names: Sequence[str] = ("output_dir", "log_dir")
+) -> None:
     """Replace %j in the names of folders by the id of Slurm's job; refuse other placeholders."""
-    for name in ("output_dir", "log_dir", "job_dir"):
+    for name in names:
         path = getattr(args, name, None) or ""  # None: not given to a launcher
         for placeholder in PLACEHOLDER.findall(path):
             if placeholder != "j" or not job_id:
-                here = "of a Slurm job, but SLURM_JOB_ID is not set" if not job_id else "of the job"
-                known = f"%{placeholder} in --{name} {path} cannot be filled in; only %j is, the id"
-                raise UserError(f"{known} {here}")
-            setattr(args, name, path.replace("%j", job_id))
+                only = "only %j is filled in, by the id of a Slurm job, and only within the job"
+                raise UserError(f"--{name} {path} has the placeholder %{placeholder}: {only}")
+            setattr(args, name, PLACEHOLDER.sub(job_id, path))
 
 
-def open_output(args: Namespace) -> None:
+def open_output(args: Namespace, lock: str) -> None:
     """Create --output_dir and lock it; every rank raises UserError if that fails."""
     error = None
     if not args.output_dir:
@@ -142,23 +148,24 @@ def open_output(args: Namespace) -> None:
     elif dist.is_main():
         try:
             make_dirs(args.output_dir)
-            lock_folder(args.output_dir, min(LOCK_SECONDS, 30 * args.dist_timeout))
+            lock_folder(args.output_dir, 30 * args.dist_timeout, lock)
         except UserError as caught:
             error = caught
     if error := dist.broadcast_object(error):
         raise error
 
 
-def lock_folder(folder: str, seconds: float) -> None:
-    """Lock a folder until `ending`; raise UserError if another process keeps it for `seconds`.
+def lock_folder(folder: str, most: float, name: str = ".lock") -> None:
+    """Lock a folder until `ending`; raise UserError if another process keeps it.
 
+    This waits for LOCK_SECONDS, or LEASE_SECONDS for another machine, but not over `most` seconds.
     A POSIX lock ends with its process, however that dies, and loader workers do not inherit it.
     Object stores have no locks. Where a file system has none, this warns.
     """
-    path = os.path.join(folder, ".lock")
+    path = os.path.join(folder, name)
     if is_remote(folder) or path in locks:
         return
-    deadline, told = time.monotonic() + seconds, False
+    begin, told = time.monotonic(), False
     try:
         file = locks[path] = open(path, "a+b", buffering=0)  # noqa: SIM115  (`ending` closes it)
         while True:
@@ -167,8 +174,10 @@ def lock_folder(folder: str, seconds: float) -> None:
                 break
             except (BlockingIOError, PermissionError):  # both mean that it is locked
                 file.seek(0)
-                holder = f"another run ({file.read(999).decode(errors='replace')}) uses {folder}"
-                if time.monotonic() > deadline:
+                process = file.read(999).decode(errors="replace")
+                holder, is_here = f"another run ({process}) uses {folder}", HOST in process
+                seconds = min(most, LOCK_SECONDS if is_here else LEASE_SECONDS)
+                if time.monotonic() - begin > seconds:
                     way_out = f"use another --output_dir (if that machine is gone, delete {path})"
                     raise UserError(f"{holder}; {way_out}", status=1) from None
                 if not told:
@@ -176,7 +185,7 @@ def lock_folder(folder: str, seconds: float) -> None:
                 told = True
                 time.sleep(0.1)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.write(f"process {os.getpid()} on {HOST}".encode())
     except OSError as error:
         print0(f"WARNING: {folder} cannot be locked against a second run: {error}")
 

@@ -1,5 +1,6 @@
 """Submit the scripts as jobs through submitit, to Slurm or to this machine."""
 
+import contextlib
 import importlib
 import os
 from argparse import ArgumentParser, Namespace
@@ -12,6 +13,7 @@ from util.args import adder, between, positive_float, positive_int, up_to_1000
 from util.errors import UserError
 from util.run import ending, fill_placeholders
 
+FOLDERS = ("output_dir", "log_dir", "job_dir")  # in whose names %j is the job's id
 MAX_TIMEOUTS = 1000  # how often a job may reach its time limit; submitit's default is 3
 
 
@@ -56,7 +58,7 @@ class Job:
         environment = submitit.JobEnvironment()
         if args.output_dir is None:  # empty: save nothing
             args.output_dir = args.job_dir
-        fill_placeholders(args, environment.job_id)
+        fill_placeholders(args, environment.job_id, FOLDERS)
         if environment.num_tasks > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         with ending(f"{self.script}.py"):
@@ -72,7 +74,7 @@ def submit(script: str, args: Namespace) -> None:
 
     Raise UserError if this machine has no Slurm, Slurm refuses the job, or a local job fails.
     """
-    fill_placeholders(Namespace(**vars(args)), "0")  # refuse now what the job would refuse
+    fill_placeholders(Namespace(**vars(args)), "0", FOLDERS)  # refuse now what the job would
     folder = args.job_dir = os.path.abspath(args.job_dir)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)
@@ -96,6 +98,9 @@ def submit(script: str, args: Namespace) -> None:
         job = executor.submit(Job(script, args))
     except (RuntimeError, OSError, FailedJobError) as error:
         raise UserError(f"the job could not be submitted: {error}", status=1) from error
+    if "%" in folder:
+        with contextlib.suppress(OSError):  # submitit has made it, but the job has another one
+            os.rmdir(folder)
     print(f"job {job.job_id}; logs: {job.paths.stdout} and {job.paths.stderr}")
     if args.cluster == "local":
         try:

@@ -66,7 +66,7 @@ def random_resized_crop_box(H: int, W: int, scale: Range, ratio: Range, rng: Gen
         w, h = _draw_sides(H * W, scale, ratio, rng)
         if 0 < h <= H and 0 < w <= W:
             return place_box(H, W, h, w, rng)
-    h, w = min(H, round(W / min(ratio))), min(W, round(H * max(ratio)))
+    h, w = (max(1, side) for side in (min(H, round(W / min(ratio))), min(W, round(H * max(ratio)))))
     return (H - h) // 2, (W - w) // 2, h, w
 
 
