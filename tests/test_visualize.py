@@ -398,7 +398,7 @@ def test_mistakes_are_named(tmp_path, videos, capsys):
     for flags, problem in (
         (["--mask_ratio", "95"], "--mask_ratio: 95 is not a share above 0 and below 1"),
         (["--clip_start", "2"], "--clip_start: 2 is not a number from 0 to 1"),
-        (["--seed", "-1"], "--seed: -1 is not a whole number from 0 to"),
+        (["--seed", "-1"], "--seed: -1 is not a whole number of at least 0"),
         (["--fps", "nan"], "--fps: nan is not a number"),
         (["--mask_type", "cube"], "--mask_type: invalid choice: 'cube'"),
     ):
