@@ -48,7 +48,7 @@ def between(kind: Kind, low: float, high: float) -> Kind:
 positive_int = number(int, "a whole number of at least 1", lambda value: 1 <= value < 2**63)
 natural_int = number(int, "a whole number of at least 0", lambda value: 0 <= value < 2**63)
 up_to_1000, small_int = between(int, 0, 1000), between(int, 1, 10_000)
-positive_float = number(float, "a number above 0, to 1e12", lambda value: 0 < value <= 1e12)
+positive_float = number(float, "a number above 0 and at most 1e12", lambda value: 0 < value <= 1e12)
 natural_float = between(float, 0, 10**12)
 share = between(float, 0, 1)
 share_below_1 = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
@@ -138,7 +138,7 @@ def add_model_args(
     add("--cls_embed", True, "prepend a class token")
     add("--no_qkv_bias", False, "leave out the biases of q, k and v")
     if classifier:
-        text = "classes of the head; not given: the lines of classes.txt (test: the file's)"
+        text = "classes of the head; not given: as classes.txt or, in a test, the checkpoint says"
         add("--num_classes --nb_classes", None, text, between(int, 1, 20_000))
 
 

@@ -70,6 +70,7 @@ def adopt_slurm_step() -> None:
 
     nodes = launch_number("SLURM_STEP_NUM_NODES", 1, tasks)
     job, step = (launch_number(f"SLURM_{what}_ID", 0) for what in ("JOB", "STEP"))
+    # a step may run on some of the job's nodes; submitit's public reader knows only the job's list
     hosts = os.environ.get("SLURM_STEP_NODELIST") or launch_text("SLURM_JOB_NODELIST")
     os.environ |= {
         "RANK": str(launch_number("SLURM_PROCID", 0, tasks - 1)),

@@ -120,7 +120,7 @@ def report(
         accuracies = {"test_acc1": top1, "test_acc5": top5}
         record = accuracies | {"test_mean_class_acc": 100 * float(np.mean(per_class))} | record
         summary += f": top-1 {top1:.2f} %  top-5 {top5:.2f} %"
-    elif index.csv_path == "--videos":
+    elif args.videos:
         print_best(result, index, ranking, views, names)
     else:
         summary += f": {index.csv_path} has no labels, so there is no accuracy"
