@@ -23,7 +23,7 @@ from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
 from util.meters import RunLog
 from util.optim import autocast, grad_sync, optim_step
 from util.report import VideoScores, check_scores, count_confusions, topk_correct
-from util.video.transforms import augment_on_device
+from util.video.transforms import augment_on_device, channels_first
 
 if TYPE_CHECKING:
     from util.checkpoint import Checkpoints
@@ -159,7 +159,7 @@ def evaluate(
         clips = clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
         labels = labels.to(device, non_blocking=True)  # (N,)
         with autocast(device, precision):
-            logits = model(augment_on_device(clips, flip=None, erase=None))
+            logits = model(channels_first(clips))
         logits = logits.float()  # (N, classes)
         finite = logits.softmax(dim=1).isfinite().all(dim=1)  # (N,); a single -inf is a score of 0
         seen.append((rows, finite))
@@ -226,7 +226,7 @@ def test(
             for part in clips.split(clips_per_forward):  # uint8 (V, T, H, W, C)
                 part = part.to(device, non_blocking=True)
                 with autocast(device, precision):
-                    logits = model(augment_on_device(part, flip=None, erase=None))
+                    logits = model(channels_first(part))
                 views.append(logits.float().softmax(dim=1))
             rows.append((int(row), combine_views(torch.cat(views), ensemble).cpu().numpy(), ""))
 

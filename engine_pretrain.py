@@ -17,7 +17,7 @@ from util.dist import rank, seed_step, world_size
 from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog
 from util.optim import autocast, grad_sync, optim_step
-from util.video.transforms import augment_on_device
+from util.video.transforms import channels_first, flip_on_device
 
 if TYPE_CHECKING:
     from util.checkpoint import Checkpoints
@@ -61,10 +61,10 @@ def train_one_epoch(
             set_learning_rate(optimizer, lr)
         update = (step + 1) % args.accum_iter == 0
 
-        # Move the clips to the device; flip and normalise them there.
+        # Move the clips to the device and flip them there; the model normalises what it uses.
         clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
         flip = batch.flip.to(device, non_blocking=True).flatten()  # (N,)
-        clips = augment_on_device(clips, flip, erase=None)  # float (N, C, T, H, W)
+        clips = channels_first(flip_on_device(clips, flip))  # uint8 (N, C, T, H, W)
 
         # Forward and backward; gradients are averaged over ranks once per update.
         with grad_sync(model, update):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.video.transforms import normalize
 from util.video_vit import (
     Block,
     Encoder,
@@ -215,17 +216,20 @@ class MaskedAutoencoderViT(Encoder):
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Predict every patch: latent [N, K, D] of forward_encoder -> pred [N, L, u*p*p*C]."""
-        cls_token, x = self._embed_latent(x)
-        (N, K, D), L = x.shape, ids_restore.shape[1]
+        first, x, pos = self._embed_latent(x)
+        N, K, D = x.shape
 
-        # Append mask tokens to the visible ones and bring all into (t, h, w) order.
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, L - K, -1)], dim=1)  # (N, L, D)
-        x = x.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, D))  # (N, L, D)
+        # Add positions; start from mask tokens and overwrite the visible ones. (A gather from both
+        # would be shorter, but its backward pass adds up all L tokens by slow atomic operations.)
+        ids_keep = ids_restore.argsort(dim=1)[:, :K]  # noise order: visible patches come first
+        x = x + F.embedding(ids_keep, pos.squeeze(0))  # (N, K, D)
+        places = (ids_keep + len(first)).unsqueeze(-1).expand(-1, -1, D)
+        tokens = torch.cat([*first, (self.mask_token + pos).expand(N, -1, -1)], dim=1)
+        x = tokens.scatter_(1, places, x)  # (N, (1 +) L, D)
 
-        # Add positions, decode, predict; the class token predicts nothing.
-        cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
-        x = self._decode(x + pos, cls_token, cls_pos)
-        return self.decoder_pred(x)[:, int(self.cls_embed) :]  # (N, L, u*p*p*C)
+        # Decode and predict; the class token predicts nothing.
+        x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
+        return self.decoder_pred(x)[:, len(first) :]  # (N, L, u*p*p*C)
 
     def forward_part_of_decoder(
         self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float
@@ -235,39 +239,41 @@ class MaskedAutoencoderViT(Encoder):
         The decoder leaves out a share decoder_mask_ratio of the removed patches. The noise that
         chose the removed patches also chooses these.
         """
-        cls_token, x = self._embed_latent(x)
+        first, x, pos = self._embed_latent(x)
         (N, K, _), L = x.shape, ids_restore.shape[1]
         M = num_decoded(L - K, decoder_mask_ratio)
 
         # Inverting ids_restore gives noise order: visible patches first, then the removed ones.
         # Attention does not depend on the order, so there is no need to restore it.
         ids = ids_restore.argsort(dim=1)[:, : K + M]
-        cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)  # (N, K + M, D)
-        x = self._decode(x + F.embedding(ids, pos.squeeze(0)), cls_token, cls_pos)
+        x = torch.cat([*first, x + F.embedding(ids, pos.squeeze(0))], dim=1)
+        x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
 
         # Put the M predictions in their places.
         pred = self.decoder_pred(x[:, x.shape[1] - M :])  # (N, M, u*p*p*C)
         ids = ids[:, K:].unsqueeze(-1).expand_as(pred)
         return pred.new_zeros(N, L, pred.shape[-1]).scatter(1, ids, pred)
 
-    def _embed_latent(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Project the latent to the decoder's width; return class token (if any) and patches."""
-        x = self.decoder_embed(x)
-        if self.cls_through_decoder:
-            return x[:, :1], x[:, 1:]
-        return getattr(self, "decoder_cls_token", None), x
+    def _embed_latent(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Project the latent to the decoder's width.
 
-    def _decode(self, x: Tensor, cls_token: Tensor | None, cls_pos: Tensor | None) -> Tensor:
-        """Pass tokens [N, L, D] through the decoder, after the class token if there is one."""
-        if cls_token is not None and cls_pos is not None:
-            x = torch.cat([(cls_token + cls_pos).expand(len(x), -1, -1), x], dim=1)
-        return self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
+        Returns:
+            the class token with its position [N, 1, D], in a list that is empty without one;
+            the visible patches [N, K, D], and the positions of all patches [1, L, D].
+        """
+        x = self.decoder_embed(x)
+        cls_pos, pos = get_pos_embed(self, "decoder_", self.cls_embed)
+        if cls_pos is None:
+            return [], x, pos
+        if self.cls_through_decoder:
+            return [x[:, :1] + cls_pos], x[:, 1:], pos
+        return [(self.decoder_cls_token + cls_pos).expand(len(x), -1, -1)], x, pos
 
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Return each patch's mean squared error, in float32: pred [N, L, u*p*p*C] -> [N, L]."""
         exact = torch.promote_types(pred.dtype, torch.float32)
-        target = self.patchify(self.target_frames(imgs)).to(exact)  # (N, L, u*p*p*C)
+        target = normalize(self.patchify(self.target_frames(imgs))).to(exact)  # (N, L, u*p*p*C)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
@@ -277,12 +283,18 @@ class MaskedAutoencoderViT(Encoder):
         """Average the losses of the removed patches (1 in mask), a scalar."""
         return (self.patch_losses(imgs, pred) * mask).sum() / mask.sum()
 
+    def compile_blocks(self, dynamic: bool | None = None) -> None:
+        """Compile every block, and the loss, whose many passes over all pixels become one."""
+        super().compile_blocks(dynamic)
+        self.forward_loss = torch.compile(self.forward_loss, dynamic=dynamic)
+
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.9, decoder_mask_ratio: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct clips [N, C, T, H, W] from a random part of their patches.
+        """Reconstruct clips from a random part of their patches.
 
         Args:
+            imgs: clips [N, C, T, H, W], normalised, or as uint8 pixels.
             decoder_mask_ratio: share of the removed patches that are not decoded either, for
                 speed; the loss is then the mean over the decoded patches.
 

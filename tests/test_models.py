@@ -13,6 +13,7 @@ import models_vit
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
+from util.video.transforms import channels_first
 from util.video_vit import Block
 
 MAE_CASES = {
@@ -556,9 +557,24 @@ def test_clips_of_another_size(model_class, size):
     model = golden.build(model_class, case)
     with pytest.raises(ValueError, match="4 x 32 x 32 .* got {} x {} x {};".format(*size)):
         model(torch.zeros(2, 3, *size))
-    for clips in (torch.zeros(3, 4, 32, 32), torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"must be float \[N, C, T, H, W\], not torch"):
+    for clips in (torch.zeros(3, 4, 32, 32), torch.zeros(2, 3, 4, 32, 32, dtype=torch.int32)):
+        with pytest.raises(
+            ValueError, match=r"must be float or uint8 \[N, C, T, H, W\], not torch"
+        ):
             model(clips)
+
+
+@pytest.mark.parametrize("model_class", [MaskedAutoencoderViT, VisionTransformer])
+def test_uint8_clips_are_normalised_by_the_model_to_the_last_bit(model_class):
+    case = SEP1_CLS1 if model_class is MaskedAutoencoderViT else VIT
+    model = golden.build(model_class, case).eval()
+    clips = channels_first(torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8))
+    results = []
+    for imgs in (clips, (clips.to(torch.float32) / 255 - 0.45) / 0.225):
+        torch.manual_seed(0)
+        output = model(imgs)
+        results.append(output if isinstance(output, tuple) else (output,))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, 32), (0.98, 0), (1.0, 0), (-0.5, 48), (1.5, -16)])

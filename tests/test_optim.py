@@ -159,8 +159,9 @@ class RecordingLog(RunLog):
 
 @pytest.fixture(autouse=True)
 def clips_as_given(monkeypatch):
-    for engine in (engine_pretrain, engine_finetune):
-        monkeypatch.setattr(engine, "augment_on_device", lambda clips, flip, erase: clips)
+    monkeypatch.setattr(engine_pretrain, "flip_on_device", lambda clips, flip: clips)
+    monkeypatch.setattr(engine_pretrain, "channels_first", lambda clips: clips)
+    monkeypatch.setattr(engine_finetune, "augment_on_device", lambda clips, flip, erase: clips)
 
 
 def engine_args(engine, schedule, **overrides):

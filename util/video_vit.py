@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.pos_embed import Grid, join, sincos_pos_embed
+from util.video.transforms import normalize
 
 
 def require_multiple(value: int, divisor: int, value_name: str, divisor_name: str) -> int:
@@ -40,7 +41,7 @@ class PatchEmbed(nn.Module):
 
     The weight has the shape of a strided Conv3d, [D, C, t, p, p], as in every published checkpoint.
     It is applied as a matrix product over patches that are cut out, so that the masked autoencoder
-    pays only for the visible ones.
+    pays only for the visible ones. Pixels may be uint8: they are normalised after the cut.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class PatchEmbed(nn.Module):
 
     def cut(self, x: Tensor) -> Tensor:
         """View clips [N, C, T, H, W] as patches [N, T/t, H/p, W/p, C, t, p, p] without copying."""
-        if x.ndim != 5 or not x.is_floating_point():
-            raise ValueError(f"clips must be float [N, C, T, H, W], not {x.dtype} {list(x.shape)}")
+        if x.ndim != 5 or not (x.is_floating_point() or x.dtype == torch.uint8):
+            raise ValueError(
+                f"clips must be float or uint8 [N, C, T, H, W], not {x.dtype} {list(x.shape)}"
+            )
         N, C, T, H, W = x.shape
         if (self.num_frames, self.img_size, self.img_size) != (T, H, W):
             raise ValueError(
@@ -79,7 +82,7 @@ class PatchEmbed(nn.Module):
             clip = torch.arange(len(ids), device=ids.device).unsqueeze(1)
             patches = patches[clip, ids // (h * w), ids // w % h, ids % w]
         patches = patches.reshape(len(x), -1, self.proj.weight[0].numel())  # (N, K, C*t*p*p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(normalize(patches), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -98,7 +101,8 @@ class Attention(nn.Module):
         weight = torch.cat([layer.weight for layer in layers])  # one product instead of three
         bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
         qkv = F.linear(x, weight, bias).view(N, L, 3, self.num_heads, -1)  # (N, L, 3, nh, hd)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, nh, L, hd) each
+        # Unbinding before transposing lets the backward pass stack the gradients in qkv's layout.
+        q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))  # (N, nh, L, hd) each
         x = F.scaled_dot_product_attention(q, k, v)  # (N, nh, L, hd), scale hd^-0.5
         return self.proj(x.transpose(1, 2).reshape(N, L, D))
 

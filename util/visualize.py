@@ -22,7 +22,7 @@ from util.meters import last_x
 from util.optim import autocast
 from util.report import draw_confusion, report_classes, warned, worst_classes
 from util.synthetic import write_video
-from util.video.transforms import MEAN, STD, normalize
+from util.video.transforms import MEAN, STD, channels_first, normalize
 
 if TYPE_CHECKING:
     from util.kinetics import Kinetics
@@ -137,7 +137,7 @@ def reconstruct(
         raise ValueError(f"clips of shape {list(clips.shape)} are not the model's: {size}")
     # Predict the removed patches.
     device = next(model.parameters()).device
-    imgs = normalize(clips.to(device))  # (N, C, T, H, W)
+    imgs = channels_first(clips.to(device))  # (N, C, T, H, W)
     masks = draw_masks(len(imgs), embed.input_size, mask_ratio, mask_type, seed)
     mask, ids_restore, ids_keep = (tensor.to(device) for tensor in masks)
     latent = model.encode(imgs, ids_keep)
@@ -147,7 +147,7 @@ def reconstruct(
     loss = model.patch_losses(imgs, pred)  # (N, L)
 
     # Turn targets and predictions back into pixels.
-    target = model.patchify(model.target_frames(imgs))
+    target = normalize(model.patchify(model.target_frames(imgs)))
     if model.norm_pix_loss:
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
         pred = pred * (var + 1e-6).sqrt() + mean
@@ -249,7 +249,9 @@ class FixedClips:
             self._log(model, self.clips, epoch, log)
 
     def _log(self, model: nn.Module, clips: Tensor, epoch: int, log: "RunLog") -> None:
-        with autocast(self.device, self.args.precision):
+        # Compiled blocks would be compiled again for this number of clips.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, autocast(self.device, self.args.precision):
             result = reconstruct(model, clips, self.args.mask_ratio)
 
         # Log the losses of the removed patches.

@@ -34,10 +34,21 @@ def resize_frame(frame: np.ndarray, out: np.ndarray) -> None:
         out[...] = small[0].permute(1, 2, 0).numpy()
 
 
-def normalize(clips: Tensor) -> Tensor:
-    """Turn uint8 clips [N, T, H, W, C] into normalised float32 [N, C, T, H, W], contiguous."""
-    x = clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    return x.div_(255).sub_(MEAN).div_(STD)
+def normalize(pixels: Tensor) -> Tensor:
+    """Normalise uint8 pixels of any shape to float32; float pixels are returned as they are."""
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.to(torch.float32).div_(255).sub_(MEAN).div_(STD)
+
+
+def channels_first(clips: Tensor) -> Tensor:
+    """View clips [N, T, H, W, C], as loaders make them, as [N, C, T, H, W], as models take them."""
+    return clips.permute(0, 4, 1, 2, 3)
+
+
+def flip_on_device(clips: Tensor, flip: Tensor) -> Tensor:
+    """Mirror the clips [N, T, H, W, C] that are marked in `flip`, bool [N], left to right."""
+    return torch.where(flip[:, None, None, None, None], clips.flip(3), clips)
 
 
 def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) -> Tensor:
@@ -47,9 +58,8 @@ def augment_on_device(clips: Tensor, flip: Tensor | None, erase: Tensor | None) 
     each flipped clip whose pixels become standard normal noise, different for every frame. The host
     reads none of these values, so that it does not wait for the device.
     """
-    if flip is not None:
-        clips = torch.where(flip[:, None, None, None, None], clips.flip(3), clips)
-    x = normalize(clips)
+    clips = clips if flip is None else flip_on_device(clips, flip)
+    x = normalize(channels_first(clips).contiguous())
     if erase is not None:
         x = torch.where(_box_mask(erase, *x.shape[-2:]), torch.randn_like(x), x)
     return x
