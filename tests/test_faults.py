@@ -388,6 +388,14 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.startswith(warning)
 
 
+def test_full_memory_of_a_gpu_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as caught, run.ending("main_pretrain.py"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ...")
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert "error: the GPU's memory is full: lower --batch_size" in err and err.count("\n") == 1
+
+
 # --- torchrun over two hosts made of network namespaces
 
 
