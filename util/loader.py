@@ -107,7 +107,7 @@ class BatchMemory:
             if not threading.main_thread().is_alive():
                 break  # Python has come to its end and waits for this thread
             self.lock_pages(slot)
-            time.sleep(0.001)  # without a pause, a lease that waits would never get the lock
+            time.sleep(0.001)  # lets a lease that waits for the lock have it next
 
     def lock_pages(self, slot: int) -> None:
         """Page-lock a slot until it is unmapped; if CUDA refuses, warn and lock no others."""
