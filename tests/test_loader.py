@@ -127,7 +127,7 @@ def test_workers_may_start_while_pages_of_another_loader_are_being_locked(videos
     for first, second in zip(*batches, strict=True):
         assert torch.equal(first.clips, second.clips)
     wait_for_threads(before)
-    assert sorted(cuda.tried) == sorted(sum([addresses(x.memory) for x in loaders], []))
+    assert sorted(cuda.tried) == sorted(y for x in loaders for y in addresses(x.memory))
 
 
 def test_a_lease_does_not_wait_until_all_slots_are_locked(monkeypatch):

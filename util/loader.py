@@ -17,13 +17,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Lock, Thread, main_thread
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -79,8 +79,6 @@ class BatchMemory:
     `lease`, and free again when the last tensor that uses it is gone. Workers call only `view`.
     """
 
-    locking = threading.Lock()  # held while pages are locked; of the class, as it has no pickle
-
     def __init__(self, slots: int, shape: tuple[int, ...], page_lock: bool):
         self.capacity, self.shape = slots, shape
         self.page_lock = page_lock  # lock pages, for copies to CUDA; False once it has refused
@@ -104,14 +102,14 @@ class BatchMemory:
         """Page-lock all slots in the order of their first use; runs in a thread."""
         torch.cuda.set_device(device)  # every new thread starts with device 0
         for slot in reversed(range(self.capacity)):  # `take` pops the last
-            if not threading.main_thread().is_alive():
+            if not main_thread().is_alive():
                 break  # Python has come to its end and waits for this thread
             self.lock_pages(slot)
             time.sleep(0.001)  # lets a lease that waits for the lock have it next
 
     def lock_pages(self, slot: int) -> None:
         """Page-lock a slot until it is unmapped; if CUDA refuses, warn and lock no others."""
-        with self.locking:
+        with _Mapping.locking:
             mapping, cuda = self.maps[slot], cast(Any, torch.cuda.cudart())
             if mapping.address or not self.page_lock:
                 return
@@ -123,7 +121,7 @@ class BatchMemory:
                 self.page_lock = False
                 print(f"WARNING: copies to the GPU will be slow: pages cannot be locked ({error})")
                 with contextlib.suppress(RuntimeError):
-                    torch.zeros((), device="cuda")  # the next call reports it again; clear it
+                    torch.zeros((), device="cuda")  # clear the error, or a later call reports it
 
     def lease(self, slot: int) -> Tensor:
         """Return what was written to a taken slot; the slot is free when the tensor is gone."""
@@ -143,6 +141,7 @@ class BatchMemory:
 class _Mapping(mmap.mmap):
     """Anonymous memory that forked processes share and that CUDA can page-lock."""
 
+    locking = Lock()  # held while the pages of any mapping are being locked
     address = 0  # of the locked pages
 
     def __del__(self) -> None:  # a finalizer would run only after the memory is gone
@@ -302,9 +301,8 @@ class VideoLoader:
         with signals_blocked(), child_signal_kept():
             batches = map(self._receive, self.loader)
             if first and self.memory.page_lock:  # after the fork: no worker inherits a held lock
-                device = torch.cuda.current_device()
                 # Not a daemon: if CUDA returned to one after Python's end, the process would abort.
-                threading.Thread(target=self.memory.lock_ahead, args=[device]).start()
+                Thread(target=self.memory.lock_ahead, args=[torch.cuda.current_device()]).start()
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def _receive(self, made: Made) -> Batch:
