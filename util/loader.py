@@ -10,18 +10,21 @@ Shapes: B videos, R clips of a video, T frames, H W pixels, C channels.
 import atexit
 import contextlib
 import functools
+import gc
 import math
 import mmap
 import multiprocessing
 import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock, Thread, main_thread
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -78,8 +81,8 @@ class BatchMemory:
 
     def __init__(self, slots: int, shape: tuple[int, ...], page_lock: bool):
         self.capacity, self.shape = slots, shape
-        self.page_lock = page_lock  # lock a slot's pages at its first lease, for copies to CUDA
-        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]  # allocated when written
+        self.page_lock = page_lock  # lock pages, for copies to CUDA; False once it has refused
+        self.maps = [_Mapping(-1, math.prod(shape)) for _ in range(slots)]  # allocated when used
         self.free = list(range(slots))  # a stack: the slot used last is still in the caches
         self.taken: set[int] = set()
 
@@ -95,11 +98,36 @@ class BatchMemory:
         """Return a slot as a tensor, for the worker."""
         return torch.frombuffer(self.maps[slot], dtype=torch.uint8).view(self.shape)
 
+    def lock_ahead(self, device: int) -> None:
+        """Page-lock all slots in the order of their first use; runs in a thread."""
+        torch.cuda.set_device(device)  # every new thread starts with device 0
+        for slot in reversed(range(self.capacity)):  # `take` pops the last
+            if not main_thread().is_alive():
+                break  # Python has come to its end and waits for this thread
+            self.lock_pages(slot)
+            time.sleep(0.001)  # lets a lease that waits for the lock have it next
+
+    def lock_pages(self, slot: int) -> None:
+        """Page-lock a slot until it is unmapped; if CUDA refuses, warn and lock no others."""
+        with _Mapping.locking:
+            mapping, cuda = self.maps[slot], cast(Any, torch.cuda.cudart())
+            if mapping.address or not self.page_lock:
+                return
+            address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+            try:
+                torch.cuda.check_error(cuda.cudaHostRegister(address, len(mapping), 0))
+                mapping.address = address
+            except RuntimeError as error:
+                self.page_lock = False
+                print(f"WARNING: copies to the GPU will be slow: pages cannot be locked ({error})")
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros((), device="cuda")  # clear the error, or a later call reports it
+
     def lease(self, slot: int) -> Tensor:
         """Return what was written to a taken slot; the slot is free when the tensor is gone."""
         self.taken.remove(slot)
-        if self.page_lock:
-            self.page_lock = self.maps[slot].lock_pages()
+        if self.page_lock and not self.maps[slot].address:  # it overtook lock_ahead
+            self.lock_pages(slot)
         array = np.frombuffer(self.maps[slot], np.uint8).reshape(self.shape)
         weakref.finalize(array, self.free.append, slot).atexit = False
         return torch.from_numpy(array)  # this tensor and all its views keep the array alive
@@ -113,23 +141,8 @@ class BatchMemory:
 class _Mapping(mmap.mmap):
     """Anonymous memory that forked processes share and that CUDA can page-lock."""
 
+    locking = Lock()  # held while the pages of any mapping are being locked
     address = 0  # of the locked pages
-
-    def lock_pages(self) -> bool:
-        """Page-lock the memory until it is unmapped; if CUDA refuses, warn and return False."""
-        if self.address:
-            return True
-        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
-        cuda: Any = torch.cuda.cudart()
-        try:
-            torch.cuda.check_error(cuda.cudaHostRegister(address, len(self), 0))
-        except RuntimeError as error:
-            print(f"WARNING: copies to the GPU will be slow: pages cannot be locked ({error})")
-            with contextlib.suppress(RuntimeError):
-                torch.zeros((), device="cuda")  # the next call reports the error again; clear it
-            return False
-        self.address = address
-        return True
 
     def __del__(self) -> None:  # a finalizer would run only after the memory is gone
         if self.address and not sys.is_finalizing():
@@ -201,6 +214,8 @@ def _cpu_quota() -> float:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
+    gc.freeze()  # a collection would write to, and so copy, the pages shared with the trainer
+    os.nice(10)  # the trainer goes first: while it waits for a core, its GPU waits for kernels
     # Launchers send these signals to all processes, but the trainer needs its workers for its last
     # step. It ends them itself, and they end on their own if it dies.
     for number in STOP_SIGNALS:
@@ -242,6 +257,7 @@ class VideoLoader:
 
     def __post_init__(self) -> None:
         dataset, batch_size = self.dataset, self.batch_size
+        self.started = False
         self.bad: dict[str, str] = {}  # path -> "PATH: reason"; includes other ranks' at each epoch
         self.sampler = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
         if dataset.training and self.sampler.used_rows == 0:
@@ -278,9 +294,15 @@ class VideoLoader:
         self.sampler.start = start_step * self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
+        first, self.started = not self.started, True
+        if first and self.loader.num_workers:
+            gc.collect()  # workers would keep garbage, such as the slots of another loader
         # Blocked, because a signal could reach a new worker before it ignores signals.
         with signals_blocked(), child_signal_kept():
             batches = map(self._receive, self.loader)
+            if first and self.memory.page_lock:  # after the fork: no worker inherits a held lock
+                # Not a daemon: if CUDA returned to one after Python's end, the process would abort.
+                Thread(target=self.memory.lock_ahead, args=[torch.cuda.current_device()]).start()
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def _receive(self, made: Made) -> Batch:
