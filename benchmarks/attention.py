@@ -10,7 +10,7 @@ and backward. TFLOP/s count a multiply-add twice and the backward pass as two fo
 
 import argparse
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
@@ -37,23 +37,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> list[Tensor]:
 
 
 def milliseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Return the median time of a call, after five that do not count."""
-    on_gpu, marks = device.type == "cuda", []
-    for turn in range(repeats + 6):
-        if on_gpu and turn == 5:
-            torch.cuda._sleep(10**8)  # 50 ms for calls to queue up: launching takes no part
-        marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
-        if on_gpu:
-            marks[-1].record()
-        if turn < repeats + 5:
-            run()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    pairs = pairwise(marks[5:])
-    return median(a.elapsed_time(b) if on_gpu else 1e3 * (b - a) for a, b in pairs)
+    """Return the median time of a call, after some that do not count."""
+    for _ in range(min(5, repeats)):
+        run()
+    if device.type != "cuda":
+        return 1e3 * median(timeit.repeat(run, number=1, repeat=repeats))
+    torch.cuda._sleep(10**8)  # 50 ms in which the calls queue up: launching takes no part
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for event in events[:-1]:
+        event.record()
+        run()
+    events[-1].record()
+    torch.cuda.synchronize(device)
+    return median(a.elapsed_time(b) for a, b in pairwise(events))
 
 
-def compare(shape: tuple[int, int, int, int], repeats: int, device: torch.device) -> str:
+def compare(shape: tuple[int, ...], repeats: int, device: torch.device) -> str:
     """Print a line per kernel; return what is wrong with PyTorch's choice, if anything."""
     N, nh, L, hd = shape
     options = {"device": device, "dtype": torch.bfloat16}

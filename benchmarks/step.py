@@ -1,7 +1,8 @@
-"""Measure a step of our models against the same step written plainly, with the same weights.
+r"""Measure a step of our models against the same step written plainly, with the same weights.
 
     python -m benchmarks.step                         ViT-B, batch 2: pre-train, fine-tune, test
-    python -m benchmarks.step --model large --precision bf16 --batch_size 64 --variants ours compiled
+    python -m benchmarks.step --model large --precision bf16 --batch_size 64 \
+        --variants ours compiled                      a batch that fills a GPU
     python -m benchmarks.step --check                 exit 1 below the targets of this device
 
 The plain step is what one writes first: a Conv3d over all patches, three products for q, k and v,
@@ -56,7 +57,7 @@ KINDS = {  # of kernels, and of operators on a CPU: the first whose pattern is i
     "attention": "fmha|flash|sdpa|attention|cudnn::fusion",
     "matrix products": r"gemm|gemv|nvjet|xmma|cutlass|splitk|conv[23]d|convolution|(::|add|b)mm\b",
     "copies and casts": r"^triton_poi_fused(__?(to_copy|clone|cat|stack|t|view|permute))+_\d+$"
-    r"|^(?!triton).*(copy|memset|fill|zero_|catarray|::cat\b)",
+    r"|^(?!triton).*(copy|memcpy|memset|fill|zero_|catarray|::cat\b)",
     "reductions and norms": "^triton_(red|per)_|^(?!triton).*(reduce|norm|gamma|softmax|sum|mean)",
     "other": "",
 }
@@ -193,17 +194,14 @@ class Step:  # of a row, plain or ours, on data that stays on the device
 
 
 def cpu_memory(row: Row, variant: str) -> float:
-    """Take two steps, as the optimiser's state comes with the first; return the peak, GiB.
-
-    Everything counts that this process holds: it must be one of its own.
-    """
+    """Return the peak of two steps, GiB, in a process of its own: all that it holds counts."""
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
-    texts = [Path("/proc/self/status").read_text()]
+    status = [Path("/proc/self/status").read_text()]
     step = Step(row, variant, torch.device("cpu"))
-    step.run()
-    step.run()
-    texts.append(Path("/proc/self/status").read_text())
-    before, peak = (int(text.partition("VmHWM:")[2].split()[0]) for text in texts)
+    for _ in range(2):  # the optimiser's state comes with the first
+        step.run()
+    status.append(Path("/proc/self/status").read_text())
+    before, peak = (int(text.partition("VmHWM:")[2].split()[0]) for text in status)
     return (peak - before) / 2**20
 
 
@@ -228,6 +226,11 @@ class Result(NamedTuple):  # of a variant of a row; without a plain one, ratios 
     rate_share: float  # of the matrix rate
 
 
+def kind_of(name: str) -> str:
+    """Return the kind of a kernel or operator."""
+    return next(kind for kind, text in KINDS.items() if re.search(text, name, re.IGNORECASE))
+
+
 def print_profile(step: Step, seconds: float, path: Path) -> None:
     """Profile a step that takes so long without it; print its kernels, and sums by kind."""
     type_ = step.device.type.upper()
@@ -243,35 +246,31 @@ def print_profile(step: Step, seconds: float, path: Path) -> None:
     rows = sorted(((getattr(x, clock) / 1e3, x.count, x.key) for x in own), reverse=True)
     kinds = dict.fromkeys(KINDS, 0.0)
     for ms, _, name in rows:
-        kinds[next(k for k, v in KINDS.items() if re.search(v, name, re.IGNORECASE))] += ms
+        kinds[kind_of(name)] += ms
     total = sum(kinds.values()) or torch.nan  # nan: the profiler saw nothing
-    for ms, count, name in rows[:25]:
+    for ms, count, name in [*rows[:25], *((ms, 0, kind) for kind, ms in kinds.items())]:
         name = name.replace("void ", "").replace("at::native::", "")[:90]
-        print(f"  {name:<90} {count:6} calls {ms:9.2f} ms {ms / total:4.0%}")
-    for kind, ms in kinds.items():
-        print(f"  {kind:<24} {ms:9.2f} ms {ms / total:4.0%}")
+        calls = f"{count:6} calls" if count else ""
+        print(f"  {name:<90} {calls:12} {ms:9.2f} ms {ms / total:4.0%}")
     print0(f"  busy for {total / 1e3 / seconds:.0%} of the {1e3 * seconds:.2f} ms of a usual step")
 
 
 def measure(
     row: Row, names: list[str], device: torch.device, repeats: int, rate: float, path: Path | None
 ) -> Results:
-    """Compare the variants of a row; say which ones do not fit, and exit if their losses differ.
-
-    With a path, profile the last variant too.
-    """
+    """Compare the variants of a row (and profile the last one); exit if their losses differ."""
     torch._dynamo.reset()  # a compiled variant shall not be what earlier rows made of it
     on_gpu = device.type == "cuda"
     steps: dict[str, Step] = {}
     losses: dict[str, float] = {}
-    memory: dict[str, float] = {}  # GiB
+    memory, held = dict[str, float](), 0  # GiB; bytes
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in names}
     tolerance = 1e-4 if row.precision == "fp32" and not on_gpu else 2e-2
     for turn in range(repeats + 1):
         for variant in list(times):
             try:
                 if turn == 0:
-                    held = torch.cuda.memory_allocated(device) if on_gpu else 0  # by the others
+                    held = torch.cuda.memory_allocated(device) if on_gpu else 0  # by others
                     steps[variant] = Step(row, variant, device)
                     losses[variant] = steps[variant].loss().item()
                     if on_gpu:  # the optimiser's state comes with the first step
@@ -291,10 +290,9 @@ def measure(
             first = next(iter(losses.values()))
             if abs(loss - first) > tolerance * abs(first):
                 sys.exit(f"{row}: {variant} has loss {loss}, another {first}: nothing timed")
-    last = names[-1]
-    if path and last in times:
-        print(f"{row}: profile of {last}")
-        print_profile(steps[last], median(whole for _, whole in times[last][1:]), path)
+    if path and (turns := times.get(names[-1])):
+        print(f"{row}: profile of {names[-1]}")
+        print_profile(steps[names[-1]], median(whole for _, whole in turns[1:]), path)
     steps.clear()
     free_memory()
     for variant in times if not on_gpu else ():
@@ -355,12 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--variants", variants[:2], "compiled: ours by torch.compile", nargs="+", choices=variants)
     add("--device", "auto", "cuda, cpu or auto")
     add("--repeats", 5, "turns of every variant", positive_int)
-    add("--profile", None, "show the last variant's kernels; write a longer table here", Path)
+    add("--profile", None, "show the last variant's kernels; append a longer table here", Path)
     add("--plot", None, "also draw time over mask ratio into this PNG", Path)
     add("--check", False, "exit 1 below the targets")
     args = parser.parse_args(argv)
-    if args.profile:
-        args.profile.write_text("")
 
     torch.set_float32_matmul_precision("high")  # as in training: TF32 on a GPU
     device = get_device(args.device)
@@ -399,11 +395,11 @@ def main(argv: list[str] | None = None) -> None:
 
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         lines: dict[str, list[tuple[float, float]]] = {}
-        for row, variant in ((row, variant) for row in results for variant in results[row]):
-            if row.task == "pretrain" and not row.decoder_mask_ratio:
-                points = lines.setdefault(f"ViT-{row.size} {variant} {row.precision}", [])
-                ms = 1e3 * results[row][variant].compute / row.batch
-                points.append((row.mask_ratio, ms))
+        for row in results:
+            for variant, result in results[row].items():
+                if row.task == "pretrain" and not row.decoder_mask_ratio:
+                    points = lines.setdefault(f"ViT-{row.size} {variant} {row.precision}", [])
+                    points.append((row.mask_ratio, 1e3 * result.compute / row.batch))
         for label, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axes.set(xlabel="mask ratio", ylabel="forward and backward, ms per clip", ylim=(0, None))
