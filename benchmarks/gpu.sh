@@ -112,7 +112,7 @@ EOF
     try_ 40 attention python3 -m benchmarks.attention --device "$DEVICE" --check
   fi
   step 100 profile --model "$(large large tiny)" --task pretrain --mask_ratio 0.9 \
-    --batch_size "$(large 64 2)" --precision bf16 --variants ours compiled \
+    --batch_size "$(large 64 2)" --precision bf16 --variants $(large "ours compiled" compiled) \
     --profile "$OUT/profile.txt"
   try_ 60 pretrain python3 main_pretrain.py --path_to_data_dir "$work/pretrain" \
     --path_prefix "$CLIPS" "${pretrain_flags[@]}" --epochs 1 --warmup_epochs 1 --output_dir ""
@@ -135,8 +135,8 @@ numbers() {
   local run=(python3 main_pretrain.py --path_to_data_dir "$work/pretrain" --path_prefix "$CLIPS"
     "${pretrain_flags[@]}" --compile --epochs 1000 --warmup_epochs 1 --checkpoint_period 1000
     --output_dir "$work/run")
-  WANT=75 try_ "$(large 55 15)" stopped "${run[@]}"
-  WANT=75 try_ "$(large 45 15)" resumed "${run[@]}"
+  WANT=75 try_ "$(large 55 12)" stopped "${run[@]}"
+  WANT=75 try_ "$(large 45 10)" resumed "${run[@]}"
   echo "the loss before and after:"
   grep ' loss ' "$work/stopped.log" | tail -n 3
   grep -E 'stopped|checkpoint' "$work/stopped.log" | tail -n 2
@@ -156,7 +156,7 @@ numbers() {
   local batch
   for batch in $(large "64 128 8" 8); do
     step 60 "pretrain-$batch" "${pretraining[@]}" --batch_size "$(large "$batch" 2)" \
-      --variants $( ((batch == 8)) && echo plain) ours compiled
+      --variants $(large "$( ((batch == 8)) && echo plain) ours compiled" ours)
   done
   step 80 base-huge --model $(large "base huge" tiny) --task pretrain --mask_ratio 0.9 \
     --precision bf16 --batch_size "$(large 64 2)" --variants $(large "ours compiled" ours)
