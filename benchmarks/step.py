@@ -1,29 +1,34 @@
-"""Measure a step of our models against the same step written plainly, with the same weights.
+r"""Measure a step of our models against the same step written plainly, with the same weights.
 
     python -m benchmarks.step                         ViT-B, batch 2: pre-train, fine-tune, test
-    python -m benchmarks.step --model large --precision bf16 --variants plain ours compiled
+    python -m benchmarks.step --model large --precision bf16 --batch_size 64 \
+        --variants ours compiled                      a batch that fills a GPU
     python -m benchmarks.step --check                 exit 1 below the targets of this device
 
 The plain step is what one writes first: a Conv3d over all patches, three products for q, k and v,
 softmax attention spelled out, .item() after every step, loops over the parameters. All variants
 must give the same loss, then take turns; times and ratios are medians. The share of the matrix rate
 compares the model FLOPs (backward counts twice) with the best of some large matrix products. Memory
-is the peak: of the allocator on a GPU, of a process of its own on a CPU.
+is the peak: of the allocator on a GPU, of a process of its own on a CPU. --profile FILE also shows
+where the last variant's step spends its time.
 """
 
 import argparse
 import gc
 import itertools
 import multiprocessing
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import models_mae
 import models_vit
@@ -48,6 +53,14 @@ TARGETS = [  # task, mask ratio, device, precision, size (None: any), quantity, 
     ("finetune", 0.0, "cuda", "bf16", "large", "share of the matrix rate", 0.6),
     ("test", 0.0, None, None, None, "agreement with published FLOPs", 0.995),
 ]
+KINDS = {  # of kernels, and of operators on a CPU: the first whose pattern is in the name
+    "attention": "fmha|flash|sdpa|attention|cudnn::fusion",
+    "matrix products": r"gemm|gemv|nvjet|xmma|cutlass|splitk|conv[23]d|convolution|(::|add|b)mm\b",
+    "copies and casts": r"^triton_poi_fused(__?(to_copy|clone|cat|stack|t|view|permute))+_\d+$"
+    r"|^(?!triton).*(copy|memcpy|memset|fill|zero_|catarray|::cat\b)",
+    "reductions and norms": "^triton_(red|per)_|^(?!triton).*(reduce|norm|gamma|softmax|sum|mean)",
+    "other": "",
+}
 
 
 class Row(NamedTuple):  # of the table: what is measured
@@ -93,28 +106,30 @@ class UnmaskedAutoencoder(models_mae.MaskedAutoencoderViT):  # encodes and predi
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 
-def make_model(row: Row, plain: bool = False) -> Encoder:
+def make_model(row: Row, device: torch.device, plain: bool = False) -> Encoder:
     """Build the model of a row, with the paper's geometry; the same weights if plain."""
     torch.manual_seed(0)
     name = f"vit_{row.size}_patch{SIZES[row.size]}"
     _, num_frames, size, _ = row.clip_shape
     clip = {"img_size": size, "num_frames": num_frames}
-    if row.task == "pretrain":
-        clip["pred_t_dim"] = num_frames // 2
-        model = models_mae.MODELS[f"mae_{name}"](**clip, norm_pix_loss=True)
-        if row.mask_ratio == 0:
-            model.__class__ = UnmaskedAutoencoder
-    else:
-        model = models_vit.MODELS[name](**clip)
+    with device:  # a CPU would draw the weights of a large model for seconds
+        if row.task == "pretrain":
+            clip["pred_t_dim"] = num_frames // 2
+            model = models_mae.MODELS[f"mae_{name}"](**clip, norm_pix_loss=True)
+            if row.mask_ratio == 0:
+                model.__class__ = UnmaskedAutoencoder
+        else:
+            model = models_vit.MODELS[name](**clip)
     other = {PatchEmbed: PlainPatchEmbed, Attention: PlainAttention} if plain else {}
     for module in model.modules():
         module.__class__ = other.get(type(module), type(module))
     return model
 
 
+@cache
 def gflops(row: Row) -> float:
     """Count the multiply-adds of a forward pass over one clip, 1e9."""
-    return count_flops(make_model(row), row.clip_shape, **row.ratios)
+    return count_flops(make_model(row, torch.device("meta")), row.clip_shape, **row.ratios)
 
 
 def now(device: torch.device) -> float:
@@ -133,10 +148,10 @@ def free_memory() -> None:
 class Step:  # of a row, plain or ours, on data that stays on the device
     def __init__(self, row: Row, variant: str, device: torch.device):
         self.row, self.plain, self.device = row, variant == "plain", device
-        self.model = make_model(row, self.plain).to(device)
+        self.model = make_model(row, device, self.plain)
         if variant == "compiled":  # as main_pretrain.py and main_finetune.py do
             self.model.compile_blocks(dynamic=False if row.task == "pretrain" else None)
-        self.clips = torch.randn(row.batch, *row.clip_shape).to(device)  # make_model sets the seed
+        self.clips = torch.randn(row.batch, *row.clip_shape, device=device)  # make_model seeds
         self.labels = torch.arange(row.batch, device=device)
         groups = optim.param_groups_weight_decay(self.model, 0.05)
         if self.plain:
@@ -178,29 +193,16 @@ class Step:  # of a row, plain or ours, on data that stays on the device
         return computed - start, now(self.device) - start
 
 
-def peak_memory(row: Row, variant: str, device: torch.device, alone: bool = False) -> float:
-    """Take two steps, as the optimiser's state comes with the first; return the peak, GiB."""
-    free_memory()
-    on_gpu = device.type == "cuda"
-    if not (on_gpu or alone):  # nothing else counts in a process of its own
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(peak_memory, row, variant, device, alone=True).result()
-
-    def peak() -> int:
-        if on_gpu:
-            return torch.cuda.max_memory_allocated(device)
-        status = Path("/proc/self/status").read_text()  # Linux
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    before = peak()  # after these resets it is what is held now
-    step = Step(row, variant, device)
-    step.run()
-    step.run()
-    return (peak() - before) / 2**30
+def cpu_memory(row: Row, variant: str) -> float:
+    """Return the peak of two steps, GiB, in a process of its own: all that it holds counts."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+    status = [Path("/proc/self/status").read_text()]
+    step = Step(row, variant, torch.device("cpu"))
+    for _ in range(2):  # the optimiser's state comes with the first
+        step.run()
+    status.append(Path("/proc/self/status").read_text())
+    before, peak = (int(text.partition("VmHWM:")[2].split()[0]) for text in status)
+    return (peak - before) / 2**20
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
@@ -224,20 +226,59 @@ class Result(NamedTuple):  # of a variant of a row; without a plain one, ratios 
     rate_share: float  # of the matrix rate
 
 
-def measure(row: Row, names: list[str], device: torch.device, repeats: int, rate: float) -> Results:
-    """Compare the variants of a row; say which ones do not fit, and exit if their losses differ."""
+def kind_of(name: str) -> str:
+    """Return the kind of a kernel or operator."""
+    return next(kind for kind, text in KINDS.items() if re.search(text, name, re.IGNORECASE))
+
+
+def print_profile(step: Step, seconds: float, path: Path) -> None:
+    """Profile a step that takes so long without it; print its kernels, and sums by kind."""
+    type_ = step.device.type.upper()
+    clock = f"self_{'cpu' if type_ == 'CPU' else 'device'}_time_total"  # microseconds
+    activities = {ProfilerActivity.CPU, getattr(ProfilerActivity, type_)}
+    with profile(activities=activities, acc_events=True) as profiler:
+        step.run()
+    events = profiler.key_averages()
+    with path.open("a") as file:
+        file.write(f"{step.row}\n{events.table(sort_by=clock, row_limit=100)}\n")
+    # kernels, not operators that launch them; user annotations are regions that libraries name
+    own = [x for x in events if x.device_type.name == type_ and not x.is_user_annotation]
+    rows = sorted(((getattr(x, clock) / 1e3, x.count, x.key) for x in own), reverse=True)
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for ms, _, name in rows:
+        kinds[kind_of(name)] += ms
+    total = sum(kinds.values()) or torch.nan  # nan: the profiler saw nothing
+    for ms, count, name in [*rows[:25], *((ms, 0, kind) for kind, ms in kinds.items())]:
+        name = name.replace("void ", "").replace("at::native::", "")[:90]
+        calls = f"{count:6} calls" if count else ""
+        print(f"  {name:<90} {calls:12} {ms:9.2f} ms {ms / total:4.0%}")
+    print0(f"  busy for {total / 1e3 / seconds:.0%} of the {1e3 * seconds:.2f} ms of a usual step")
+
+
+def measure(
+    row: Row, names: list[str], device: torch.device, repeats: int, rate: float, path: Path | None
+) -> Results:
+    """Compare the variants of a row (and profile the last one); exit if their losses differ."""
     torch._dynamo.reset()  # a compiled variant shall not be what earlier rows made of it
+    on_gpu = device.type == "cuda"
     steps: dict[str, Step] = {}
     losses: dict[str, float] = {}
+    memory, held = dict[str, float](), 0  # GiB; bytes
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in names}
-    tolerance = 1e-4 if row.precision == "fp32" and device.type == "cpu" else 2e-2
+    tolerance = 1e-4 if row.precision == "fp32" and not on_gpu else 2e-2
     for turn in range(repeats + 1):
         for variant in list(times):
             try:
                 if turn == 0:
+                    held = torch.cuda.memory_allocated(device) if on_gpu else 0  # by others
                     steps[variant] = Step(row, variant, device)
                     losses[variant] = steps[variant].loss().item()
+                    if on_gpu:  # the optimiser's state comes with the first step
+                        steps[variant].run()
+                        torch.cuda.reset_peak_memory_stats(device)
                 times[variant].append(steps[variant].run())
+                if turn == 0 and on_gpu:
+                    memory[variant] = (torch.cuda.max_memory_allocated(device) - held) / 2**30
             except torch.OutOfMemoryError:
                 where = " beside the others" if turn else ""
                 print(f"{row}: {variant} not measured, out of memory{where}")
@@ -249,8 +290,14 @@ def measure(row: Row, names: list[str], device: torch.device, repeats: int, rate
             first = next(iter(losses.values()))
             if abs(loss - first) > tolerance * abs(first):
                 sys.exit(f"{row}: {variant} has loss {loss}, another {first}: nothing timed")
+    if path and (turns := times.get(names[-1])):
+        print(f"{row}: profile of {names[-1]}")
+        print_profile(steps[names[-1]], median(whole for _, whole in turns[1:]), path)
     steps.clear()
-    memory = {variant: peak_memory(row, variant, device) for variant in times}
+    free_memory()
+    for variant in times if not on_gpu else ():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            memory[variant] = pool.submit(cpu_memory, row, variant).result()
     work = 1e9 * gflops(row) * row.batch * (1 if row.task == "test" else 3)
     results = {}
     for variant, (_, *turns) in times.items():  # the first one allocated and compiled
@@ -306,6 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--variants", variants[:2], "compiled: ours by torch.compile", nargs="+", choices=variants)
     add("--device", "auto", "cuda, cpu or auto")
     add("--repeats", 5, "turns of every variant", positive_int)
+    add("--profile", None, "show the last variant's kernels; append a longer table here", Path)
     add("--plot", None, "also draw time over mask ratio into this PNG", Path)
     add("--check", False, "exit 1 below the targets")
     args = parser.parse_args(argv)
@@ -326,7 +374,8 @@ def main(argv: list[str] | None = None) -> None:
         for mask_ratio in ratios[task]:
             decoder = args.decoder_mask_ratio if task == "pretrain" and mask_ratio else 0.0
             row = Row(task, size, args.batch_size, mask_ratio, precision, decoder, clip)
-            results[row] = measure(row, args.variants, device, args.repeats, rates[precision])
+            rate = rates[precision]
+            results[row] = measure(row, args.variants, device, args.repeats, rate, args.profile)
             print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
             for variant, r in results[row].items():
                 print0(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import main_finetune
 import models_mae
 import models_vit
-from benchmarks import scaling
+from benchmarks import attention, scaling
 from benchmarks import step as step_benchmark
 from tests.test_scripts import FINETUNE, PRETRAIN, call, finish, spawn
 from util.flops import count_flops
@@ -327,6 +327,79 @@ def test_plain_and_ours_take_the_same_step(task, mask_ratio):
     assert plain.keys() == ours.keys()
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_is_built_on_its_device_and_counted_once(monkeypatch):
+    row = step_benchmark.Row("pretrain", "tiny", 2, 0.75, "fp32", clip_shape=(3, 4, 32, 32))
+    built = []
+    make_model = step_benchmark.make_model
+    monkeypatch.setattr(
+        step_benchmark,
+        "make_model",
+        lambda row, device: built.append(device) or make_model(row, device),
+    )
+    step_benchmark.gflops.cache_clear()
+    assert step_benchmark.gflops(row) == step_benchmark.gflops(row) > 0
+    assert [device.type for device in built] == ["meta"]
+    assert all(p.is_meta for p in make_model(row, torch.device("meta")).parameters())
+
+
+def test_the_profile_shows_kernels_and_their_kinds(tmp_path, capsys):
+    path = tmp_path / "profile.txt"
+    row = step_benchmark.Row("test", "tiny", 2, 0.0, "fp32", clip_shape=(3, 4, 32, 32))
+    step = step_benchmark.Step(row, "ours", torch.device("cpu"))
+    step_benchmark.print_profile(step, 1.0, path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "aten::addmm" in path.read_text()
+    assert any(line.startswith("  aten::addmm ") and " calls " in line for line in lines)
+    kinds = lines[-1 - len(step_benchmark.KINDS) : -1]
+    assert sum(float(line.split()[-3]) for line in kinds) > 0
+    assert "of the 1000.00 ms of a usual step" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopB_TNT", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int>", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("fmha_cutlassB_bf16_aligned_64x64_k32_sm80", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_kernel<T>", "attention"),
+        ("void unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copies and casts"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("triton_poi_fused__to_copy_3", "copies and casts"),
+        ("triton_poi_fused__to_copy_gelu_view_3", "other"),
+        ("triton_per_fused__to_copy_add_native_layer_norm_0", "reductions and norms"),
+        ("void vectorized_layer_norm_kernel<float, float>", "reductions and norms"),
+        ("void vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>", "other"),
+    ],
+)
+def test_the_profile_knows_the_kinds_of_kernels(name, kind):
+    assert step_benchmark.kind_of(name) == kind
+
+
+def test_the_attention_benchmark_finds_wrong_and_slow_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "SHAPES", [(2, 2, 9, 8)])
+    milliseconds = iter([1.0, 1.0, 3.0, 3.0])  # flash, math: forward, both
+    monkeypatch.setattr(attention, "milliseconds", lambda *_: next(milliseconds))
+    attention.main(["--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "PyTorch chooses FLASH_ATTENTION" in out
+    assert "CUDNN_ATTENTION      not available" in out
+    assert "the choices are right and fast" in out
+
+    milliseconds = iter([1.0, 3.0, 1.0, 1.0])
+    with pytest.raises(SystemExit):
+        attention.main(["--device", "cpu", "--check"])
+    assert "FLASH_ATTENTION is chosen, MATH is faster" in capsys.readouterr().out
+
+    milliseconds = iter([1.0] * 4)
+    monkeypatch.setattr(attention, "MAX_ERROR", 1e-9)
+    with pytest.raises(SystemExit):
+        attention.main(["--device", "cpu", "--check"])
+    assert "FLASH_ATTENTION is chosen and wrong" in capsys.readouterr().out
 
 
 def test_nothing_is_timed_when_losses_differ(monkeypatch):

@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# Try and measure everything on one GPU, in two parts.
+#
+#   bash benchmarks/gpu.sh 1     first contact, at most 270 s: tests, the demo, attention, a profile
+#   bash benchmarks/gpu.sh 2     numbers, at most 400 s: steps, a stopped run, fine-tuning, a test
+#   DEVICE=cpu SIZE=tiny bash benchmarks/gpu.sh 1     tries the script itself
+#
+# OUT (default output/gpu) receives part1.log, part2.log and profile.txt; CLIPS (default .clips) is
+# a folder with train.csv, val.csv, test.csv and their videos. A failing command stops nothing, but
+# the exit status is 1 then. What LIMIT, in seconds, leaves no time for is skipped and counts as
+# failed, so the most important things come first.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+part=${1:-} DEVICE=${DEVICE:-cuda} SIZE=${SIZE:-large} OUT=${OUT:-output/gpu}
+case $part in
+  1) LIMIT=${LIMIT:-270} ;;
+  2) LIMIT=${LIMIT:-400} ;;
+  *) echo "usage: bash benchmarks/gpu.sh 1|2" >&2 && exit 2 ;;
+esac
+CLIPS=$(cd "${CLIPS:-.clips}" && pwd) || exit 2
+mkdir -p "$OUT"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PYTHONUNBUFFERED=1
+
+# The large model, or a tiny one with at most 2 clips
+large() { # LARGE TINY: print one of them
+  if [ "$SIZE" = tiny ]; then echo "$2"; else echo "$1"; fi
+}
+step_flags=(--device "$DEVICE" --repeats 5) run_flags=(--device "$DEVICE" --precision bf16 --print_freq 10)
+if [ "$SIZE" = tiny ]; then
+  export TORCHDYNAMO_DISABLE=1 # a CPU would compile half a minute for each row
+  step_flags+=(--input_size 32 --num_frames 4 --repeats 1)
+  run_flags+=(--input_size 32 --num_frames 4 --num_workers 1)
+else
+  run_flags+=(--num_workers 14)
+fi
+pretrain_flags=(--model "mae_vit_$(large large_patch16 tiny_patch8)" --batch_size "$(large 16 2)"
+  --pred_t_dim "$(large 8 2)" --vis_period 0 "${run_flags[@]}")
+finetune_model=vit_$(large large_patch16 tiny_patch8)
+
+try_() { # SECONDS NAME COMMAND...: run it for at most so long; note whether it ended with $WANT
+  local limit=$1 name=$2 left=$((LIMIT - SECONDS)) start=$SECONDS status=skipped result=failed
+  shift 2
+  if ((limit > left)); then limit=$left; fi
+  printf '\n=== %s: %d s after the start, at most %d s\n$ %s\n' "$name" "$start" "$limit" "$*"
+  if ((limit > 0)); then
+    timeout --preserve-status -k 20 "$limit" "$@" 2>&1 | tee "$work/$name.log"
+    status=${PIPESTATUS[0]}
+  fi
+  if [ "$status" = "${WANT:-0}" ]; then result=ok; fi
+  printf '%-6s %-20s status %-7s %4d s\n' "$result" "$name" "$status" $((SECONDS - start)) |
+    tee -a "$work/results"
+}
+
+beside() { # SECONDS NAME COMMAND...: the same in the background; every line begins with the name
+  try_ "$@" | while IFS= read -r line; do printf '%s| %s\n' "$2" "$line"; done &
+}
+
+step() { # SECONDS NAME FLAGS...: measure steps
+  try_ "$1" "$2" python3 -m benchmarks.step "${step_flags[@]}" "${@:3}"
+}
+
+# An epoch of 50 steps, from a csv that is repeated
+mkdir "$work/pretrain" "$work/finetune"
+while cat "$CLIPS/train.csv"; do :; done 2>/dev/null | head -n "$(large 800 20)" \
+  >"$work/pretrain/train.csv"
+
+first_contact() {
+  if [ "$DEVICE" = cuda ]; then
+    try_ 15 nvidia-smi nvidia-smi --format=csv \
+      --query-gpu=name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm
+  fi
+  try_ 40 rates python3 - "$DEVICE" <<'EOF'
+import sys, time
+import av, cv2, timm, torch, torchvision
+
+print("Python", sys.version.split()[0], "CUDA", torch.version.cuda, end=" ")
+print("cuDNN", torch.backends.cudnn.version(), "NCCL", torch.cuda.nccl.version())
+print(*(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, timm, av, cv2)))
+gpu = sys.argv[1] == "cuda"
+n, size = (8192, 2**32) if gpu else (512, 2**24)
+a, b = torch.randn(2, n, n, device=sys.argv[1], dtype=torch.bfloat16)
+x, y = torch.zeros(2, size, device=sys.argv[1], dtype=torch.uint8)
+runs = ("bf16 product", 2 * n**3, lambda: a @ b), ("copy", 2 * size, lambda: x.copy_(y))
+for name, work, run in runs:
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    print(f"{name}: {work / min(times) / 1e12:.3f} T/s (operations; bytes read and written)")
+EOF
+
+  # Nothing is timed here, so both run at the same time.
+  local workers=()
+  if [ "$SIZE" != tiny ] && python3 -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
+  beside 110 tests env OMP_NUM_THREADS=2 \
+    python3 -m pytest -q --durations 10 "${workers[@]}" tests/test_gpu.py
+  if [ "$SIZE" = tiny ]; then # it takes minutes on a CPU
+    beside 110 demo python3 -m demo.end_to_end --help
+  else # on the GPU and in bf16 by default
+    beside 110 demo python3 -m demo.end_to_end --out "$work/demo" --data "$work/videos"
+  fi
+  wait
+
+  if [ "$SIZE" = tiny ]; then
+    try_ 60 attention python3 -m benchmarks.attention --device "$DEVICE" --batch_size 1 --repeats 1
+  else
+    try_ 40 attention python3 -m benchmarks.attention --device "$DEVICE" --check
+  fi
+  step 100 profile --model "$(large large tiny)" --task pretrain --mask_ratio 0.9 \
+    --batch_size "$(large 64 2)" --precision bf16 --variants $(large "ours compiled" compiled) \
+    --profile "$OUT/profile.txt"
+  try_ 60 pretrain python3 main_pretrain.py --path_to_data_dir "$work/pretrain" \
+    --path_prefix "$CLIPS" "${pretrain_flags[@]}" --epochs 1 --warmup_epochs 1 --output_dir ""
+}
+
+numbers() {
+  local model=$(large large tiny) unmasked=$(large 16 2) memory
+  memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
+  if ((${memory:-0} > 130000)); then unmasked=64; fi
+  local pretraining=(--model "$model" --task pretrain --mask_ratio 0.9 --precision bf16)
+
+  # What the paper says, and what ours gains
+  step 60 unmasked "${pretraining[@]}" --mask_ratio 0 0.9 --batch_size "$unmasked" --variants ours
+  step 90 pretrain-16 "${pretraining[@]}" --batch_size "$(large 16 2)" \
+    --variants plain ours compiled
+  step 90 finetune-test --model "$model" --task finetune test --precision bf16 \
+    --batch_size "$(large 32 2)" --variants $(large "ours compiled" compiled)
+
+  # Scripts: a run that is stopped by SIGTERM and goes on, fine-tuning of its weights, a test
+  local run=(python3 main_pretrain.py --path_to_data_dir "$work/pretrain" --path_prefix "$CLIPS"
+    "${pretrain_flags[@]}" --compile --epochs 1000 --warmup_epochs 1 --checkpoint_period 1000
+    --output_dir "$work/run")
+  WANT=75 try_ "$(large 55 12)" stopped "${run[@]}"
+  WANT=75 try_ "$(large 45 10)" resumed "${run[@]}"
+  echo "the loss before and after:"
+  grep ' loss ' "$work/stopped.log" | tail -n 3
+  grep -E 'stopped|checkpoint' "$work/stopped.log" | tail -n 2
+  grep -E ' loss |resumed' "$work/resumed.log" | head -n 4
+  head -n "$(large 240 8)" "$CLIPS/train.csv" >"$work/finetune/train.csv" # 30 steps of 8 videos
+  cp "$CLIPS/val.csv" "$CLIPS/test.csv" "$work/finetune"
+  local weights=("$work"/run/checkpoint-*.pth)
+  try_ 60 finetune python3 main_finetune.py --path_to_data_dir "$work/finetune" \
+    --path_prefix "$CLIPS" --model "$finetune_model" --num_classes 12 \
+    --batch_size "$(large 8 2)" --epochs 1 "${run_flags[@]}" --finetune "${weights[-1]}" \
+    --output_dir "$work/classifier"
+  try_ 40 test python3 main_test.py --path_to_data_dir "$work/finetune" --path_prefix "$CLIPS" \
+    --finetune "$work/classifier/checkpoint-00000.pth" "${run_flags[@]}" \
+    --output_dir "$work/test"
+
+  # Other batches, sizes and precisions
+  local batch
+  for batch in $(large "64 128 8" 8); do
+    step 60 "pretrain-$batch" "${pretraining[@]}" --batch_size "$(large "$batch" 2)" \
+      --variants $(large "$( ((batch == 8)) && echo plain) ours compiled" ours)
+  done
+  step 80 base-huge --model $(large "base huge" tiny) --task pretrain --mask_ratio 0.9 \
+    --precision bf16 --batch_size "$(large 64 2)" --variants $(large "ours compiled" ours)
+  step 40 fp16 "${pretraining[@]}" --precision "$(large fp16 bf16)" --batch_size "$(large 64 2)" --variants ours
+}
+
+main() {
+  if [ "$part" = 1 ]; then first_contact; else numbers; fi
+  printf '\n=== part %s: %d s in all\n' "$part" "$SECONDS"
+  cat "$work/results"
+  ! grep -q '^failed' "$work/results"
+}
+
+main 2>&1 | tee "$OUT/part$part.log"
+exit "${PIPESTATUS[0]}"
