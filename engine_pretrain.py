@@ -49,6 +49,7 @@ def train_one_epoch(
     progress, steps, lr = checkpoints.progress, len(loader), 0.0
     clips_per_step = args.batch_size * args.repeat_aug * world_size()
     header = f"Epoch [{progress.epoch}/{args.epochs}]"
+    flip_clips = torch.compile(flip_on_device) if args.compile else flip_on_device
 
     loader.set_epoch(progress.epoch, progress.step)
     for step, batch in log.every(loader, header, clips_per_step, progress):
@@ -64,7 +65,7 @@ def train_one_epoch(
         # Move the clips to the device and flip them there; the model normalises what it uses.
         clips = batch.clips.to(device, non_blocking=True).flatten(0, 1)  # uint8 (N, T, H, W, C)
         flip = batch.flip.to(device, non_blocking=True).flatten()  # (N,)
-        clips = channels_first(flip_on_device(clips, flip))  # uint8 (N, C, T, H, W)
+        clips = channels_first(flip_clips(clips, flip))  # uint8 (N, C, T, H, W)
 
         # Forward and backward; gradients are averaged over ranks once per update.
         with grad_sync(model, update):

@@ -304,6 +304,7 @@ def train(task: str, precision: str, batches: Batches, warmup_epochs: float = 1)
         batch_size=batches.batch_size, repeat_aug=2, accum_iter=1, seed=0, lr=1e-3, min_lr=0.0,
         warmup_epochs=warmup_epochs, epochs=2, mask_ratio=0.5, decoder_mask_ratio=0.0, reprob=0.25,
         smoothing=0.1, precision=precision, clip_grad=0.02, checkpoint_minutes=0, dist_timeout=30,
+        compile=False,
     )  # fmt: skip
     model = small_model(task, drop_path_rate=0.2).to(DEVICE)
     optimizer = make_optimizer(param_groups_weight_decay(model, 0.05), (0.9, 0.95), DEVICE)

@@ -170,7 +170,7 @@ def engine_args(engine, schedule, **overrides):
         ratios = {"mask_ratio": 0.9, "decoder_mask_ratio": 0.0}
     defaults = {"seed": 0, "batch_size": 4, "repeat_aug": 1, "accum_iter": 1, "precision": "fp32"}
     defaults |= ratios | {"reprob": 0.0, "smoothing": 0.1, "checkpoint_minutes": 0}
-    defaults |= {"dist_timeout": 30}
+    defaults |= {"dist_timeout": 30, "compile": False}
     schedule = {k: v for k, v in schedule.items() if k != "epoch_of_step"}
     return argparse.Namespace(**(defaults | schedule | overrides))
 

@@ -16,6 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from util.pos_embed import Grid, join, sincos_pos_embed
 from util.video.transforms import normalize
 
+attention = None
+if torch.cuda.is_available():
+    try:
+        from util import attention
+    except ImportError:  # no Triton
+        pass
+
 
 def require_multiple(value: int, divisor: int, value_name: str, divisor_name: str) -> int:
     """Return value // divisor; raise ValueError, naming both, when it is not a whole number."""
@@ -85,6 +92,15 @@ class PatchEmbed(nn.Module):
         return F.linear(normalize(patches), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def attend(qkv: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(hd)) v: packed [N, L, 3, nh, hd] -> [N, L, nh, hd]."""
+    if attention is not None and attention.fits(qkv):
+        return attention.attention(qkv)
+    # Unbinding before transposing lets the backward pass stack the gradients in qkv's layout.
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (N, nh, L, hd) each
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v are separate parameters as in the checkpoints."""
 
@@ -101,10 +117,7 @@ class Attention(nn.Module):
         weight = torch.cat([layer.weight for layer in layers])  # one product instead of three
         bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
         qkv = F.linear(x, weight, bias).view(N, L, 3, self.num_heads, -1)  # (N, L, 3, nh, hd)
-        # Unbinding before transposing lets the backward pass stack the gradients in qkv's layout.
-        q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))  # (N, nh, L, hd) each
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, nh, L, hd), scale hd^-0.5
-        return self.proj(x.transpose(1, 2).reshape(N, L, D))
+        return self.proj(attend(qkv).reshape(N, L, D))
 
 
 class Block(nn.Module):
@@ -142,6 +155,7 @@ class Encoder(nn.Module):
     cls_token: nn.Parameter
     patch_embed: PatchEmbed
     grad_checkpointing = False
+    compiled = False
 
     def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Embed all patches, or ids_keep [N, K], with positions -> [N, (class +) L or K, D]."""
@@ -156,6 +170,8 @@ class Encoder(nn.Module):
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         """Pass tokens [N, L, D] through blocks."""
+        if self.compiled and autocast_dtype(x.device) == torch.bfloat16:
+            x = x.to(torch.bfloat16)  # the residual stream, which else stays in fp32
         again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in blocks:  # checkpoint replays drop path's randomness
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
@@ -166,11 +182,13 @@ class Encoder(nn.Module):
 
         Blocks of one kind share their compiled code, and masks are drawn outside of it. The
         gradients of a block are sent to other ranks while those of the block before are computed.
+        Under autocast in bf16 the residual stream between blocks is bf16, too: less to move.
 
         Args:
             dynamic: False compiles again for every number of tokens: the fastest code if there are
                 few numbers (encoder and decoder). None compiles for any number from the second on.
         """
+        self.compiled = True
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         config = torch._dynamo.config
         config.optimize_ddp = False  # it would split blocks at DDP's gradient buckets
@@ -178,6 +196,12 @@ class Encoder(nn.Module):
         config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
         for block in blocks:
             block.compile(dynamic=dynamic)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the data type of matrix products under autocast, None without autocast."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def num_visible(num_tokens: int, mask_ratio: float) -> int:
