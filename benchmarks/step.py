@@ -36,6 +36,7 @@ from util import optim
 from util.args import adder, positive_int, share_below_1
 from util.dist import get_device, print0
 from util.flops import count_flops
+from util.video.transforms import normalize
 from util.video_vit import Attention, Encoder, PatchEmbed
 
 SIZES = {"tiny": 8, "small": 16, "base": 16, "large": 16, "huge": 16}  # pixels of a patch
@@ -151,7 +152,8 @@ class Step:  # of a row, plain or ours, on data that stays on the device
         self.model = make_model(row, device, self.plain)
         if variant == "compiled":  # as main_pretrain.py and main_finetune.py do
             self.model.compile_blocks(dynamic=False if row.task == "pretrain" else None)
-        self.clips = torch.randn(row.batch, *row.clip_shape, device=device)  # make_model seeds
+        size, options = (row.batch, *row.clip_shape), {"dtype": torch.uint8, "device": device}
+        self.clips = torch.randint(0, 256, size, **options)  # make_model seeds
         self.labels = torch.arange(row.batch, device=device)
         groups = optim.param_groups_weight_decay(self.model, 0.05)
         if self.plain:
@@ -167,7 +169,9 @@ class Step:  # of a row, plain or ours, on data that stays on the device
         torch.manual_seed(1)  # the same masks for every variant
         self.model.train(training)
         with optim.autocast(self.device, row.precision), torch.set_grad_enabled(training):
-            output = self.model(self.clips, **row.ratios)
+            # the plain step normalises all pixels, ours those that it uses
+            clips = normalize(self.clips) if self.plain else self.clips
+            output = self.model(clips, **row.ratios)
             if row.task == "pretrain":
                 return output[0]
             if training:

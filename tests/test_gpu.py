@@ -237,10 +237,12 @@ def test_loss_and_gradients_agree_with_the_cpu(monkeypatch, precision, tolerance
         pytest.param(3, 785, 1024, id="half of the patches"),
         pytest.param(3, 131, 512, id="short and odd"),
         pytest.param(3, 1013, 512, id="long and odd"),
+        pytest.param(2, 7, 512, id="less than a tile"),
     ],
 )
-def test_attention_in_bf16_agrees_with_float64(clips, length, dim):
-    """Whichever kernel PyTorch chooses for a shape, it is right, forward and backward."""
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_attention_agrees_with_float64(clips, length, dim, precision):
+    """Whichever kernel is chosen for a shape, PyTorch's or ours, it is right in both directions."""
     torch.manual_seed(0)
     attention = Attention(dim, num_heads=16).to(DEVICE)
     for parameter in attention.parameters():
@@ -251,7 +253,7 @@ def test_attention_in_bf16_agrees_with_float64(clips, length, dim):
     for dtype in (torch.float64, torch.float32):
         layer, tokens = copy.deepcopy(attention).to(dtype), x.to(dtype).requires_grad_()
         is_exact = dtype == torch.float64
-        with sdpa_kernel(SDPBackend.MATH) if is_exact else autocast(DEVICE, "bf16"):
+        with sdpa_kernel(SDPBackend.MATH) if is_exact else autocast(DEVICE, precision):
             out = layer(tokens)
         (out * direction).sum().backward()
         results.append({"output": out, "input": tokens.grad})

@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import math
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -17,7 +19,7 @@ import models_mae
 import models_vit
 from benchmarks import attention, scaling
 from benchmarks import step as step_benchmark
-from tests.test_scripts import FINETUNE, PRETRAIN, call, finish, spawn
+from tests.test_scripts import FINETUNE, PRETRAIN, ROOT, call, finish, spawn
 from util.flops import count_flops
 from util.lr_sched import annealed_mask_ratio
 from util.report import count_confusions, topk_correct
@@ -170,6 +172,36 @@ def test_compile_without_a_compiler_ends_in_one_sentence(videos, tmp_path, monke
     out = finish(spawn("main_pretrain.py", *flags), 2)
     assert "main_pretrain.py: error: --compile: torch.compile does not work here" in out
     assert "Traceback" not in out
+
+
+# --- attention
+
+INTERPRETED = """
+import torch
+from util.attention import attention
+for N, L, nh, hd in [(2, 157, 2, 32), (1, 64, 1, 32), (2, 70, 2, 64), (1, 5, 3, 32)]:
+    torch.manual_seed(0)
+    qkv, direction = torch.randn(N, L, 3, nh, hd), torch.randn(N, L, nh, hd)
+    results = []
+    for x in (qkv.double().requires_grad_(), qkv.requires_grad_()):
+        if x is qkv:
+            output = attention(x)
+        else:
+            q, k, v = (y.transpose(1, 2) for y in x.unbind(2))
+            output = torch.softmax(q @ k.mT / hd**0.5, dim=-1) @ v
+            output = output.transpose(1, 2)
+        results.append([output, *torch.autograd.grad(output, x, direction.to(x.dtype))])
+    for exact, ours in zip(*results):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_our_kernels_compute_attention_and_its_gradients(monkeypatch):
+    """Triton interprets them; tests/test_gpu.py runs them on a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
 
 
 # --- decoding a part of the removed patches
@@ -386,7 +418,7 @@ def test_the_attention_benchmark_finds_wrong_and_slow_kernels(monkeypatch, capsy
     monkeypatch.setattr(attention, "milliseconds", lambda *_: next(milliseconds))
     attention.main(["--device", "cpu"])
     out = capsys.readouterr().out
-    assert "PyTorch chooses FLASH_ATTENTION" in out
+    assert "the model takes FLASH_ATTENTION" in out
     assert "CUDNN_ATTENTION      not available" in out
     assert "the choices are right and fast" in out
 

@@ -50,8 +50,8 @@ def _forward_op(qkv: Tensor) -> tuple[Tensor, Tensor]:
     output = qkv.new_empty(N, L, nh, hd)
     norm = qkv.new_empty(N * nh, L, dtype=torch.float32)  # log2 of the sum of exponentials
     M, K, warps, stages = TILES[hd][0]
-    grid = (triton.cdiv(L, M) * N * nh,)
-    _forward[grid](qkv, output, norm, L, nh, _scale(hd), hd, M, K, stages, num_warps=warps)
+    tensors, sizes, grid = (qkv, output, norm), (L, nh, _scale(hd), hd), triton.cdiv(L, M) * N * nh
+    _attention_forward[(grid,)](*tensors, *sizes, M, K, stages, num_warps=warps)
     return output, norm
 
 
@@ -64,10 +64,10 @@ def _backward_op(qkv: Tensor, output: Tensor, norm: Tensor, gradient: Tensor) ->
     _, (M, K, warps, stages), (M2, K2, warps2, stages2) = TILES[hd]
     grid = (triton.cdiv(L, M) * N * nh,)
     tensors = qkv, output, gradient, norm, inner, result
-    _gradients_of_queries[grid](*tensors, *sizes, M, K, stages, num_warps=warps)
+    _attention_gradient_of_q[grid](*tensors, *sizes, M, K, stages, num_warps=warps)
     grid = (triton.cdiv(L, K2) * N * nh,)
     tensors = qkv, gradient, norm, inner, result
-    _gradients_of_keys[grid](*tensors, *sizes, M2, K2, stages2, num_warps=warps2)
+    _attention_gradients_of_kv[grid](*tensors, *sizes, M2, K2, stages2, num_warps=warps2)
     return result
 
 
@@ -132,7 +132,7 @@ def _attend(q, ks, vs, inside, top, total, acc, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _attention_forward(
     qkv, output, norm, L, nh, scale,
     HD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def _add_to_queries(q, g, ks, vs, norm, inner, inside, dq, scale, MASKED: tl.con
 
 
 @triton.jit
-def _gradients_of_queries(
+def _attention_gradient_of_q(
     qkv, output, gradient, norm, inner, result, L, nh, scale, unit,
     HD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def _add_to_keys(k, v, qs, gs, norms, inners, inside, dk, dv, scale, MASKED: tl.
 
 
 @triton.jit
-def _gradients_of_keys(
+def _attention_gradients_of_kv(
     qkv, gradient, norm, inner, result, L, nh, scale, unit,
     HD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

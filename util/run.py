@@ -27,8 +27,8 @@ from util.signals import signals_restored
 FAILURES = {
     "^DataLoader worker": "a loader process was killed: memory or /dev/shm has probably run out; "
     "lower --num_workers or --batch_size, or give the container more with --shm-size",
-    "^(CUDA|HIP) out of memory": "the GPU's memory is full: lower --batch_size; in training, "
-    "--accum_iter makes up for it and --grad_checkpointing saves memory",
+    "^(CUDA|HIP)( error:)? out of memory|CUBLAS_STATUS_ALLOC_FAILED": "the GPU's memory is full: "
+    "lower --batch_size; in training, --accum_iter makes up for it, --grad_checkpointing saves some",
     "[Tt]imed out waiting": "another rank did not answer within --dist_timeout",
     "Connection (closed|reset) by peer": "another rank is gone; its own message says why",
     "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "

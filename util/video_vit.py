@@ -89,7 +89,9 @@ class PatchEmbed(nn.Module):
             clip = torch.arange(len(ids), device=ids.device).unsqueeze(1)
             patches = patches[clip, ids // (h * w), ids // w % h, ids % w]
         patches = patches.reshape(len(x), -1, self.proj.weight[0].numel())  # (N, K, C*t*p*p)
-        return F.linear(normalize(patches), self.proj.weight.flatten(1), self.proj.bias)
+        if patches.dtype == torch.uint8:
+            patches = normalize(patches).to(self.proj.weight.dtype)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def attend(qkv: Tensor) -> Tensor:
