@@ -53,7 +53,7 @@ def get_args_parser() -> flags.Parser:
     add("--cutmix_minmax", None, side, flags.share, action=flags.Range, nargs=2)
     add("--mixup_prob", 1.0, "probability of mixing a batch at all", flags.share)
     add("--mixup_switch_prob", 0.5, "probability of cutmix instead of mixup", flags.share)
-    text = "share of patches left out for speed; falls to 0 by a cosine"
+    text = "share of patches left out for speed; falls to 0 by a cosine, in steps of 0.01"
     add("--mask_ratio", 0.0, text, flags.share_below_1)
     flags.add_optim_args(parser)
     add = flags.adder(parser)

@@ -1,6 +1,7 @@
 """Plan a run: what limits it on 1 to 1,024 GPUs, and the hours and cost of every recipe.
 
-    python -m benchmarks.scaling                      the paper's system: 17 clips/s per A100
+    python -m benchmarks.scaling                      H200s (--compile, 128 clips per step)
+    python -m benchmarks.scaling --gpu_clips 17       the paper's system of A100s
     python -m benchmarks.scaling --gpu_clips 400 --loader_clips 47 28 --cores 16 --price 2.5
 
 Take the clips/s from benchmarks/step.py (ViT-L pre-training, 90 % masked; other models scale by
@@ -70,7 +71,7 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Plan a run", formatter_class=ArgumentDefaultsHelpFormatter)
     add = adder(parser)
     kinds = {"nargs": 2, "metavar": ("PRETRAIN", "FINETUNE")}
-    add("--gpu_clips", 17.0, "clips/s of one GPU, ViT-L", positive_float)
+    add("--gpu_clips", 727.0, "clips/s of one GPU, ViT-L", positive_float)
     add("--loader_clips", (46.0, 28.0), "clips/s of one CPU core", positive_float, **kinds)
     add("--cores", 10, "CPU cores per GPU that load videos", positive_int)
     add("--node_gpus", 8, "GPUs of a machine", positive_int)

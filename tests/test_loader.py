@@ -215,7 +215,7 @@ def test_workers_are_nicer_and_leave_the_trainers_objects_alone(videos, tmp_path
     own = os.getpriority(os.PRIO_PROCESS, 0)
     workers = [int(path.name) for path in tmp_path.iterdir()]
     niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in workers]
-    assert len(workers) == 2 and niceness == [min(own + 10, 19)] * 2
+    assert len(workers) == 2 and niceness == [min(own + 5, 19)] * 2
     counts = [int(path.read_text()) for path in tmp_path.iterdir()]
     assert min(counts) > len(gc.get_objects()) / 2
     assert gc.get_freeze_count() == frozen

@@ -475,7 +475,7 @@ def test_check_names_what_was_missed():
 
 def test_scaling_reproduces_the_papers_hours(capsys):
     """128 GPUs with 17 clips/s each take 24.5 h for 800 effective epochs of 240,000 videos."""
-    scaling.main(["--max_gpus", "128"])
+    scaling.main(["--max_gpus", "128", "--gpu_clips", "17"])
     table = capsys.readouterr().out.split("pretrain_vit_large")[1].split("pretrain_vit_huge")[0]
     last = table.strip().splitlines()[-1].split()
     assert last[0] == "128"

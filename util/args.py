@@ -160,7 +160,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
         "read at every step); 0: stop at the first"
     )
     add("--skip_nonfinite", 0, text, natural_int, metavar="N")
-    add("--compile", False, "compile the transformer blocks with torch.compile")
+    add("--compile", False, "compile blocks and loss with torch.compile")
     add("--grad_checkpointing", False, "recompute the blocks in the backward pass, to save memory")
 
 

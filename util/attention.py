@@ -24,15 +24,17 @@ from torch import Tensor
 # Of the fastest kernels on an H200, by hd: queries and keys of a tile, warps, pipeline stages
 Tile = tuple[int, int, int, int]
 TILES: dict[int, tuple[Tile, Tile, Tile]] = {  # forward; gradients of q; of k and v
-    32: ((64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 3)),
-    64: ((64, 32, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
+    32: ((64, 64, 4, 3), (64, 32, 4, 4), (32, 64, 4, 4)),
+    64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
 }
-MAX_TOKENS = {32: math.inf, 64: 512}  # beyond, PyTorch's kernels are faster
+MAX_TOKENS = {32: math.inf, 64: 512}  # beyond, PyTorch's kernels are as fast
 
 
 def fits(qkv: Tensor) -> bool:
     """Return whether the kernels take qkv [N, L, 3, nh, hd] and are faster than PyTorch's."""
-    if qkv.device.type != "cuda" or torch.version.hip or qkv.dtype == torch.float32:
+    if qkv.device.type != "cuda" or torch.version.hip:
+        return False
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
         return False
     if qkv.shape[1] > MAX_TOKENS.get(qkv.shape[-1], 0) or not qkv.is_contiguous():
         return False

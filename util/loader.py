@@ -215,7 +215,7 @@ def _cpu_quota() -> float:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
     gc.freeze()  # a collection would write to, and so copy, the pages shared with the trainer
-    os.nice(10)  # the trainer goes first: while it waits for a core, its GPU waits for kernels
+    os.nice(5)  # the trainer goes first: while it waits for a core, its GPU waits for kernels
     # Launchers send these signals to all processes, but the trainer needs its workers for its last
     # step. It ends them itself, and they end on their own if it dies.
     for number in STOP_SIGNALS:
@@ -269,7 +269,8 @@ class VideoLoader:
         # Only forked workers see the memory of this process. There are slots for the batches
         # made ahead, the one on its way to the device, the one in use, and a spare one.
         shared = workers == 0 or multiprocessing.get_start_method() == "fork"
-        slots, shape = workers * PREFETCH + 3 if shared else 0, (batch_size, *dataset.clips_shape)
+        slots = min(workers * PREFETCH, len(self)) + 3 if shared else 0
+        shape = batch_size, *dataset.clips_shape
         self.memory = BatchMemory(slots, shape, page_lock=self.device.type == "cuda")
         self.loader = DataLoader(
             _BatchReader(dataset, self.memory),

@@ -27,8 +27,6 @@ from util.signals import signals_restored
 FAILURES = {
     "^DataLoader worker": "a loader process was killed: memory or /dev/shm has probably run out; "
     "lower --num_workers or --batch_size, or give the container more with --shm-size",
-    "^(CUDA|HIP)( error:)? out of memory|CUBLAS_STATUS_ALLOC_FAILED": "the GPU's memory is full: "
-    "lower --batch_size; in training, --accum_iter makes up for it, --grad_checkpointing saves some",
     "[Tt]imed out waiting": "another rank did not answer within --dist_timeout",
     "Connection (closed|reset) by peer": "another rank is gone; its own message says why",
     "connectFullMesh failed": "another rank is gone, or cannot be reached from here: "
@@ -96,6 +94,10 @@ def explain(error: BaseException) -> UserError | None:
     if isinstance(error, (OSError, MemoryError)):
         return UserError(text or type(error).__name__, status=1)
     if isinstance(error, RuntimeError):
+        if re.search("^(CUDA|HIP)( error:)? out of memory|CUBLAS_STATUS_ALLOC_FAILED", text):
+            lower = "lower --batch_size (in training, --accum_iter makes up for it, and "
+            lower += "--grad_checkpointing saves memory)"
+            return UserError(f"the GPU's memory is full: {lower}: {text[:200]}", status=1)
         for pattern, happened in FAILURES.items():
             if re.search(pattern, text):
                 go_on = "the same command continues from the newest checkpoint"
