@@ -388,9 +388,18 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.startswith(warning)
 
 
-def test_full_memory_of_a_gpu_is_one_sentence(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "driver", "cuBLAS"],
+)
+def test_full_memory_of_a_gpu_is_one_sentence(capsys, error):
     with pytest.raises(SystemExit) as caught, run.ending("main_pretrain.py"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ...")
+        raise error
     assert caught.value.code == 1
     err = capsys.readouterr().err
     assert "error: the GPU's memory is full: lower --batch_size" in err and err.count("\n") == 1

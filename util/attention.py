@@ -15,6 +15,9 @@ log2(e) / sqrt(hd).
 """
 
 import math
+import os
+import shutil
+import sysconfig
 
 import torch
 import triton
@@ -28,11 +31,16 @@ TILES: dict[int, tuple[Tile, Tile, Tile]] = {  # forward; gradients of q; of k a
     64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
 }
 MAX_TOKENS = {32: math.inf, 64: 512}  # beyond, PyTorch's kernels are as fast
+# Triton builds a launcher for every kernel from C.
+HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+HAS_COMPILER &= os.path.exists(
+    os.path.join(sysconfig.get_paths("posix_prefix")["include"], "Python.h")
+)
 
 
 def fits(qkv: Tensor) -> bool:
     """Return whether the kernels take qkv [N, L, 3, nh, hd] and are faster than PyTorch's."""
-    if qkv.device.type != "cuda" or torch.version.hip:
+    if qkv.device.type != "cuda" or torch.version.hip or not HAS_COMPILER:
         return False
     if qkv.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -53,7 +61,8 @@ def _forward_op(qkv: Tensor) -> tuple[Tensor, Tensor]:
     norm = qkv.new_empty(N * nh, L, dtype=torch.float32)  # log2 of the sum of exponentials
     M, K, warps, stages = TILES[hd][0]
     tensors, sizes, grid = (qkv, output, norm), (L, nh, _scale(hd), hd), triton.cdiv(L, M) * N * nh
-    _attention_forward[(grid,)](*tensors, *sizes, M, K, stages, num_warps=warps)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        _attention_forward[(grid,)](*tensors, *sizes, M, K, stages, num_warps=warps)
     return output, norm
 
 
@@ -64,12 +73,13 @@ def _backward_op(qkv: Tensor, output: Tensor, norm: Tensor, gradient: Tensor) ->
     inner = torch.empty_like(norm)  # products of output and gradient; the first kernel writes them
     sizes = L, nh, _scale(hd), hd**-0.5, hd
     _, (M, K, warps, stages), (M2, K2, warps2, stages2) = TILES[hd]
-    grid = (triton.cdiv(L, M) * N * nh,)
-    tensors = qkv, output, gradient, norm, inner, result
-    _attention_gradient_of_q[grid](*tensors, *sizes, M, K, stages, num_warps=warps)
-    grid = (triton.cdiv(L, K2) * N * nh,)
-    tensors = qkv, gradient, norm, inner, result
-    _attention_gradients_of_kv[grid](*tensors, *sizes, M2, K2, stages2, num_warps=warps2)
+    with torch.cuda.device_of(qkv):
+        grid = (triton.cdiv(L, M) * N * nh,)
+        tensors = qkv, output, gradient, norm, inner, result
+        _attention_gradient_of_q[grid](*tensors, *sizes, M, K, stages, num_warps=warps)
+        grid = (triton.cdiv(L, K2) * N * nh,)
+        tensors = qkv, gradient, norm, inner, result
+        _attention_gradients_of_kv[grid](*tensors, *sizes, M2, K2, stages2, num_warps=warps2)
     return result
 
 
