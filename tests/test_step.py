@@ -1,6 +1,7 @@
 """Test what makes a step faster or smaller, and the benchmarks that measure it."""
 
 import argparse
+import collections
 import itertools
 import math
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_finetune
 import models_mae
@@ -89,6 +91,30 @@ def test_a_step_on_a_gpu_reads_nothing_back():
         assert count_confusions(labels, logits.argmax(dim=1), 5).device == gpu
         with pytest.raises(DataDependentOutputException):
             loss.item()  # as the docstring says
+
+
+class Operators(TorchDispatchMode):
+    """Count the operators that run, those of the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[str(operator.overloadpacket)] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_copies_no_packed_gradients_and_adds_no_tokens_one_by_one():
+    """Before, every block cloned the gradients of q, k and v, and scatter_add summed all tokens."""
+    model = autoencoder()
+    with Operators() as operators:
+        model(clips(), 0.75)[0].backward()
+    counts = operators.counts
+    blocks = len(model.blocks) + len(model.decoder_blocks)
+    assert counts["aten.stack"] == blocks + 1, "the frames that are predicted are stacked, too"
+    assert counts["aten.clone"] < blocks
+    assert counts["aten.scatter_add"] == 0
 
 
 # --- activation checkpointing and compilation
