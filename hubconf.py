@@ -1,8 +1,8 @@
 """Models for torch.hub: torch.hub.load("OWNER/REPO", "mae_vit_large_patch16", pretrained="k400").
 
 `pretrained` is the name of a data set with released weights (k400, k600, k700; ViT-L and ViT-H), or
-the path or address of a checkpoint in a format that util/weights.py reads. Clips are float
-[N, 3, T, H, W], normalised by mean 0.45 and standard deviation 0.225;
+the path or address of a checkpoint in a format that util/weights.py reads. Clips are uint8
+[N, 3, T, H, W], or float, normalised by mean 0.45 and standard deviation 0.225;
 `model.forward_features(clips)` returns their patch tokens [N, L, D].
 """
 

@@ -230,6 +230,34 @@ def test_our_kernels_compute_attention_and_its_gradients(monkeypatch):
     assert run.returncode == 0, run.stderr.decode()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "channels", "changes", "expected"),
+    [
+        (torch.bfloat16, 1569, 32, {}, True),
+        (torch.float16, 157, 64, {}, True),
+        (torch.bfloat16, 1569, 64, {}, False),
+        (torch.bfloat16, 157, 80, {}, False),
+        (torch.float32, 157, 32, {}, False),
+        (torch.float64, 157, 32, {}, False),
+        (torch.bfloat16, 157, 32, {"HAS_COMPILER": False}, False),
+        (torch.float16, 157, 32, {"major": 7}, False),
+    ],
+)
+def test_our_kernels_are_for_half_precision_on_gpus(
+    monkeypatch, dtype, tokens, channels, changes, expected
+):
+    pytest.importorskip("triton")
+    from util import attention
+
+    gpu = argparse.Namespace(major=changes.get("major", 9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(attention, "HAS_COMPILER", changes.get("HAS_COMPILER", True))
+    shape = (2, tokens, 3, 2, channels)
+    assert not attention.fits(torch.empty(shape, dtype=dtype))
+    with FakeTensorMode():
+        assert attention.fits(torch.empty(shape, dtype=dtype, device="cuda")) == expected
+
+
 # --- decoding a part of the removed patches
 
 

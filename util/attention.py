@@ -6,8 +6,8 @@ The scores never leave the chip (FlashAttention-2, arXiv 2307.08691): the forwar
 the keys, a tile at a time, with a running softmax; the backward pass computes the scores again,
 once for the gradients of queries and once for those of keys and values. Nothing is added up by
 atomic operations, so results are the same in every run. With the narrow heads of the paper's
-decoder this is 1.5 times as fast as PyTorch's best kernel, and with the encoder's few visible
-tokens 1.9 times (benchmarks/RESULTS.md): tiles are small, and gradients are written where the
+decoder this is 1.4 times as fast as PyTorch's best kernel, and with the encoder's few visible
+tokens 1.6 times (benchmarks/RESULTS.md): tiles are small, and gradients are written where the
 product for q, k and v needs them.
 
 Shapes: N clips, L tokens, nh heads, hd channels of a head. Exponentials are powers of 2: `scale` is
