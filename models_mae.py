@@ -246,8 +246,8 @@ class MaskedAutoencoderViT(Encoder):
         # Inverting ids_restore gives noise order: visible patches first, then the removed ones.
         # Attention does not depend on the order, so there is no need to restore it.
         ids = ids_restore.argsort(dim=1)[:, : K + M]
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(N, M, -1)], dim=1)  # (N, K + M, D)
-        x = torch.cat([*first, x + F.embedding(ids, pos.squeeze(0))], dim=1)
+        pos = F.embedding(ids, pos.squeeze(0))  # (N, K + M, D)
+        x = torch.cat([*first, x + pos[:, :K], self.mask_token + pos[:, K:]], dim=1)
         x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
 
         # Put the M predictions in their places.

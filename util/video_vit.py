@@ -157,7 +157,7 @@ class Encoder(nn.Module):
     cls_token: nn.Parameter
     patch_embed: PatchEmbed
     grad_checkpointing = False
-    compiled = False
+    compiled = False  # whether compile_blocks was called
 
     def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Embed all patches, or ids_keep [N, K], with positions -> [N, (class +) L or K, D]."""
