@@ -9,22 +9,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from util.errors import UserError
 from util.pos_embed import Grid
+from util.video_vit import POOLS, TARGETS
 
 OURS = "MAE"  # names of this project and of the reference implementation
 PYSLOWFAST = "PySlowFast"
 FIRST_RELEASE = "first release"
 IMAGE_MAE = "image MAE"
-VIDEOMAE, HF_VIDEOMAE = "VideoMAE", "Hugging Face VideoMAE"
+VIDEOMAES = VIDEOMAE, HF_VIDEOMAE = "VideoMAE", "Hugging Face VideoMAE"
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors cannot say
@@ -36,14 +38,18 @@ HEADS_OF_WIDTH = {640: 8, 1280: 16, 1408: 16}
 
 DECODER_ARGUMENTS = """
     decoder_embed_dim decoder_depth decoder_num_heads decoder_sep_pos_embed cls_through_decoder
-    strided_targets norm_pix_loss pred_t_dim
+    strided_targets pred_t_dim target target_norm
 """.split()
+HEAD_ARGUMENTS = ("num_classes", "pool")
 CLIP_SIZE = {"num_frames", "img_size"}
-# These follow from the shapes of tensors, whatever a file records.
+# These follow from the names and shapes of tensors, whatever a file records.
 SHAPE_ARGUMENTS = """
-    num_frames img_size t_patch_size patch_size in_chans embed_dim depth num_classes
-    decoder_embed_dim decoder_depth
+    num_frames img_size t_patch_size patch_size in_chans embed_dim depth num_classes mlp_ratio
+    decoder_embed_dim decoder_depth pred_t_dim
 """.split()
+TARGET_OF = dict.fromkeys(VIDEOMAES, "channel")  # normalised targets; others': "patch"
+CHOICES = {"target": TARGETS, "pool": POOLS}
+MAX_TOKENS = 2**16  # of positions that are computed from recorded sizes
 
 
 def _table(text: str) -> dict[str, str]:
@@ -57,15 +63,32 @@ HF_CONFIG = _table("""
     num_channels=in_chans hidden_size=embed_dim decoder_hidden_size=decoder_embed_dim
     num_hidden_layers=depth decoder_num_hidden_layers=decoder_depth
     num_attention_heads=num_heads decoder_num_attention_heads=decoder_num_heads
-    layer_norm_eps=layer_norm_eps norm_pix_loss=norm_pix_loss
+    layer_norm_eps=layer_norm_eps
 """)
 # Flags of training runs, the same way.
 FLAGS = _table("""
-    num_frames=num_frames input_size=img_size decoder_num_heads=decoder_num_heads
-    norm_pix_loss=norm_pix_loss
+    num_frames=num_frames input_size=img_size decoder_num_heads=decoder_num_heads target=target
 """)
+# Records of whether targets are normalised: by MAE and Hugging Face, VideoMAE, PySlowFast.
+NORMALISED = ("norm_pix_loss", "normlize_target", "MASK.NORM_PRED_PIXEL")
+# Entries of PySlowFast's cfg, the same way; those of the second table only repeat the tensors.
+CFG = _table("""
+    DATA.NUM_FRAMES=num_frames DATA.TRAIN_CROP_SIZE=img_size MVIT.NUM_HEADS=num_heads
+    MVIT.USE_FIXED_SINCOS_POS=sincos_pos_embed
+""")
+CFG_OF_TENSORS = _table("""
+    MVIT.EMBED_DIM=embed_dim MVIT.DEPTH=depth MVIT.CLS_EMBED_ON=cls_embed
+    MASK.DECODER_EMBED_DIM=decoder_embed_dim MASK.DECODER_DEPTH=decoder_depth
+""")
+# Switches of that cfg that change what the encoder, and what only the decoder computes.
+CFG_OF_ENCODER = """
+    NORM_STEM REL_POS_SPATIAL REL_POS_TEMPORAL REV.ENABLE PATCH_2D DIM_MUL HEAD_MUL POOL_Q_STRIDE
+    POOL_KV_STRIDE POOL_KV_STRIDE_ADAPTIVE
+""".split()
+CFG_OF_DECODER = ("PRED_HOG", "DEC_KV_KERNEL", "DEC_KV_STRIDE")
 # files of a Hugging Face folder: the weights (one of these), and the configs beside them
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+HF_WEIGHTS += tuple(f"{name}.index.json" for name in HF_WEIGHTS)  # of several files
 HF_FILES = ("config.json", "preprocessor_config.json")
 
 # Other projects' names = ours. Reading applies them in this order; writing swaps the two sides.
@@ -82,22 +105,35 @@ HF_NAMES = _table("""
 """)
 PYSLOWFAST_NAMES = _table("""
     pred_head.transforms.0.=decoder_blocks. pred_head.projections.0.=decoder_pred.
-    head.projection.=head.
+    head.projection.=head. dec_pos_embed_=decoder_pos_embed_
 """)
 VIDEOMAE_NAMES = _table("""
     decoder.blocks.=decoder_blocks. encoder.= .attn.q_bias=.attn.q.bias .attn.v_bias=.attn.v.bias
 """)
 RENAMES = {"videomae.": "", "layernorm.": "norm.", "fc_norm.": "norm."}
+RENAMES |= {".ls1.gamma": ".gamma_1", ".ls2.gamma": ".gamma_2"}
 RENAMES |= HF_NAMES | PYSLOWFAST_NAMES | VIDEOMAE_NAMES
 # PySlowFast numbers the decoder norm as if it were one more block
 DECODER_NORM = re.compile(r"^decoder_blocks\.\d+\.(weight|bias)$")
 OUR_NAMES = re.compile(
     r"(decoder_)?cls_token|mask_token|(decoder_)?pos_embed(_spatial|_temporal|_class)?|"
     r"(patch_embed\.proj|(decoder_)?norm|decoder_embed|decoder_pred|head|"
-    r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.(q|k|v|proj)|mlp\.fc[12]))\.(weight|bias)"
+    r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.(q|k|v|proj)|mlp\.fc[12]))\.(weight|bias)|"
+    r"(decoder_)?blocks\.\d+\.gamma_[12]"  # layer scale, which fold_layer_scale removes
 )
+# What tensors without a place here are called in the projects that have them.
+SWITCHES = {
+    "scale$": "cosine attention",
+    "norm_embed|patch_embed.norm": "a norm in the stem, MVIT.NORM_STEM",
+    "rel_pos|relative_position": "relative positions, MVIT.REL_POS_SPATIAL and REL_POS_TEMPORAL",
+    "[qk]_norm|norm_[qk]": "a norm of queries and keys",
+    "pool_|blocks.[0-9]+.proj": "a multi-scale transformer such as MViT or Hiera",
+    "reg_token|register": "register tokens",
+    "w12|w3": "a gated MLP",
+}
 WRAPPERS = ("model", "model_state", "module", "state_dict")
-PREFIXES = re.compile(r"^((module|backbone)\.)+")  # what training wrappers put before a name
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema")
+PREFIXES = re.compile(r"^((module|backbone|model)\.)+")  # what training wrappers put before a name
 # "encoder." is also such a prefix, except in VideoMAE's files, which have one of these names
 OWN_ENCODER = re.compile(r"decoder\.|encoder_to_decoder\.|encoder\.layer\.")
 KERNEL, KERNEL_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
@@ -139,8 +175,7 @@ class Weights:
     @property
     def predicts_unit_pixels(self) -> bool:
         """Whether the decoder predicts pixels from 0 to 1, as VideoMAE's does."""
-        is_videomae = self.source in (VIDEOMAE, HF_VIDEOMAE)
-        return is_videomae and self.arguments.get("norm_pix_loss") is False
+        return self.source in VIDEOMAES and self.arguments.get("target") == "pixels"
 
     def autoencoder_arguments(self, **overrides: Any) -> dict[str, Any]:
         """Return the arguments of the file's MaskedAutoencoderViT; overrides replace some of them.
@@ -151,7 +186,7 @@ class Weights:
         if "num_frames" in overrides and self.has_decoder:
             predicted = self.arguments["pred_t_dim"] * overrides["num_frames"]
             overrides = {"pred_t_dim": int(predicted / self.arguments["num_frames"])} | overrides
-        return self._without(["num_classes"], overrides)
+        return self._without(HEAD_ARGUMENTS, overrides)
 
     def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
         """Return the arguments of the file's VisionTransformer; see autoencoder_arguments."""
@@ -191,28 +226,49 @@ def num_heads(width: int) -> int:
 
 def is_decoder(name: str) -> bool:
     """Return whether a parameter belongs to the decoder."""
-    return name.startswith("decoder_") or name == "mask_token"
+    return name.startswith(("decoder", "mask_token", "pred_head."))
+
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter belongs to a classification head."""
+    return re.match(r"(\w*_)?head\w*\.", name) is not None
 
 
 # --- names ----------------------------------------------------------------------------------------
 
 
-def unwrap(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
+def unwrap(
+    checkpoint: dict[str, Any], path: str, use_ema: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return a checkpoint's tensors under the file's names, without prefixes of training wrappers.
+
+    The second result names tensors of other modules. With use_ema, the tensors are the moving
+    average of the weights.
 
     Raises UserError when there are none, or some are not plain tensors.
     """
-    inner = checkpoint
+    average = next((k for k in AVERAGES if isinstance(checkpoint.get(k), dict)), "")
+    if use_ema and not average:
+        raise UserError(f"{path} holds no moving average of its weights: leave --use_ema out")
+    inner = checkpoint[average] if use_ema else checkpoint
     while wrapper := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
         inner = inner[wrapper]
     state = {k: v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
-        raise UserError(f"{path} holds no weights; its keys are {', '.join(map(str, checkpoint))}")
+        hint = f"; --use_ema reads {average}" if average and not use_ema else ""
+        keys = ", ".join(map(str, checkpoint))
+        raise UserError(f"{path} holds no weights; its keys are {keys}{hint}")
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise UserError(f"{path} has a tensor that is sparse, quantised or empty: {name}")
-    names = [name.replace("_orig_mod.", "") for name in state]
-    return dict(zip(_without_prefixes(names), state.values(), strict=True))
+
+    # Lightning saves the model beside losses and metrics, PyTorch's average a counter
+    is_lightning = any(name.startswith("model.") for name in state)
+    others = [name for name in state if is_lightning and not name.startswith("model.")]
+    others += ["n_averaged"] if "n_averaged" in state else []
+    kept = {k.replace("_orig_mod.", ""): v for k, v in state.items() if k not in others}
+    names = _without_prefixes(list(kept))
+    return {name: v for name, v in zip(names, kept.values(), strict=True)}, others
 
 
 def _without_prefixes(names: list[str]) -> list[str]:
@@ -242,14 +298,16 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     converted: dict[str, str] = {}
     for theirs, tensor in state.items():
         name = DECODER_NORM.sub(r"decoder_norm.\1", rename(theirs, RENAMES))
-        if ".attn.qkv." not in name:
-            renamed[name] = tensor
-            continue
-        if len(tensor) % 3:
-            raise ValueError(f"{theirs} has {len(tensor)} rows, not q, k and v of one width")
-        for part, value in zip("qkv", tensor.chunk(3), strict=True):
-            renamed[name.replace("qkv", part)] = value
-            converted[name.replace("qkv", part)] = "split from qkv"
+        parts = {name: tensor}
+        if ".attn.qkv." in name:
+            if len(tensor) % 3:
+                raise ValueError(f"{theirs} has {len(tensor)} rows, not q, k and v of one width")
+            thirds = zip("qkv", tensor.chunk(3), strict=True)
+            parts = {name.replace("qkv", part): value for part, value in thirds}
+            converted |= dict.fromkeys(parts, "split from qkv")
+        if twice := renamed.keys() & parts.keys():
+            raise ValueError(f"{theirs} and another tensor are both {min(twice)} here")
+        renamed |= parts
     zeros = {k.replace(".q.", ".k."): v for k, v in renamed.items() if k.endswith(".attn.q.bias")}
     if "encoder_to_decoder.weight" in state:
         zeros["decoder_embed.bias"] = state["encoder_to_decoder.weight"][:, 0]
@@ -261,23 +319,79 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under our parameter names; see unwrap for errors."""
-    return our_names(unwrap(checkpoint, path))[0]
+    return our_names(unwrap(checkpoint, path)[0])[0]
 
 
-def find_source(state: dict[str, Tensor]) -> str:
-    """Return the format of a file, from its names and shapes."""
+def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
+    """Return the format of a file, from its names and shapes and PySlowFast's cfg."""
     names = " ".join(state)
     if "layernorm_before" in names:
         return HF_VIDEOMAE
     if "q_bias" in names or "encoder_to_decoder" in names:
         return VIDEOMAE
-    if "pred_head." in names or "head.projection." in names:
+    if "fc_norm." in names and "pos_embed" not in names:  # VideoMAE without biases of q and v
+        return VIDEOMAE
+    if "pred_head." in names or "head.projection." in names or "MVIT.DEPTH" in cfg:
         return PYSLOWFAST
     if KERNEL in state and state[KERNEL].ndim == 4:
         return IMAGE_MAE
     if "pos_embed" in state and "cls_token" not in state and ".attn.qkv." in names:
         return FIRST_RELEASE
     return OURS
+
+
+def keep_understood(
+    state: dict[str, Tensor], cfg: dict[str, Any], path: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out a decoder or a head of which a part has no place here; say so in notes.
+
+    Raises UserError if a part of the encoder has none: its model computes something else.
+    """
+    switches = {f"MVIT.{name}": cfg.get(f"MVIT.{name}") for name in CFG_OF_ENCODER}
+    reasons = [f"{name} {value}" for name, value in switches.items() if _is_on(value)]
+    stride = cfg.get("MVIT.PATCH_STRIDE")
+    if stride and cfg.get("MVIT.PATCH_KERNEL", stride) != stride:
+        reasons.append(f"MVIT.PATCH_KERNEL {cfg['MVIT.PATCH_KERNEL']} and PATCH_STRIDE {stride}")
+    if cfg.get("MVIT.USE_MEAN_POOLING", True) is cfg.get("MVIT.CLS_EMBED_ON", True) is False:
+        reasons.append("MVIT.USE_MEAN_POOLING False without a class token")
+    if reasons:
+        raise UserError(f"{path} was trained with {' and '.join(reasons)}, which models here lack")
+
+    unknown = [name for name in state if not OUR_NAMES.fullmatch(name)]
+    decoder = [name for name in unknown if is_decoder(name)]
+    decoder += [f"MASK.{name}" for name in CFG_OF_DECODER if _is_on(cfg.get(f"MASK.{name}"))]
+    head = [name for name in unknown if is_head(name) and not is_decoder(name)]
+    if encoder := [name for name in unknown if name not in (*decoder, *head)]:
+        what = next((f" ({text})" for k, text in SWITCHES.items() if re.search(k, encoder[0])), "")
+        raise UserError(f"{path} has {encoder[0]}{what}, for which models here have no place")
+    notes = []
+    for part, odd, belongs in (("decoder", decoder, is_decoder), ("head", head, is_head)):
+        if odd:
+            notes.append(f"its {part} has {odd[0]}, which models here lack, and is left out")
+            state = {k: v for k, v in state.items() if not belongs(k)}
+    return state, notes
+
+
+def _is_on(value: Any) -> bool:
+    """Return whether a switch of PySlowFast is on: true, or lists of strides or factors above 1."""
+    if isinstance(value, list):
+        return any(_is_on(x[1:] if isinstance(x, list) else x) for x in value)  # x[0]: the layer
+    return value is True or (isinstance(value, int | float) and value > 1)
+
+
+def fold_layer_scale(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Multiply the last layer of every branch of a block by the branch's layer scale.
+
+    The second result says which tensors this made.
+    """
+    folded = {}
+    for name in [k for k in state if ".gamma_" in k]:
+        layer = name.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            rows = (state[name].double() * state[key].double().T).T
+            folded[key] = rows.to(state[key].dtype)
+    state = {k: v for k, v in state.items() if ".gamma_" not in k} | folded
+    return state, dict.fromkeys(folded, "layer scale folded in")
 
 
 # --- the model of a file --------------------------------------------------------------------------
@@ -312,7 +426,7 @@ def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
         needed.append("decoder_embed.weight")
     if "pos_embed_spatial" in state or "pos_embed_temporal" in state:
         needed += ["pos_embed_spatial", "pos_embed_temporal"]
-    elif "pos_embed" not in state and source not in (VIDEOMAE, HF_VIDEOMAE):
+    elif "pos_embed" not in state and source not in VIDEOMAES:
         raise UserError(f"{path} has no position embeddings; without them it cannot be used")
     if missing := [name for name in needed if name not in state]:
         raise UserError(f"{path} lacks {', '.join(missing)}: the checkpoint is incomplete")
@@ -336,25 +450,49 @@ def _as_dict(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
+def read_cfg(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return PySlowFast's configuration in a file as {"MVIT.DEPTH": 24, ...}, {} without one."""
+    cfg = checkpoint.get("cfg")
+    try:
+        cfg = yaml.safe_load(cfg) if isinstance(cfg, str) else cfg
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} has a damaged cfg: {str(error).splitlines()[0]}") from error
+
+    def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in section.items():
+            deeper = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+            yield from deeper or [(f"{prefix}{key}", value)]
+
+    return dict(flat(_as_dict(cfg), ""))
+
+
 def read_records(
-    checkpoint: dict[str, Any], source: str, path: str, config: dict[str, Any]
+    checkpoint: dict[str, Any], source: str, path: str, config: dict[str, Any], cfg: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
     """Return what a file or its Hugging Face config records: unchecked arguments, mean, std."""
     if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
         raise UserError(f"{path} has the activation {config['hidden_act']}; models here use gelu")
-    flags = checkpoint_args(checkpoint)
-    records = {argument: flags[name] for name, argument in FLAGS.items() if name in flags}
-    records |= {argument: config[name] for name, argument in HF_CONFIG.items() if name in config}
+    written, flags = _written(checkpoint), checkpoint_args(checkpoint)
+    arguments = _as_dict(written.get("arguments")) | _as_dict(checkpoint.get("arguments"))
+    records: dict[str, Any] = {}
+    for table, said in ((FLAGS, flags), (HF_CONFIG, config), (CFG, cfg)):
+        records |= {ours: said[theirs] for theirs, ours in table.items() if theirs in said}
+    said = flags | config | cfg | arguments
+    normalised = [said[name] for name in NORMALISED if isinstance(said.get(name), bool)]
+    if normalised and not records.get("target"):
+        records["target"] = TARGET_OF.get(source, "patch") if normalised[-1] else "pixels"
+    if isinstance(cfg.get("MVIT.USE_MEAN_POOLING"), bool):
+        records["pool"] = "mean" if cfg["MVIT.USE_MEAN_POOLING"] else "cls"
     if isinstance(config.get("image_size"), list):
         records["img_size"], width = config["image_size"]
         if records["img_size"] != width:
             raise UserError(f"{path} has frames that are not square: {config['image_size']}")
-    written = _written(checkpoint)
-    records |= _as_dict(written.get("arguments")) | _as_dict(checkpoint.get("arguments"))
+    records |= arguments
     mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
+    mean, std = mean or cfg.get("DATA.MEAN"), std or cfg.get("DATA.STD")
     if config.get("do_normalize") is False:
         mean, std = 0.0, 1.0
-    if source in (IMAGE_MAE, VIDEOMAE, HF_VIDEOMAE):
+    if source in (IMAGE_MAE, *VIDEOMAES):
         mean, std = _per_channel(mean) or IMAGENET[0], _per_channel(std) or IMAGENET[1]
     return records, _per_channel(mean), _per_channel(std)
 
@@ -393,6 +531,8 @@ def _is_like(value: Any, found: Any) -> bool:
     """Return whether a recorded argument is valid: it is then used instead of the one found."""
     if isinstance(found, bool) or isinstance(value, bool):
         return isinstance(found, bool) and isinstance(value, bool)
+    if isinstance(found, str):
+        return any(value in choices for choices in CHOICES.values() if found in choices)
     return isinstance(value, (int, float) if isinstance(found, float) else int) and value > 0
 
 
@@ -412,6 +552,8 @@ def _find_grid(
     frames, pixels = (size if _is_like(size, 1) else None for size in sizes)
     usual = ((frames or NUM_FRAMES) // t_patch, (pixels or IMG_SIZE) // p)
     if "pos_embed" not in state:  # VideoMAE computes its positions
+        if (count := usual[0] * usual[1] ** 2) > MAX_TOKENS:
+            raise ValueError(f"it records clips of {count:,} tokens")
         return usual, bool(frames and pixels), ""
     # joint positions: all grids with this many tokens that do not contradict the records
     patches = state["pos_embed"].shape[1] - int(cls_embed)
@@ -434,7 +576,7 @@ def find_arguments(
     """Find arguments, stated and doubt of Weights: from shapes, records and format defaults."""
     D, C, t_patch, p, _ = state[KERNEL].shape
     hidden = len(state[FC1])
-    is_videomae = source in (VIDEOMAE, HF_VIDEOMAE)
+    computes_positions = source in VIDEOMAES and "pos_embed" not in state
     cls_embed = records.get("cls_embed")
     cls_embed = cls_embed if isinstance(cls_embed, bool) else "cls_token" in state
     (t, side), is_stated, doubt = _find_grid(state, records, cls_embed, path)
@@ -451,12 +593,12 @@ def find_arguments(
         "num_frames": t * t_patch,
         "t_patch_size": t_patch,
         "no_qkv_bias": not any(k.endswith((".attn.q.bias", ".attn.v.bias")) for k in state),
-        "sep_pos_embed": "pos_embed" not in state and not is_videomae,
+        "sep_pos_embed": "pos_embed" not in state and not computes_positions,
         "cls_embed": cls_embed,
-        "sincos_pos_embed": is_videomae or source == FIRST_RELEASE,
+        "sincos_pos_embed": computes_positions or source == FIRST_RELEASE,
     }
     if "head.weight" in state:
-        arguments["num_classes"] = len(state["head.weight"])
+        arguments |= {"num_classes": len(state["head.weight"]), "pool": "mean"}
     if "decoder_embed.weight" in state:
         width = len(state["decoder_embed.weight"])
         has_sixteen = source in (OURS, FIRST_RELEASE, IMAGE_MAE) and width % 16 == 0
@@ -469,13 +611,14 @@ def find_arguments(
             "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
             "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
             "strided_targets": source == PYSLOWFAST,
-            "norm_pix_loss": not raw_pixels,
+            "target": "pixels" if raw_pixels else TARGET_OF.get(source, "patch"),
             "pred_t_dim": max(1, pred // (p * p * C)) * t,
         }
     stated = {
         k for k in arguments.keys() - SHAPE_ARGUMENTS if _is_like(records.get(k), arguments[k])
     }
     arguments |= {k: records[k] for k in stated}
+    arguments["sincos_pos_embed"] &= not arguments["sep_pos_embed"]
     return arguments, stated | (CLIP_SIZE if is_stated else set()), doubt
 
 

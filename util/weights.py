@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import IO, Any
@@ -23,13 +24,24 @@ from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, forget, is_remote, open_file, refuse_other_kinds
-from util.formats import HF_VIDEOMAE, IMAGE_MAE, KERNEL, KERNEL_BIAS, VIDEOMAE, Weights, token_grid
+from util.formats import (
+    HF_VIDEOMAE,
+    IMAGE_MAE,
+    KERNEL,
+    KERNEL_BIAS,
+    PYSLOWFAST,
+    VIDEOMAES,
+    Weights,
+    is_decoder,
+    is_head,
+    token_grid,
+)
 from util.pos_embed import Grid, resize_kernel, sincos_pos_embed
 from util.video.transforms import MEAN, STD
 
 MODEL_FLAGS = """
     input_size num_frames sampling_rate sampling t_patch_size sep_pos_embed sincos_pos_embed
-    cls_embed no_qkv_bias num_classes
+    cls_embed no_qkv_bias num_classes pool
 """.split()
 
 # errors from using names, shapes and records that make no sense
@@ -38,26 +50,31 @@ SINCOS = "VideoMAE's sine-cosine table"
 # flags that decide which tensors a model has, and what --model decides of their shapes
 WHOLE = ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed")
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
+CLASS_TOKEN = ("cls_token", "pos_embed_class")  # may be left out, if a model has none
 NO_CLASS_ROW = "the class token's row is missing and left as drawn"
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file on the CPU without running code from it.
+def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file on the CPU without running code from it, unless it is trusted.
 
     Args:
-        path: a path, an address, or the name of a released checkpoint; PyTorch's format or
-            .safetensors, which gives {"model": tensors, "metadata": the header's strings}.
+        path: a path, an address, or the name of a released checkpoint; PyTorch's format,
+            .safetensors, which gives {"model": tensors, "metadata": the header's strings}, or the
+            .index.json of a Hugging Face model in several files.
         mmap: map a local or downloaded file into memory: what is never used stays on the disk.
             Its tensors are views of the file, valid until it is overwritten in place. PyTorch's
             format of before 2020 cannot be mapped and is read whole.
+        trust: build what the file asks for besides tensors and plain data, which may run any code.
 
     Raises:
         UserError: the file is missing, damaged, not a checkpoint, or asks to run code.
     """
     if not is_remote(path) and os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the checkpoint file in it")
+    if path.endswith(".index.json"):
+        return _read_parts(path, mmap)
     local = fetch(path)
     with open_file(local, "rb") as file:
         start = file.read(64)
@@ -69,11 +86,14 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
             mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
             source = local if mmap else file
             with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(source, "cpu", weights_only=True, mmap=mmap)
+                checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
         except Exception as error:  # torch's readers raise errors of every kind for damaged files
             if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                entries = "".join(f", in its entry {name}" for name in _entries_with_code(file))
                 raise UserError(
-                    f"{path} is not loaded: it asks to run code ({code[1]}), not only for weights"
+                    f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
+                    "weights; if you trust the file, keep what is plain data: "
+                    f"python -m util.convert {path} OUT --to safetensors --trust"
                 ) from error
             reason = (str(error).splitlines() or ["empty file"])[0]
             if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
@@ -83,6 +103,41 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+class _Inert:
+    """Stand for an object of any class, without running its code."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _entries_with_code(file: IO) -> list[str]:
+    """Find the entries of a checkpoint with more than plain data; [] if they cannot be told."""
+    names: list[str] = []
+    while True:
+        file.seek(0)
+        inert = [(_Inert, name) for name in names]
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace, *inert]):
+                content = torch.load(file, "cpu", weights_only=True)
+            return [str(k) for k, value in content.items() if _holds_inert(value)]
+        except Exception as error:
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if not code or code[1] in names:
+                return []
+            names.append(code[1])
+
+
+def _holds_inert(value: Any) -> bool:
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    inner = value.values() if isinstance(value, dict) else value
+    is_nested = isinstance(value, dict | list | tuple | set)
+    return isinstance(value, _Inert) or (is_nested and any(map(_holds_inert, inner)))
 
 
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
@@ -96,7 +151,31 @@ def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
     return {"model": tensors, "metadata": header.get("__metadata__", {})}
 
 
-def read_weights(path: str) -> Weights:
+def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
+    """Read the files that an index of Hugging Face lists."""
+    places = _read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{path} lists no files")
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(map(str, places.values()))):
+        if os.path.basename(name) != name:
+            raise UserError(f"{path} lists {name}, which is not a file beside it")
+        part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
+        tensors |= part.get("model", part)
+    if lacking := [name for name in places if name not in tensors]:
+        raise UserError(f"{path} lists tensors that its files lack: {some(lacking)}")
+    return {"model": tensors}
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    with open_file(fetch(path), "rb") as file:
+        try:
+            return {} | json.load(file)
+        except (TypeError, ValueError) as error:  # TypeError: not a dict
+            raise UserError(f"{path} is damaged: {error}") from error
+
+
+def read_weights(path: str, use_ema: bool = False, trust: bool = False) -> Weights:
     """Read a checkpoint of any known format under this project's names.
 
     Local files are mapped (see read_checkpoint): load the tensors into a model, which copies them,
@@ -104,15 +183,17 @@ def read_weights(path: str) -> Weights:
 
     Args:
         path: a path, an address, the name of a released checkpoint, or a Hugging Face folder.
+        use_ema: read the moving average of the weights; UserError if the file has none.
+        trust: see read_checkpoint.
     """
-    weights = _read(*_versioned(path))
+    weights = _read(*_versioned(path), use_ema, trust)
     _read.cache_clear()  # the caller may change them
     return weights
 
 
 @functools.lru_cache(maxsize=1)
-def _read(path: str, version: tuple[int, ...]) -> Weights:
-    return interpret(read_checkpoint(path, mmap=True), path)
+def _read(path: str, version: tuple[int, ...], use_ema: bool, trust: bool) -> Weights:
+    return interpret(read_checkpoint(path, mmap=True, trust=trust), path, use_ema)
 
 
 def _versioned(path: str) -> tuple[str, tuple[int, ...]]:
@@ -128,12 +209,14 @@ def _configs_beside(path: str) -> list[str]:
     return [config for config in beside if os.path.isfile(config)]
 
 
-def checkpoint_flags(path: str, names: Sequence[str] = MODEL_FLAGS) -> list[str]:
+def checkpoint_flags(
+    path: str, names: Sequence[str] = MODEL_FLAGS, use_ema: bool = False
+) -> list[str]:
     """Return the named flags of a checkpoint's model and clips, as on a command line.
 
     The weights stay in memory for the next read_weights of the same path.
     """
-    weights = _read(*_versioned(path))
+    weights = _read(*_versioned(path), use_ema, False)
     values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
     if weights.doubt:  # the user must give them
         values |= {"input_size": None, "num_frames": None}
@@ -155,7 +238,7 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 # --- understanding --------------------------------------------------------------------------------
 
 
-def interpret(checkpoint: dict[str, Any], path: str) -> Weights:
+def interpret(checkpoint: dict[str, Any], path: str, use_ema: bool = False) -> Weights:
     """Interpret the contents of a checkpoint file of any known format.
 
     Hints in its name and Hugging Face's files beside it complete what the file does not record.
@@ -164,29 +247,25 @@ def interpret(checkpoint: dict[str, Any], path: str) -> Weights:
         UserError: it holds no vision transformer, or tensors that are incomplete or make no sense.
     """
     try:
-        return _interpret(checkpoint, path)
+        return _interpret(checkpoint, path, use_ema)
     except ODD as odd:
         reason = (str(odd).splitlines() or [type(odd).__name__])[0]
         raise UserError(f"{path} is damaged or not a known checkpoint: {reason}") from odd
 
 
-def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
-    theirs = formats.unwrap(checkpoint, path)
-    source = formats.find_source(theirs)
-    is_videomae = source in (VIDEOMAE, HF_VIDEOMAE)
-    state, converted = formats.our_names(theirs)
-    notes: list[str] = []
-
-    # leave out what has no place here, and heads that read the first token: ours reads the mean
-    unused = [name for name in state if not formats.OUR_NAMES.fullmatch(name)]
-    has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
-    if "head.weight" in state and not has_fc_norm and (is_videomae or source == IMAGE_MAE):
-        unused += ["head.weight", "head.bias"]
-        notes.append("its head reads one token, not the mean over the patches, and is left out")
-    state = {k: v for k, v in state.items() if k not in unused}
-    if not any(name.startswith("blocks.") for name in state):
+def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
+    theirs, unused = formats.unwrap(checkpoint, path, use_ema)
+    cfg = formats.read_cfg(checkpoint, path)
+    source = formats.find_source(theirs, cfg)
+    named, converted = formats.our_names(theirs)
+    if not any(name.startswith("blocks.") for name in named):
         names = f"{', '.join(list(theirs)[:6])} ..."
         raise UserError(f"{path} holds no vision transformer known here; it holds {names}")
+    state, notes = formats.keep_understood(named, cfg, path)
+    unused += [name for name in named if name not in state]
+    average = next((k for k in formats.AVERAGES if isinstance(checkpoint.get(k), dict)), "")
+    if average and not use_ema:
+        notes.append(f"it also has a moving average of its weights, {average}: see --use_ema")
     if source == IMAGE_MAE:
         state, how = formats.video_layout(state)
         converted |= how
@@ -194,22 +273,27 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
 
     # convert half precision to single here: rounding after every later conversion would add up
     wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}
-    stored = {k: v.dtype for k, v in state.items() if v.dtype != wide[k].dtype}
+    wide, how = formats.fold_layer_scale(wide)
+    converted |= how
     if source == IMAGE_MAE:
         wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
-        stored.pop(KERNEL, None)
+    kept = [k for k in wide if k not in how and (k != KERNEL or source != IMAGE_MAE)]
+    stored = {k: state[k].dtype for k in kept if state[k].dtype != wide[k].dtype}
 
     # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
     for beside in _configs_beside(path) if source == HF_VIDEOMAE else ():
-        with open_file(beside, "rb") as file:
-            try:
-                config = config | json.load(file)
-            except (TypeError, ValueError) as error:  # TypeError: not a dict
-                raise UserError(f"{beside} is damaged: {error}") from error
-    records, mean, std = formats.read_records(checkpoint, source, path, config)
+        config |= _read_json(beside)
+    records, mean, std = formats.read_records(checkpoint, source, path, config, cfg)
+    has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
+    if source in (IMAGE_MAE, *VIDEOMAES):
+        records["pool"] = "mean" if has_fc_norm else "cls"
     arguments, stated, doubt = formats.find_arguments(wide, records, source, path)
-    if "pos_embed" not in wide and is_videomae and not stated >= formats.CLIP_SIZE:
+    for entry, name in formats.CFG_OF_TENSORS.items():
+        if entry in cfg and cfg[entry] != arguments.get(name, cfg[entry]):
+            says = f"{entry} {cfg[entry]}, but it holds a model with {arguments[name]}"
+            raise UserError(f"the cfg of {path} says {says}")
+    if "pos_embed" not in wide and source in VIDEOMAES and not stated >= formats.CLIP_SIZE:
         notes.append(
             "it stores neither positions nor the size of its clips: the model's size is assumed, "
             "or {num_frames} frames of {img_size} x {img_size} pixels if a model is built from the "
@@ -220,15 +304,19 @@ def _interpret(checkpoint: dict[str, Any], path: str) -> Weights:
             f"it does not record all numbers of heads: {guessed} is a guess from the width, "
             "used if a model is built from the file alone"
         )
+    if source == PYSLOWFAST and "pool" in arguments.keys() - stated:
+        notes.append("it does not say what its head reads: the mean of the tokens, or --pool cls")
 
     # write out the positions that VideoMAE computes
     tokens = math.prod(token_grid(arguments))
     for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
-        if is_videomae and width in arguments and name not in wide:
+        if source in VIDEOMAES and width in arguments and name not in wide:
             wide[name] = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
             converted[name] = SINCOS
 
     flags, channels = formats.checkpoint_args(checkpoint), arguments["in_chans"]
+    if "DATA.SAMPLING_RATE" in cfg:
+        flags["sampling_rate"] = cfg["DATA.SAMPLING_RATE"]
     if mean and std and not len(mean) == len(std) == channels:
         raise ValueError(f"mean {mean} and std {std} do not have {channels} values")
     num_classes = arguments.get("num_classes", 0)
@@ -269,7 +357,7 @@ def with_our_normalisation(weights: Weights) -> Weights:
         KERNEL_BIAS: (bias + weight.double().sum((2, 3, 4)) @ shift).to(bias.dtype),
     }
     converted = dict.fromkeys(folded, "input normalisation folded in")
-    if weights.arguments.get("norm_pix_loss") is False:
+    if weights.arguments.get("target") == "pixels":
         if weights.predicts_unit_pixels:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
         pred = fold_output(weights.state, std / STD, (mean - MEAN) / STD)
@@ -318,20 +406,24 @@ def apply_weights(
     """
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
-    wanted = {k: v for k, v in own.items() if keep_head or not k.startswith("head.")}
-    needs = _needs(weights, here, keep_head)
+    wanted = {k: v for k, v in own.items() if keep_head or not is_head(k)}
+    needs = _needs(weights, model, keep_head)
     try:
         state, how, used = fit_state(weights, wanted, here)
     except UserError as error:
         raise UserError(f"{error}; {needs}" if needs else str(error)) from error
 
-    # shapes do not show the number of heads, and the first blocks of a deeper model would fit
+    # shapes do not show everything, and the first blocks of a deeper model would fit
     wrong = []
+    decides = ("num_heads", "decoder_num_heads", *(["pool"] if keep_head else []))
     for name, theirs in weights.arguments.items():
         ours = here.get(name, theirs)
-        has_other_heads = name.endswith("num_heads") and name in weights.stated and theirs != ours
-        if has_other_heads or (name.endswith("depth") and theirs > ours):
+        is_other = name in decides and name in weights.stated and theirs != ours
+        if is_other or (name.endswith("depth") and theirs > ours):
             wrong.append(f"{name} is {theirs} in the file and {ours} here")
+    dropped = [k for k in weights.state if k not in state and k not in used]
+    if odd := [k for k in dropped if not (is_decoder(k) or is_head(k) or k in CLASS_TOKEN)]:
+        wrong.append(f"{some(odd)} of the file has no place here")
     for k, mine in own.items():
         if k in state and state[k].shape != mine.shape:
             wrong.append(f"{k} is {list(state[k].shape)} in the file and {list(mine.shape)} here")
@@ -357,8 +449,7 @@ def apply_weights(
     for name in own:
         row = how.get(name, "loaded") if name in state else "missing, left as drawn"
         rows.setdefault(row, []).append(name)
-    dropped = [k for k in weights.state if k not in state and k not in used] + weights.unused
-    if dropped:
+    if dropped := dropped + weights.unused:
         rows["dropped"] = dropped
     print0(f"loaded {len(state)} of {len(own)} tensors from {weights.path} ({weights.source})")
     for note in weights.notes:
@@ -369,14 +460,18 @@ def apply_weights(
         print0(f"  {len(names):4}  {row}: {some(brief, 8 if row == 'loaded' else len(names))}")
 
 
-def _needs(weights: Weights, here: dict[str, Any], with_head: bool) -> str:
+def _needs(weights: Weights, model: nn.Module, with_head: bool) -> str:
     """Name all flags in which a file's model differs from the model here, but for its clips."""
+    here = vars(model)["arguments"]
     theirs = {k: v for k, v in weights.arguments.items() if k in here and v != here[k]}
-    names = [*WHOLE, "num_classes"] if with_head else WHOLE
+    names = [*WHOLE, *formats.HEAD_ARGUMENTS] if with_head else WHOLE
     needs = [" ".join(_as_flags({k: theirs[k] for k in names if k in theirs}))]
-    sizes = [k for k in SIZES if k != "num_heads" or k in weights.stated]
+    sizes = {k: weights.arguments[k] for k in SIZES if k != "num_heads" or k in weights.stated}
     if theirs.keys() & sizes:
-        needs.append("a --model with " + ", ".join(f"{k} {weights.arguments[k]}" for k in sizes))
+        models = vars(sys.modules[type(model).__module__])["MODELS"]
+        known = [name for name in models if sizes.items() <= models[name].keywords.items()]
+        described = "a --model with " + ", ".join(f"{k} {v}" for k, v in sizes.items())
+        needs.append(" or ".join(f"--model {name}" for name in known) or described)
     text = " and ".join(filter(None, needs))
     return f"the file needs {text}" if text else ""
 
