@@ -1,11 +1,14 @@
 """Files by path, address (http(s)://, cached; s3://, with boto3 installed) or released name."""
 
+import argparse
 import codecs
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
+import pickle
 import re
 import sys
 import zlib
@@ -14,6 +17,8 @@ from http.client import HTTPException
 from typing import IO, Any
 from urllib.parse import urlparse
 
+import safetensors.torch
+import torch
 from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
 from iopath.common.s3 import S3PathHandler
 
@@ -228,3 +233,118 @@ def refuse_other_kinds(start: bytes, path: str) -> None:
         if is_page:
             kind = "a web page (HTML), which servers send for files that moved or need a login"
         raise UserError(f"{path} is damaged or not a checkpoint: it is {kind}")
+
+
+# --- checkpoint files -----------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file on the CPU without running code from it, unless it is trusted.
+
+    Args:
+        path: a path, an address, or the name of a released checkpoint; PyTorch's format,
+            .safetensors, which gives {"model": tensors, "metadata": the header's strings}, or the
+            .index.json of a Hugging Face model in several files.
+        mmap: map a local or downloaded file into memory: what is never used stays on the disk.
+            Its tensors are views of the file, valid until it is overwritten in place. PyTorch's
+            format of before 2020 cannot be mapped and is read whole.
+        trust: build what the file asks for besides tensors and plain data, which may run any code.
+
+    Raises:
+        UserError: the file is missing, damaged, not a checkpoint, or asks to run code.
+    """
+    if not is_remote(path) and os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give the checkpoint file in it")
+    if path.endswith(".index.json"):
+        return _read_parts(path, mmap)
+    local = fetch(path)
+    with open_file(local, "rb") as file:
+        start = file.read(64)
+        file.seek(0)
+        refuse_other_kinds(start, path)
+        try:
+            if start[8:9] == b"{":
+                return _read_safetensors(local, file)
+            mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
+            source = local if mmap else file
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
+        except Exception as error:  # torch's readers raise errors of every kind for damaged files
+            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                entries = "".join(f", in its entry {name}" for name in _entries_with_code(file))
+                raise UserError(
+                    f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
+                    "weights; if you trust the file, keep what is plain data: "
+                    f"python -m util.convert {path} OUT --to safetensors --trust"
+                ) from error
+            reason = (str(error).splitlines() or ["empty file"])[0]
+            if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+                reason = "PyTorch does not recognise it"  # its advice is to run the code
+            reason += forget(path, local)
+            raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+class _Inert:
+    """Stand for an object of any class, without running its code."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _entries_with_code(file: IO) -> list[str]:
+    """Find the entries of a checkpoint with more than plain data; [] if they cannot be told."""
+    names: list[str] = []
+    while True:
+        file.seek(0)
+        allowed = [argparse.Namespace, *((_Inert, name) for name in names)]
+        try:
+            with torch.serialization.safe_globals(allowed):
+                content = torch.load(file, "cpu", weights_only=True)
+            return [str(k) for k, value in content.items() if _Inert.__name__ in repr(value)]
+        except Exception as error:
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if not code or code[1] in names:
+                return []
+            names.append(code[1])
+
+
+def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
+    """Read a .safetensors file: map a local one into memory, read a remote one as a stream."""
+    if is_remote(local):
+        tensors = safetensors.torch.load(file.read())
+    else:
+        tensors = safetensors.torch.load_file(local)
+    file.seek(0)
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {"model": tensors, "metadata": header.get("__metadata__", {})}
+
+
+def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
+    """Read the files that an index of Hugging Face lists."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{path} lists no files")
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(map(str, places.values()))):
+        if os.path.basename(name) != name:
+            raise UserError(f"{path} lists {name}, which is not a file beside it")
+        part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
+        tensors |= part.get("model", part)
+    if lacking := [name for name in places if name not in tensors]:
+        raise UserError(f"{path} lists tensors that its files lack: {', '.join(lacking[:4])}")
+    return {"model": tensors}
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON object; raise UserError if the file holds none."""
+    with open_file(fetch(path), "rb") as file:
+        try:
+            return {} | json.load(file)
+        except (TypeError, ValueError) as error:  # TypeError: not a dict
+            raise UserError(f"{path} is damaged: {error}") from error

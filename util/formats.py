@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,8 +82,8 @@ CFG_OF_TENSORS = _table("""
 """)
 # Switches of that cfg that change what the encoder, and what only the decoder computes.
 CFG_OF_ENCODER = """
-    NORM_STEM REL_POS_SPATIAL REL_POS_TEMPORAL REV.ENABLE PATCH_2D DIM_MUL HEAD_MUL POOL_Q_STRIDE
-    POOL_KV_STRIDE POOL_KV_STRIDE_ADAPTIVE
+    NORM_STEM REL_POS_SPATIAL REL_POS_TEMPORAL REV PATCH_2D PATCH_PADDING DIM_MUL HEAD_MUL
+    POOL_Q_STRIDE POOL_KV_STRIDE POOL_KV_STRIDE_ADAPTIVE
 """.split()
 CFG_OF_DECODER = ("PRED_HOG", "DEC_KV_KERNEL", "DEC_KV_STRIDE")
 # files of a Hugging Face folder: the weights (one of these), and the configs beside them
@@ -237,6 +237,11 @@ def is_head(name: str) -> bool:
 # --- names ----------------------------------------------------------------------------------------
 
 
+def find_average(checkpoint: dict[str, Any]) -> str:
+    """Return the entry of a checkpoint that holds a moving average of its weights, or ""."""
+    return next((name for name in AVERAGES if isinstance(checkpoint.get(name), dict)), "")
+
+
 def unwrap(
     checkpoint: dict[str, Any], path: str, use_ema: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -247,7 +252,7 @@ def unwrap(
 
     Raises UserError when there are none, or some are not plain tensors.
     """
-    average = next((k for k in AVERAGES if isinstance(checkpoint.get(k), dict)), "")
+    average = find_average(checkpoint)
     if use_ema and not average:
         raise UserError(f"{path} holds no moving average of its weights: leave --use_ema out")
     inner = checkpoint[average] if use_ema else checkpoint
@@ -268,7 +273,7 @@ def unwrap(
     others += ["n_averaged"] if "n_averaged" in state else []
     kept = {k.replace("_orig_mod.", ""): v for k, v in state.items() if k not in others}
     names = _without_prefixes(list(kept))
-    return {name: v for name, v in zip(names, kept.values(), strict=True)}, others
+    return dict(zip(names, kept.values(), strict=True)), others
 
 
 def _without_prefixes(names: list[str]) -> list[str]:
@@ -329,15 +334,14 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
         return HF_VIDEOMAE
     if "q_bias" in names or "encoder_to_decoder" in names:
         return VIDEOMAE
-    if "fc_norm." in names and "pos_embed" not in names:  # VideoMAE without biases of q and v
+    if "fc_norm." in names and "pos_embed" not in names:  # without biases of q and v
         return VIDEOMAE
     if "pred_head." in names or "head.projection." in names or "MVIT.DEPTH" in cfg:
         return PYSLOWFAST
     if KERNEL in state and state[KERNEL].ndim == 4:
         return IMAGE_MAE
-    if "pos_embed" in state and "cls_token" not in state and ".attn.qkv." in names:
-        return FIRST_RELEASE
-    return OURS
+    has_joint_positions = "pos_embed" in state and "cls_token" not in state
+    return FIRST_RELEASE if has_joint_positions and ".attn.qkv." in names else OURS
 
 
 def keep_understood(
@@ -349,10 +353,11 @@ def keep_understood(
     """
     switches = {f"MVIT.{name}": cfg.get(f"MVIT.{name}") for name in CFG_OF_ENCODER}
     reasons = [f"{name} {value}" for name, value in switches.items() if _is_on(value)]
-    stride = cfg.get("MVIT.PATCH_STRIDE")
-    if stride and cfg.get("MVIT.PATCH_KERNEL", stride) != stride:
-        reasons.append(f"MVIT.PATCH_KERNEL {cfg['MVIT.PATCH_KERNEL']} and PATCH_STRIDE {stride}")
-    if cfg.get("MVIT.USE_MEAN_POOLING", True) is cfg.get("MVIT.CLS_EMBED_ON", True) is False:
+    kernel, stride = cfg.get("MVIT.PATCH_KERNEL"), cfg.get("MVIT.PATCH_STRIDE")
+    if None not in (kernel, stride) and kernel != stride:
+        reasons.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {stride}")
+    pools = cfg.get("MVIT.USE_MEAN_POOLING"), cfg.get("MVIT.CLS_EMBED_ON")
+    if "head.weight" in state and pools == (False, False):
         reasons.append("MVIT.USE_MEAN_POOLING False without a class token")
     if reasons:
         raise UserError(f"{path} was trained with {' and '.join(reasons)}, which models here lack")
@@ -374,6 +379,8 @@ def keep_understood(
 
 def _is_on(value: Any) -> bool:
     """Return whether a switch of PySlowFast is on: true, or lists of strides or factors above 1."""
+    if isinstance(value, dict):
+        return value.get("ENABLE") is True
     if isinstance(value, list):
         return any(_is_on(x[1:] if isinstance(x, list) else x) for x in value)  # x[0]: the layer
     return value is True or (isinstance(value, int | float) and value > 1)
@@ -457,13 +464,8 @@ def read_cfg(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
         cfg = yaml.safe_load(cfg) if isinstance(cfg, str) else cfg
     except yaml.YAMLError as error:
         raise UserError(f"{path} has a damaged cfg: {str(error).splitlines()[0]}") from error
-
-    def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in section.items():
-            deeper = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
-            yield from deeper or [(f"{prefix}{key}", value)]
-
-    return dict(flat(_as_dict(cfg), ""))
+    sections = {k: _as_dict(section) for k, section in _as_dict(cfg).items()}
+    return {f"{k}.{name}": v for k, section in sections.items() for name, v in section.items()}
 
 
 def read_records(
@@ -507,13 +509,16 @@ def find_classes(
     labels = _as_dict(config.get("id2label"))
     names: Any = [labels.get(str(i)) for i in range(num_classes)] if labels else None
     names = names or _written(checkpoint).get("classes") or checkpoint.get("classes")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if (
+        not are_names
+        or not num_classes
+        or names in ([], [f"LABEL_{i}" for i in range(num_classes)])
+    ):
         return [], ""
-    if not names or not num_classes or names == [f"LABEL_{i}" for i in range(num_classes)]:
-        return [], ""
-    if len(set(names)) != num_classes or len(names) != num_classes:
-        return [], f"its names of classes do not fit its head of {num_classes} and are left out"
-    return names, ""
+    if len(set(names)) == len(names) == num_classes:
+        return names, ""
+    return [], f"its names of classes do not fit its head of {num_classes} and are left out"
 
 
 def _written(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -4,26 +4,22 @@ Files are read with weights_only, so that loading never runs code from them; uti
 their names. util/checkpoint.py writes the checkpoints of a run.
 """
 
-import argparse
 import functools
-import json
 import math
 import os
-import pickle
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
-from util.file_io import fetch, forget, is_remote, open_file, refuse_other_kinds
+from util.file_io import fetch, read_checkpoint, read_json
 from util.formats import (
     HF_VIDEOMAE,
     IMAGE_MAE,
@@ -54,125 +50,6 @@ CLASS_TOKEN = ("cls_token", "pos_embed_class")  # may be left out, if a model ha
 NO_CLASS_ROW = "the class token's row is missing and left as drawn"
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file on the CPU without running code from it, unless it is trusted.
-
-    Args:
-        path: a path, an address, or the name of a released checkpoint; PyTorch's format,
-            .safetensors, which gives {"model": tensors, "metadata": the header's strings}, or the
-            .index.json of a Hugging Face model in several files.
-        mmap: map a local or downloaded file into memory: what is never used stays on the disk.
-            Its tensors are views of the file, valid until it is overwritten in place. PyTorch's
-            format of before 2020 cannot be mapped and is read whole.
-        trust: build what the file asks for besides tensors and plain data, which may run any code.
-
-    Raises:
-        UserError: the file is missing, damaged, not a checkpoint, or asks to run code.
-    """
-    if not is_remote(path) and os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give the checkpoint file in it")
-    if path.endswith(".index.json"):
-        return _read_parts(path, mmap)
-    local = fetch(path)
-    with open_file(local, "rb") as file:
-        start = file.read(64)
-        file.seek(0)
-        refuse_other_kinds(start, path)
-        try:
-            if start[8:9] == b"{":
-                return _read_safetensors(local, file)
-            mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
-            source = local if mmap else file
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
-        except Exception as error:  # torch's readers raise errors of every kind for damaged files
-            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-                entries = "".join(f", in its entry {name}" for name in _entries_with_code(file))
-                raise UserError(
-                    f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
-                    "weights; if you trust the file, keep what is plain data: "
-                    f"python -m util.convert {path} OUT --to safetensors --trust"
-                ) from error
-            reason = (str(error).splitlines() or ["empty file"])[0]
-            if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-                reason = "PyTorch does not recognise it"  # its advice is to run the code
-            reason += forget(path, local)
-            raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
-
-
-class _Inert:
-    """Stand for an object of any class, without running its code."""
-
-    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
-        return object.__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-def _entries_with_code(file: IO) -> list[str]:
-    """Find the entries of a checkpoint with more than plain data; [] if they cannot be told."""
-    names: list[str] = []
-    while True:
-        file.seek(0)
-        inert = [(_Inert, name) for name in names]
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace, *inert]):
-                content = torch.load(file, "cpu", weights_only=True)
-            return [str(k) for k, value in content.items() if _holds_inert(value)]
-        except Exception as error:
-            code = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if not code or code[1] in names:
-                return []
-            names.append(code[1])
-
-
-def _holds_inert(value: Any) -> bool:
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    inner = value.values() if isinstance(value, dict) else value
-    is_nested = isinstance(value, dict | list | tuple | set)
-    return isinstance(value, _Inert) or (is_nested and any(map(_holds_inert, inner)))
-
-
-def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
-    """Read a .safetensors file: map a local one into memory, read a remote one as a stream."""
-    if is_remote(local):
-        tensors = safetensors.torch.load(file.read())
-    else:
-        tensors = safetensors.torch.load_file(local)
-    file.seek(0)
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {"model": tensors, "metadata": header.get("__metadata__", {})}
-
-
-def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
-    """Read the files that an index of Hugging Face lists."""
-    places = _read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{path} lists no files")
-    tensors: dict[str, Any] = {}
-    for name in sorted(set(map(str, places.values()))):
-        if os.path.basename(name) != name:
-            raise UserError(f"{path} lists {name}, which is not a file beside it")
-        part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
-        tensors |= part.get("model", part)
-    if lacking := [name for name in places if name not in tensors]:
-        raise UserError(f"{path} lists tensors that its files lack: {some(lacking)}")
-    return {"model": tensors}
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    with open_file(fetch(path), "rb") as file:
-        try:
-            return {} | json.load(file)
-        except (TypeError, ValueError) as error:  # TypeError: not a dict
-            raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_weights(path: str, use_ema: bool = False, trust: bool = False) -> Weights:
@@ -263,8 +140,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
         raise UserError(f"{path} holds no vision transformer known here; it holds {names}")
     state, notes = formats.keep_understood(named, cfg, path)
     unused += [name for name in named if name not in state]
-    average = next((k for k in formats.AVERAGES if isinstance(checkpoint.get(k), dict)), "")
-    if average and not use_ema:
+    if not use_ema and (average := formats.find_average(checkpoint)):
         notes.append(f"it also has a moving average of its weights, {average}: see --use_ema")
     if source == IMAGE_MAE:
         state, how = formats.video_layout(state)
@@ -283,7 +159,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
     for beside in _configs_beside(path) if source == HF_VIDEOMAE else ():
-        config |= _read_json(beside)
+        config |= read_json(beside)
     records, mean, std = formats.read_records(checkpoint, source, path, config, cfg)
     has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
     if source in (IMAGE_MAE, *VIDEOMAES):
@@ -295,14 +171,13 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
             raise UserError(f"the cfg of {path} says {says}")
     if "pos_embed" not in wide and source in VIDEOMAES and not stated >= formats.CLIP_SIZE:
         notes.append(
-            "it stores neither positions nor the size of its clips: the model's size is assumed, "
-            "or {num_frames} frames of {img_size} x {img_size} pixels if a model is built from the "
-            "file alone".format(**arguments)
+            "it stores neither positions nor the size of its clips: from the file alone, a model "
+            "gets clips of {num_frames} x {img_size} x {img_size}".format(**arguments)
         )
     if guessed := formats.guessed_heads(arguments, stated):
         notes.append(
-            f"it does not record all numbers of heads: {guessed} is a guess from the width, "
-            "used if a model is built from the file alone"
+            f"it does not record all numbers of heads: from the file alone, a model gets {guessed}, "
+            "a guess from the width"
         )
     if source == PYSLOWFAST and "pool" in arguments.keys() - stated:
         notes.append("it does not say what its head reads: the mean of the tokens, or --pool cls")
