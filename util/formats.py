@@ -386,42 +386,7 @@ def _is_on(value: Any) -> bool:
     return value is True or (isinstance(value, int | float) and value > 1)
 
 
-def fold_layer_scale(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Multiply the last layer of every branch of a block by the branch's layer scale.
-
-    The second result says which tensors this made.
-    """
-    folded = {}
-    for name in [k for k in state if ".gamma_" in k]:
-        layer = name.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
-        for key in (f"{layer}.weight", f"{layer}.bias"):
-            rows = (state[name].double() * state[key].double().T).T
-            folded[key] = rows.to(state[key].dtype)
-    state = {k: v for k, v in state.items() if ".gamma_" not in k} | folded
-    return state, dict.fromkeys(folded, "layer scale folded in")
-
-
 # --- the model of a file --------------------------------------------------------------------------
-
-
-def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Give an image model's tensors the layout of a video model with patches of one frame.
-
-    Positions become separable, zero in time: once the kernel is repeated and divided, the model
-    sees a still video as it sees the image. The second result says how each tensor was made.
-    """
-    video = state | {KERNEL: state[KERNEL].unsqueeze(2)}
-    converted = {KERNEL: f"repeated over {T_PATCH_SIZE} frames and divided"}
-    for name in [k for k in state if k.endswith("pos_embed")]:
-        joint = video.pop(name)
-        rows, steps = joint.shape[1], NUM_FRAMES // T_PATCH_SIZE
-        cls = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)  # one more than a square
-        parts = {"spatial": joint[:, cls:], "temporal": joint.new_zeros(1, steps, joint.shape[-1])}
-        parts |= {"class": joint[:, :1]} if cls else {}
-        video |= {f"{name}_{part}": value for part, value in parts.items()}
-        converted |= dict.fromkeys((f"{name}_{part}" for part in parts), "from the image model")
-        converted[f"{name}_temporal"] = "zero: every frame is like the image"
-    return video, converted
 
 
 def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
@@ -510,11 +475,7 @@ def find_classes(
     names: Any = [labels.get(str(i)) for i in range(num_classes)] if labels else None
     names = names or _written(checkpoint).get("classes") or checkpoint.get("classes")
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if (
-        not are_names
-        or not num_classes
-        or names in ([], [f"LABEL_{i}" for i in range(num_classes)])
-    ):
+    if not names or not are_names or not num_classes or names[0] == "LABEL_0":
         return [], ""
     if len(set(names)) == len(names) == num_classes:
         return names, ""
@@ -617,6 +578,7 @@ def find_arguments(
             "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
             "strided_targets": source == PYSLOWFAST,
             "target": "pixels" if raw_pixels else TARGET_OF.get(source, "patch"),
+            "target_norm": records.get("target_norm"),
             "pred_t_dim": max(1, pred // (p * p * C)) * t,
         }
     stated = {
@@ -629,11 +591,3 @@ def find_arguments(
 
 def _count_blocks(state: dict[str, Tensor], name: str) -> int:
     return max([int(k.split(".")[1]) + 1 for k in state if k.startswith(f"{name}.")], default=0)
-
-
-def guessed_heads(arguments: dict[str, Any], stated: set[str]) -> str:
-    """Describe the numbers of heads that come neither from the file nor from a published model."""
-    width, decoder_width = arguments["embed_dim"], arguments.get("decoder_embed_dim", 512)
-    guessed = ["num_heads"] if width % 64 and width not in HEADS_OF_WIDTH else []
-    guessed += ["decoder_num_heads"] if decoder_width < 256 else []  # published ones are wider
-    return " and ".join(f"{name} {arguments[name]}" for name in guessed if name not in stated)

@@ -16,9 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from util.pos_embed import Grid, join, sincos_pos_embed
 from util.video.transforms import normalize
 
-TARGETS = ("patch", "channel", "pixels")
-POOLS = ("mean", "cls")
-
 attention = None
 if torch.cuda.is_available():
     try:

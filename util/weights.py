@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -143,44 +143,42 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     if not use_ema and (average := formats.find_average(checkpoint)):
         notes.append(f"it also has a moving average of its weights, {average}: see --use_ema")
     if source == IMAGE_MAE:
-        state, how = formats.video_layout(state)
+        state, how = video_layout(state)
         converted |= how
     formats.check_tensors(state, source, path)
 
     # convert half precision to single here: rounding after every later conversion would add up
     wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}
-    wide, how = formats.fold_layer_scale(wide)
+    wide, how = fold_layer_scale(wide)
     converted |= how
     if source == IMAGE_MAE:
         wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
-    kept = [k for k in wide if k not in how and (k != KERNEL or source != IMAGE_MAE)]
-    stored = {k: state[k].dtype for k in kept if state[k].dtype != wide[k].dtype}
+        how[KERNEL] = converted[KERNEL]
+    stored = {k: v.dtype for k, v in state.items() if k in wide and v.dtype != wide[k].dtype}
+    stored = {k: dtype for k, dtype in stored.items() if k not in how}
 
     # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
     for beside in _configs_beside(path) if source == HF_VIDEOMAE else ():
         config |= read_json(beside)
     records, mean, std = formats.read_records(checkpoint, source, path, config, cfg)
-    has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
-    if source in (IMAGE_MAE, *VIDEOMAES):
+    if source in (IMAGE_MAE, *VIDEOMAES):  # without fc_norm, norm and head read the first token
+        has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
         records["pool"] = "mean" if has_fc_norm else "cls"
     arguments, stated, doubt = formats.find_arguments(wide, records, source, path)
     for entry, name in formats.CFG_OF_TENSORS.items():
         if entry in cfg and cfg[entry] != arguments.get(name, cfg[entry]):
             says = f"{entry} {cfg[entry]}, but it holds a model with {arguments[name]}"
             raise UserError(f"the cfg of {path} says {says}")
-    if "pos_embed" not in wide and source in VIDEOMAES and not stated >= formats.CLIP_SIZE:
-        notes.append(
-            "it stores neither positions nor the size of its clips: from the file alone, a model "
-            "gets clips of {num_frames} x {img_size} x {img_size}".format(**arguments)
-        )
-    if guessed := formats.guessed_heads(arguments, stated):
-        notes.append(
-            f"it does not record all numbers of heads: from the file alone, a model gets {guessed}, "
-            "a guess from the width"
-        )
-    if source == PYSLOWFAST and "pool" in arguments.keys() - stated:
-        notes.append("it does not say what its head reads: the mean of the tokens, or --pool cls")
+    channels = arguments["in_chans"]
+    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
+    predicts_unit_pixels = source in VIDEOMAES and arguments.get("target") == "pixels"
+    if not mean or not std or (is_ours and not predicts_unit_pixels):
+        mean = std = None
+    elif not len(mean) == len(std) == channels:
+        raise ValueError(f"mean {mean} and std {std} do not have {channels} values")
+    elif arguments.get("target") == "patch":
+        arguments["target_norm"] = [list(mean), list(std)]
 
     # write out the positions that VideoMAE computes
     tokens = math.prod(token_grid(arguments))
@@ -189,30 +187,76 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
             wide[name] = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
             converted[name] = SINCOS
 
-    flags, channels = formats.checkpoint_args(checkpoint), arguments["in_chans"]
+    flags = formats.checkpoint_args(checkpoint)
     if "DATA.SAMPLING_RATE" in cfg:
         flags["sampling_rate"] = cfg["DATA.SAMPLING_RATE"]
-    if mean and std and not len(mean) == len(std) == channels:
-        raise ValueError(f"mean {mean} and std {std} do not have {channels} values")
-    num_classes = arguments.get("num_classes", 0)
-    classes, odd_names = formats.find_classes(checkpoint, config, num_classes)
-    notes += [odd_names] if odd_names else []
+    classes, odd_names = formats.find_classes(checkpoint, config, arguments.get("num_classes", 0))
     weights = Weights(
         wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt,
-        classes,
+        classes, mean, std,
     )  # fmt: skip
-    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
-    if weights.predicts_unit_pixels or not is_ours:
-        weights.mean, weights.std = mean, std
-    if mean is not None and not is_ours:
-        notes.append(
-            f"it was trained on clips normalised by mean {mean} and std {std}; "
-            "here this is folded into the patch embedding"
-        )
+    weights.notes += [*_assumptions(weights), *filter(None, [odd_names])]
     return weights
 
 
-# --- normalisation --------------------------------------------------------------------------------
+def _assumptions(weights: Weights) -> Iterator[str]:
+    """Say what the file does not, and what became of its normalisation."""
+    arguments, stated = weights.arguments, weights.stated
+    if weights.converted.get("pos_embed") == SINCOS and not stated >= formats.CLIP_SIZE:
+        yield (
+            "it stores neither positions nor the size of its clips: a model built from the file "
+            "alone takes {num_frames} frames of {img_size} x {img_size}".format(**arguments)
+        )
+    width, decoder_width = arguments["embed_dim"], arguments.get("decoder_embed_dim", 512)
+    guessed = ["num_heads"] if width % 64 and width not in formats.HEADS_OF_WIDTH else []
+    guessed += ["decoder_num_heads"] if decoder_width < 256 else []  # published ones are wider
+    if guessed := [f"{name} {arguments[name]}" for name in guessed if name not in stated]:
+        yield f"it does not record its heads: {' and '.join(guessed)} is a guess from the width"
+    if weights.source == PYSLOWFAST and "pool" in arguments.keys() - stated:
+        yield "it does not say what its head reads: here the mean of the tokens, unless --pool cls"
+    if weights.mean is not None:
+        yield (
+            f"it was trained on clips normalised by mean {weights.mean} and std {weights.std}; "
+            "here this is folded into the patch embedding"
+        )
+
+
+# --- folds: what other projects compute, in our tensors -------------------------------------------
+
+
+def fold_layer_scale(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Multiply the last layer of every branch of a block by the branch's layer scale.
+
+    The second result says which tensors this made.
+    """
+    folded = {}
+    for name in [k for k in state if ".gamma_" in k]:
+        layer = name.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            rows = (state[name].double() * state[key].double().T).T
+            folded[key] = rows.to(state[key].dtype)
+    state = {k: v for k, v in state.items() if ".gamma_" not in k} | folded
+    return state, dict.fromkeys(folded, "layer scale folded in")
+
+
+def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Give an image model's tensors the layout of a video model with patches of one frame.
+
+    Positions become separable, zero in time: once the kernel is repeated and divided, the model
+    sees a still video as it sees the image. The second result says how each tensor was made.
+    """
+    video = state | {KERNEL: state[KERNEL].unsqueeze(2)}
+    converted = {KERNEL: f"repeated over {formats.T_PATCH_SIZE} frames and divided"}
+    for name in [k for k in state if k.endswith("pos_embed")]:
+        joint = video.pop(name)
+        rows, steps = joint.shape[1], formats.NUM_FRAMES // formats.T_PATCH_SIZE
+        cls = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)  # one more than a square
+        parts = {"spatial": joint[:, cls:], "temporal": joint.new_zeros(1, steps, joint.shape[-1])}
+        parts |= {"class": joint[:, :1]} if cls else {}
+        video |= {f"{name}_{part}": value for part, value in parts.items()}
+        converted |= dict.fromkeys((f"{name}_{part}" for part in parts), "from the image model")
+        converted[f"{name}_temporal"] = "zero: every frame is like the image"
+    return video, converted
 
 
 def with_our_normalisation(weights: Weights) -> Weights:
