@@ -57,19 +57,16 @@ def get_args_parser() -> flags.Parser:
     add("--mask_ratio", 0.0, text, flags.share_below_1)
     flags.add_optim_args(parser)
     add = flags.adder(parser)
-    add(
-        "--layer_decay", 0.75, "learning rate of a layer relative to the next", flags.positive_float
-    )
+    text = "learning rate of a layer relative to the next"
+    add("--layer_decay", 0.75, text, flags.positive_float)
     flags.add_checkpoint_args(parser)
-    add(
-        "--finetune",
-        "",
-        "checkpoint of the encoder to start from, also from other projects: path, address or "
-        "released name (k400/vit_large); empty: train from scratch",
-    )
+    text = "checkpoint of the encoder to start from, also from other projects: path, address or "
+    add("--finetune", "", text + "released name (k400/vit_large); empty: train from scratch")
     add("--keep_head", False, "keep the head of --finetune if it has the same number of classes")
     add("--allow_missing", False, "start even if --finetune lacks some of the encoder's weights")
     add("--eval", False, "validate the weights of --resume, then exit")
+    text = "take the moving average of the weights in --finetune or, with --eval, in --resume"
+    add("--use_ema", False, text)
     flags.add_run_args(parser, output_dir="./output/finetune")
     parser.set_defaults(repeat_aug=2, epochs=50, warmup_epochs=5)
     parser.set_defaults(blr=2.4e-3, min_lr=1e-5, clip_grad=5.0)
@@ -94,9 +91,12 @@ def parse_args(
     def default_flags(args: argparse.Namespace) -> Sequence[str]:
         if not (args.eval and args.resume):
             return recipe(args)
-        return [*recipe(args), *checkpoint_flags(args.resume, ("model", *MODEL_FLAGS))]
+        names = ("model", *MODEL_FLAGS)
+        return [*recipe(args), *checkpoint_flags(args.resume, names, args.use_ema)]
 
     args = flags.parse(parser, argv, default_flags)
+    if args.use_ema and not (args.finetune or args.eval):
+        raise UserError("--use_ema needs --finetune, or --eval with --resume")
     args.reprob *= args.rand_aug
     if args.rand_aug:
         parse_config(args.aa)  # refuse a wrong one before a job is queued
@@ -133,6 +133,7 @@ def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
             cls_embed=args.cls_embed,
             drop_path_rate=args.drop_path_rate,
             sincos_pos_embed=args.sincos_pos_embed,
+            pool=args.pool,
         )
         model.check_mask_ratio(args.mask_ratio)
     return model
@@ -171,7 +172,7 @@ def validate(args: argparse.Namespace, device: torch.device) -> None:
     folder = data_dir(args, "finetune")
     if args.num_classes is None:
         raise UserError(f"{args.resume} has no head: fine-tune it first")
-    weights, found = read_weights(args.resume), read_classes(folder)
+    weights, found = read_weights(args.resume, args.use_ema), read_classes(folder)
     loader = open_val(args, folder, device, len(found.names) or args.num_classes)
     loader.dataset.index.match_labels(found, weights.classes, args.num_classes)
     warn_of_one(args.num_classes)
@@ -202,7 +203,7 @@ def load_pretrained(
 
     Return the names of the classes: those given or, if there are none, those of the head kept.
     """
-    weights = read_weights(args.finetune)
+    weights = read_weights(args.finetune, args.use_ema)
     keep_head = args.keep_head and has_head_for(weights, model)
     if keep_head and not same_classes(names, weights.classes):
         raise UserError(

@@ -18,6 +18,7 @@ from util import args as flags
 from util import run
 from util.checkpoint import Checkpoints, load_latest
 from util.dist import print0, seed_step
+from util.errors import UserError
 from util.flops import print_flops
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
@@ -41,16 +42,14 @@ def get_args_parser() -> flags.Parser:
     flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
     add = flags.adder(parser, "masked autoencoder")
     add("--mask_ratio", 0.9, "share of patches that are removed", flags.share_below_1)
-    add(
-        "--decoder_mask_ratio",
-        0.0,
-        "share of the removed patches that the decoder skips too: faster, but not in the paper",
-        flags.share_below_1,
-    )
+    text = "share of the removed patches that the decoder skips too: faster, but not in the paper"
+    add("--decoder_mask_ratio", 0.0, text, flags.share_below_1)
     add("--decoder_embed_dim", 512, "decoder width", flags.small_int)
     add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
     add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
     add("--norm_pix_loss", True, "normalise each target patch by its mean and standard deviation")
+    text = "what is predicted: patches or their channels, normalised (VideoMAE: channel), or pixels"
+    add("--target", None, text + "; not given: as --norm_pix_loss says", choices=models_mae.TARGETS)
     add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
@@ -58,12 +57,8 @@ def get_args_parser() -> flags.Parser:
     add("--bias_wd", False, "apply weight decay to norm weights too")
     flags.add_checkpoint_args(parser)
     flags.add_run_args(parser, output_dir="./output/pretrain")
-    add(
-        "--vis_period",
-        10,
-        "epochs between reconstructions of fixed clips in TensorBoard; 0: none",
-        flags.natural_int,
-    )
+    text = "epochs between reconstructions of fixed clips in TensorBoard; 0: none"
+    add("--vis_period", 10, text, flags.natural_int)
     parser.set_defaults(repeat_aug=4, epochs=200, warmup_epochs=30)
     parser.set_defaults(blr=1.6e-3, beta=(0.9, 0.95), clip_grad=0.02)
     return parser
@@ -81,7 +76,11 @@ def parse_args(
     parser = get_args_parser()
     add_args(parser)
     default_flags = synthetic_recipe("synthetic_pretrain.args")
-    return flags.parse(parser, argv, default_flags)
+    args = flags.parse(parser, argv, default_flags)
+    args.target = args.target or ("patch" if args.norm_pix_loss else "pixels")
+    if not args.norm_pix_loss and args.target != "pixels":
+        raise UserError(f"--no-norm_pix_loss and --target {args.target} exclude each other")
+    return args
 
 
 def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
@@ -95,7 +94,7 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
             decoder_embed_dim=args.decoder_embed_dim,
             decoder_depth=args.decoder_depth,
             decoder_num_heads=args.decoder_num_heads,
-            norm_pix_loss=args.norm_pix_loss,
+            target=args.target,
             no_qkv_bias=args.no_qkv_bias,
             sep_pos_embed=args.sep_pos_embed,
             trunc_init=args.trunc_init,
@@ -127,8 +126,7 @@ def main(args: argparse.Namespace) -> None:
     args.lr = effective_lr(args, "videos", len(loader))
     if args.dry_run:
         ratios = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio")}
-        print_flops(model, args, **ratios)
-        return
+        return print_flops(model, args, **ratios)
 
     # Optimiser.
     groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)

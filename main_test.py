@@ -39,6 +39,7 @@ def get_args_parser() -> flags.Parser:
     flags.add_model_args(parser, ["", *models_vit.MODELS], "", classifier=True)
     add = flags.adder(parser, "test")
     add("--finetune --resume", "", "path or address of a fine-tuned classifier of any project")
+    add("--use_ema", False, "take the moving average of the weights in --finetune")
     text = "files to classify, in place of test.csv; prints the five best classes of each"
     add("--videos", None, text, nargs="+", metavar="FILE")
     add("--num_clips", 10, "temporal views of a video", flags.small_int)
@@ -62,7 +63,7 @@ def parse_args(
     def default_flags(args: argparse.Namespace) -> list[str]:
         if not args.finetune:
             raise UserError("main_test.py needs --finetune CHECKPOINT, a fine-tuned classifier")
-        return checkpoint_flags(args.finetune)
+        return checkpoint_flags(args.finetune, use_ema=args.use_ema)
 
     parser = get_args_parser()
     add_args(parser)
@@ -104,6 +105,7 @@ def load_model(args: argparse.Namespace, weights: Weights) -> models_vit.VisionT
             sep_pos_embed=args.sep_pos_embed,
             cls_embed=args.cls_embed,
             sincos_pos_embed=args.sincos_pos_embed,
+            pool=args.pool,
         )
     apply_weights(model, weights, keep_head=True)
     return model
@@ -114,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     device = run.start(args, lock=".lock_test")  # a training run may use the same folder
 
     # Data: one video at a time; its views fill the forward passes.
-    weights = read_weights(args.finetune)
+    weights = read_weights(args.finetune, args.use_ema)
     index, names = open_index(args, weights)
     views = {"num_clips": args.num_clips, "num_crops": args.num_crops}
     dataset = Kinetics(index, "test", **flags.clip_options(args), **views)

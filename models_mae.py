@@ -3,15 +3,16 @@
 Shapes: N clips, C channels, T frames, H W pixels, L tokens, K visible tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.video.transforms import normalize
+from util.video.transforms import MEAN, STD, normalize
 from util.video_vit import (
+    TARGETS,
     Block,
     Encoder,
     PatchEmbed,
@@ -35,7 +36,7 @@ class MaskedAutoencoderViT(Encoder):
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         mlp_ratio: hidden width of the MLPs over the token width.
         norm_layer: called with a width; the named sizes use LayerNorm with eps 1e-6.
-        norm_pix_loss: normalise each target patch by its own mean and standard deviation.
+        norm_pix_loss: without a target, choose "patch", not "pixels".
         num_frames: frames of a clip.
         no_qkv_bias: q, k and v have no biases.
         sep_pos_embed: separable positions (space + time) instead of joint ones.
@@ -49,12 +50,16 @@ class MaskedAutoencoderViT(Encoder):
         strided_targets: predict every (num_frames / pred_t_dim)-th frame, from the first on.
         pos_embed_std: standard deviation of fresh position embeddings. With the paper's 0.02 a
             small model needs thousands of updates to tell places apart; a larger value needs fewer.
+        target: "patch": each patch, normalised by its mean and standard deviation (the paper's);
+            "channel": each channel of a patch, by its own (VideoMAE's); "pixels": as the input is.
+        target_norm: means and standard deviations of the channels that normalise the pixels of
+            target "patch" first, in place of (0.45, 0.225): ImageNet's for image MAE.
 
     Some published checkpoints were trained with the options from sincos_pos_embed to
-    strided_targets (util/formats.py).
+    strided_targets, or with other targets (util/formats.py).
 
     Raises:
-        ValueError: sizes that do not divide; the message names the arguments.
+        ValueError: sizes that do not divide, or a wrong target; the message names the arguments.
     """
 
     def __init__(
@@ -83,11 +88,22 @@ class MaskedAutoencoderViT(Encoder):
         cls_through_decoder: bool = False,
         strided_targets: bool = False,
         pos_embed_std: float = 0.02,
+        target: str | None = None,
+        target_norm: Sequence[Sequence[float]] | None = None,
     ):
         super().__init__()
+        if target is None:
+            target = "patch" if norm_pix_loss else "pixels"
         self.arguments = constructor_arguments(locals())
+        del self.arguments["norm_pix_loss"]  # target says it
         self.in_chans = in_chans
-        self.norm_pix_loss = norm_pix_loss
+        self.target, self.target_norm = target, target_norm
+        if target not in TARGETS:
+            raise ValueError(f"target = {target!r} must be one of {', '.join(TARGETS)}")
+        lengths = [len(values) for values in target_norm or ()]
+        if target_norm is not None and (target != "patch" or lengths != [in_chans, in_chans]):
+            needs = f"target = 'patch' (not {target!r}) and in_chans = {in_chans} means and stds"
+            raise ValueError(f"target_norm needs {needs}")
         self.trunc_init = trunc_init
         self.pos_embed_std = pos_embed_std
         self.cls_embed = cls_embed
@@ -270,13 +286,35 @@ class MaskedAutoencoderViT(Encoder):
             return [x[:, :1] + cls_pos], x[:, 1:], pos
         return [(self.decoder_cls_token + cls_pos).expand(len(x), -1, -1)], x, pos
 
+    def target_statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and scale that turn pixels into targets, and predictions into pixels.
+
+        Patches [N, L, u*p*p*C] are of clips normalised by (0.45, 0.225). A target is (patches -
+        mean) / scale, and a picture of a prediction is pred * scale + mean. Both broadcast to
+        patches: [N, L, 1], [N, L, u*p*p*C] if channels differ, or scalars 0 and 1 for "pixels".
+        """
+        if self.target == "pixels":
+            return patches.new_zeros(()), patches.new_ones(())
+        C = self.in_chans  # the fastest index of a patch
+        repeats = patches.shape[-1] // C
+        if self.target == "channel":  # VideoMAE adds 1e-6 to the deviation of pixels in [0, 1]
+            std, mean = torch.std_mean(patches.unflatten(-1, (-1, C)), dim=-2)  # (N, L, C)
+            return mean.repeat(1, 1, repeats), (std + 1e-6 / STD).repeat(1, 1, repeats)
+        if not self.target_norm:
+            var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
+            return mean, (var + 1e-6).sqrt()
+        m, s = patches.new_tensor(self.target_norm).repeat(1, repeats)  # in [0, 1]
+        m, s = (m - MEAN) / STD, s / STD  # in our normalisation
+        var, mean = torch.var_mean((patches - m) / s, dim=-1, keepdim=True)
+        return mean * s + m, (var + 1e-6).sqrt() * s
+
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Return each patch's mean squared error, in float32: pred [N, L, u*p*p*C] -> [N, L]."""
         exact = torch.promote_types(pred.dtype, torch.float32)
         target = normalize(self.patchify(self.target_frames(imgs))).to(exact)  # (N, L, u*p*p*C)
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
-            target = (target - mean) / (var + 1e-6).sqrt()
+        if self.target != "pixels":
+            mean, scale = self.target_statistics(target)
+            target = (target - mean) / scale
         return (pred.to(exact) - target).square().mean(dim=-1)  # (N, L)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from util.video_vit import (
+    POOLS,
     Block,
     Encoder,
     PatchEmbed,
@@ -21,7 +22,7 @@ from util.video_vit import (
 
 
 class VisionTransformer(Encoder):
-    """Classify clips by the mean of their patch tokens; sizes that do not divide raise ValueError.
+    """Classify clips by the mean of their tokens, or by one; wrong arguments raise ValueError.
 
     Args:
         num_frames, t_patch_size: frames of a clip, and of a patch.
@@ -33,6 +34,8 @@ class VisionTransformer(Encoder):
         cls_embed: prepend a class token; it takes part in attention, but not in the mean.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
         sincos_pos_embed: joint positions are a fixed sine-cosine table, not trained.
+        pool: "mean": the head reads the mean of the patch tokens; "cls": the class token or,
+            without one, the token of the first patch (VideoMAE without mean pooling).
     """
 
     def __init__(
@@ -54,10 +57,13 @@ class VisionTransformer(Encoder):
         cls_embed: bool = True,
         drop_path_rate: float = 0.0,
         sincos_pos_embed: bool = False,
+        pool: str = "mean",
     ):
         super().__init__()
         self.arguments = constructor_arguments(locals())
-        self.cls_embed = cls_embed
+        self.cls_embed, self.pool = cls_embed, pool
+        if pool not in POOLS:
+            raise ValueError(f"pool = {pool!r} must be one of {', '.join(POOLS)}")
         # Class token and positions. From here on parameters and modules are registered in the order
         # of the published state dicts.
         patch = PatchEmbed(img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size)
@@ -80,28 +86,34 @@ class VisionTransformer(Encoder):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def check_mask_ratio(self, mask_ratio: float) -> None:
-        """Raise ValueError for a ratio that is negative or keeps nothing."""
+        """Raise ValueError for a ratio that is negative, or keeps nothing or not what is read."""
         tokens = self.patch_embed.num_patches
         if mask_ratio < 0 or num_visible(tokens, mask_ratio) < 1:
             allowed = f"at least 0 and keep at least one of {tokens} tokens"
             raise ValueError(f"mask_ratio = {mask_ratio} must be {allowed}")
+        if mask_ratio and self.pool == "cls" and not self.cls_embed:
+            raise ValueError("mask_ratio must be 0 with pool = 'cls' and no class token")
 
     def forward_features(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] before the last norm.
 
         A mask_ratio leaves out that share of the patches, chosen at random: [N, K, D].
         """
+        return self._encode(x, mask_ratio)[:, int(self.cls_embed) :]  # without the class token
+
+    def _encode(self, x: Tensor, mask_ratio: float) -> Tensor:
+        """Encode clips to all their tokens, the class token first: [N, (1 +) L or K, D]."""
         ids_keep = None
         if mask_ratio:
             self.check_mask_ratio(mask_ratio)
             _, _, ids_keep = random_mask(len(x), self.patch_embed.num_patches, mask_ratio, x.device)
-        x = self.run_blocks(self.blocks, self.embed(x, ids_keep))  # (N, (1 +) L or K, D)
-        return x[:, int(self.cls_embed) :]  # without the class token
+        return self.run_blocks(self.blocks, self.embed(x, ids_keep))
 
     def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Classify clips, or a random part of each: [N, C, T, H, W] -> logits [N, num_classes]."""
-        x = self.norm(self.forward_features(x, mask_ratio).mean(dim=1))  # (N, D)
-        return self.head(self.dropout(x))  # (N, num_classes)
+        x = self._encode(x, mask_ratio)  # (N, (1 +) L or K, D)
+        x = x[:, 0] if self.pool == "cls" else x[:, int(self.cls_embed) :].mean(dim=1)  # (N, D)
+        return self.head(self.dropout(self.norm(x)))  # (N, num_classes)
 
 
 _vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))

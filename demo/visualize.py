@@ -168,7 +168,7 @@ def draw(
     sheet = tile(
         [[corner, *captions], *([head, *row] for head, row in zip(left, rows, strict=True))]
     )
-    if model.norm_pix_loss:
+    if model.target != "pixels":
         sheet = tile([[sheet], [_caption(NOTE, sheet.shape[2], t)]])
     return sheet
 

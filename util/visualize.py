@@ -121,8 +121,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Remove patches of clips and let a masked autoencoder predict them; the result is on the CPU.
 
-    A model that was trained on normalised targets (norm_pix_loss) knows neither the brightness nor
-    the contrast of a patch: its predictions get the mean and the deviation of the true patch.
+    A model that was trained on normalised targets knows neither the brightness nor the contrast of
+    a patch, or of its channels: its predictions get the mean and the deviation of the true ones.
 
     Args:
         model: a MaskedAutoencoderViT on any device. Its training mode and the global random state
@@ -148,9 +148,8 @@ def reconstruct(
 
     # Turn targets and predictions back into pixels.
     target = normalize(model.patchify(model.target_frames(imgs)))
-    if model.norm_pix_loss:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
-        pred = pred * (var + 1e-6).sqrt() + mean
+    mean, scale = model.target_statistics(target)
+    pred = pred * scale + mean
     removed = mask.bool().unsqueeze(-1)
     grey = torch.full_like(target, (REMOVED / 255 - MEAN) / STD)
     masked = torch.where(removed, grey, target)
