@@ -65,7 +65,7 @@ def refusal(folder, capsys, checkpoint: Any, path: str = "") -> str:
         convert.main([path, str(folder / "out"), "--to", "safetensors"])
     assert error in capsys.readouterr().err
     assert not os.path.exists(folder / "out")
-    assert "\n" not in error and "in " in error
+    assert "\n" not in error
     return error
 
 
@@ -144,7 +144,7 @@ FINETUNED: dict[str, Callable[[], dict[str, Any]]] = {
     [
         ("VideoMAE", "blocks.0.attn.scale", (2, 1, 1), "cosine attention"),
         ("VideoMAE", "blocks.1.attn.logit_scale", (2, 1, 1), ""),
-        ("VideoMAE", "norm.weight", (128,), "fc_norm.weight"),
+        ("VideoMAE", "norm.weight", (128,), ""),
         ("image MAE", "blocks.0.attn.relative_position_bias_table", (49, 2), ""),
         ("image MAE", "blocks.0.attn.q_norm.weight", (64,), ""),
         ("image MAE", "reg_token", (1, 4, 128), ""),
@@ -211,7 +211,7 @@ def test_a_decoder_that_is_not_understood_is_left_out(tmp_path, capsys, project,
     assert any("decoder" in note for note in weights.notes)
     capsys.readouterr()
     model = classifier(path, keep_head=False).state_dict()
-    assert name.removeprefix("decoder") in capsys.readouterr().out
+    assert ".".join(name.split(".")[-2:]) in capsys.readouterr().out  # under its name here
     encoder = [k for k in model if not k.startswith("head.")]
     assert [k for k in encoder if not torch.equal(model[k], expected[k])] == []
     out = str(tmp_path / "out.safetensors")
@@ -264,20 +264,21 @@ RUNS: dict[str, dict[str, Any]] = {
     "separable decoder": {"MASK.DECODER_SEP_POS_EMBED": True},
     "separable decoder, no class token": {"MASK.DECODER_SEP_POS_EMBED": True} | NO_CLASS,
     "all frames": {"MASK.TIME_STRIDE_LOSS": False},
+    "default pooling, no class token": {"MVIT.USE_MEAN_POOLING": False} | NO_CLASS,
     "no pooling": {"MVIT.POOL_Q_STRIDE": [[0, 1, 1, 1], [1, 1, 1, 1]]},
 }
 
 
+# all of them, but for a head that is refused
+PARTS = [(run, part) for run in RUNS for part in (True, False) if part or "default" not in run]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("decoder", [False, True])
-@pytest.mark.parametrize("run", RUNS)
-def test_the_configuration_decides(tmp_path, run, decoder, as_dict):
+@pytest.mark.parametrize("run, decoder", PARTS)
+def test_the_configuration_decides(tmp_path, run, decoder):
     """Models from PySlowFast's files compute what plain ones compute from the same pixels."""
     checkpoint = formats.pyslowfast_run(RUNS[run], decoder)
     cfg = yaml.safe_load(checkpoint["cfg"])
-    if as_dict:
-        checkpoint["cfg"] = cfg
     path = saved(tmp_path / "in.pyth", checkpoint)
     data, mvit = cfg["DATA"], cfg["MVIT"]
     frames, side, heads = data["NUM_FRAMES"], data["TRAIN_CROP_SIZE"], mvit["NUM_HEADS"]
@@ -300,6 +301,13 @@ def test_the_configuration_decides(tmp_path, run, decoder, as_dict):
     assert f"--pool {pool} " in told
     expected = formats.pyslowfast_classify(state, theirs, pool, heads)
     assert_close(classifier(path)(ours(clips)), expected)
+
+
+def test_a_configuration_may_be_a_dict():
+    checkpoint = formats.pyslowfast_run(RUNS["four heads"])
+    told, cfg = interpret(checkpoint, "in.pyth"), yaml.safe_load(checkpoint["cfg"])
+    assert interpret(checkpoint | {"cfg": cfg}, "in.pyth").arguments == told.arguments
+    assert told.arguments["num_heads"] == 4
 
 
 @pytest.mark.parametrize(
@@ -340,18 +348,45 @@ def test_a_configuration_runs_no_code(tmp_path, capsys, cfg):
     assert crater.exists()
 
 
-@pytest.mark.parametrize("cfg", [None, "", "A: 1", "MVIT: 3", "- 1", {"MVIT": None}, 7, "a: ["])
+@pytest.mark.parametrize(
+    "cfg", [None, "", "A: 1", "MVIT: 3", "- 1", {"MVIT": None}, 7, "a: [", "&a {b: *a}"]
+)
 def test_configurations_that_say_nothing(cfg):
     """They are as good as none, or refused in a sentence."""
     plain = formats.pyslowfast(decoder=False)
     try:
         weights = interpret(plain | {"cfg": cfg}, "in.pyth")
     except UserError as error:
-        assert cfg == "a: [" and "\n" not in str(error)
+        assert cfg in ("a: [", "&a {b: *a}") and "\n" not in str(error)
         return
     assert weights.arguments == interpret(plain, "in.pyth").arguments
     assert weights.arguments["pool"] == "mean" and "pool" not in weights.stated
     assert any("--pool" in note for note in weights.notes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("DATA.MEAN", "x"), ("DATA.MEAN", [0.45]), ("DATA.MEAN", None), ("DATA.STD", [0.0] * 3),
+        ("DATA.STD", [float("nan")] * 3), ("DATA.NUM_FRAMES", 7), ("DATA.NUM_FRAMES", None),
+        ("DATA.TRAIN_CROP_SIZE", [64, 64]), ("MVIT.NUM_HEADS", "two"), ("MVIT.NUM_HEADS", 0),
+        ("MVIT.NUM_HEADS", 3), ("MVIT.PATCH_STRIDE", None), ("MVIT.PATCH_STRIDE", 16),
+        ("MVIT.DIM_MUL", None), ("MVIT.DIM_MUL", "x"), ("MVIT.POOL_Q_STRIDE", [None, []]),
+        ("MVIT.MLP_RATIO", "x"), ("MVIT.REV", None), ("MVIT.USE_MEAN_POOLING", "no"),
+        ("MVIT", None), ("DATA", [1]),
+    ],
+)  # fmt: skip
+def test_odd_entries_of_a_configuration(tmp_path, entry, value):
+    """They are ignored, or refused in a sentence; no result is a number that is none."""
+    checkpoint = formats.pyslowfast_run()
+    checkpoint["cfg"] = formats.changed_cfg(checkpoint["cfg"], {entry: value})
+    path = saved(tmp_path / "in.pyth", checkpoint)
+    try:
+        checkpoint_flags(path)
+        assert classifier(path)(ours(pixels())).isfinite().all()
+    except (UserError, ValueError) as error:
+        assert "\n" not in str(error)
 
 
 @torch.no_grad()
@@ -466,11 +501,15 @@ TARGETS = {
 
 
 def tiled(frames: int, side: int, content: str, moves: bool = True) -> Tensor:
-    """Make a clip, uint8 [1, T, H, W, 3], of equal patches of 2 x 16 x 16, coloured or flat."""
+    """Make a clip, uint8 [1, T, H, W, 3], of equal patches of 2 x 16 x 16.
+
+    A faint one is grey but for one pixel, so that the 1e-6 of every rule decides its numbers.
+    """
     rng = np.random.default_rng(3)
     patch = rng.normal((60, 120, 200), (8, 25, 40), (2, 16, 16, 3)).clip(0, 255)
-    if content == "flat":
-        patch[:] = (60, 120, 200)
+    if content != "coloured":
+        patch[:] = 120
+        patch[:, 3, 5] += content == "faint"
     patch[1] = patch[int(moves)]
     clip = np.tile(patch.round(), (frames // 2, side // 16, side // 16, 1))
     return torch.from_numpy(clip).to(torch.uint8).unsqueeze(0)
@@ -481,6 +520,10 @@ def to_pixels(clip: Tensor) -> Tensor:
     return clip.permute(0, 4, 1, 2, 3).double() / 255
 
 
+# of the loss; the deviation of a flat patch is nothing but rounding, over 1e-6
+BOUNDS = {"coloured": 1e-11, "faint": 1e-11, "flat": 1e-2}
+
+
 def assert_perfect(path: str, clip: Tensor, expected: Target, content: str) -> None:
     """Check that a model that predicts its project's target has no loss, and shows the clip."""
     model = autoencoder(path)
@@ -489,15 +532,14 @@ def assert_perfect(path: str, clip: Tensor, expected: Target, content: str) -> N
     norm = read_weights(path).arguments.get("target_norm")
     assert norm == expected.target_norm or np.allclose(norm, expected.target_norm)
     shown = reconstruct(model, clip, 0.75, paste_visible=False)
-    # the deviation of a flat patch is nothing but rounding, over 1e-6
-    assert shown.loss.max() < (1e-8 if content == "coloured" else 1e-2)
+    assert shown.loss.max() < BOUNDS[content]
     change = shown.reconstruction.int() - shown.original.int()
     assert change.abs().max() <= 1
-    assert model(clip.permute(0, 4, 1, 2, 3), 0.75)[0] <= shown.loss.max()
+    assert model(clip.permute(0, 4, 1, 2, 3), 0.75)[0] < BOUNDS[content]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("content", ["coloured", "flat"])
+@pytest.mark.parametrize("content", ["coloured", "faint"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_perfect_prediction_has_no_loss(tmp_path, name, content):
     """The file's decoder always predicts one patch, by its own project's rule."""
@@ -539,7 +581,7 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("content", ["coloured", "flat"])
+@pytest.mark.parametrize("content", BOUNDS)
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_hugging_face_targets(tmp_path, transformers, norm_pix_loss, content):
     """The loss in transformers is 0, too, and of any other prediction the same as ours."""
@@ -553,18 +595,15 @@ def test_hugging_face_targets(tmp_path, transformers, norm_pix_loss, content):
         pred, keep = predict(model, ours(to_pixels(clip)).float())
         masked[0, keep] = False
         loss = model.forward_loss(clip.permute(0, 4, 1, 2, 3), pred, masked.float())
-        if norm_pix_loss:
-            theirs = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
-            torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
-        else:  # ours is of pixels over 0.225
-            theirs = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
-            torch.testing.assert_close(loss, theirs / 0.225**2, rtol=1e-5, atol=0)
+        theirs = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
+        theirs = theirs if norm_pix_loss else theirs / 0.225**2  # our pixels are over 0.225
+        torch.testing.assert_close(loss, theirs, rtol=1e-4, atol=0)
     masked[0, ::4] = False
     rule = per_channel if norm_pix_loss else unit_pixels
     original.decoder.head.weight.zero_()
     original.decoder.head.bias[:] = rule(to_pixels(clip))[0, 0]
     loss = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
-    assert loss < (1e-8 if content == "coloured" else 1e-1)
+    assert loss < max(1e-5, BOUNDS[content])  # it takes its float32 clips back to pixels
     original.save_pretrained(tmp_path / "hf")
     target = "channel" if norm_pix_loss else "pixels"
     expected = Target(dict, "", rule, target)
@@ -692,7 +731,7 @@ def test_sharded_folders(tmp_path, transformers, sharded, by):
     assert_close(classifier(str(tmp_path / "out"))(ours(clips)), expected)
 
 
-@pytest.mark.parametrize("damage", ["lost", "misplaced", "outside", "absolute", "odd", "text"])
+@pytest.mark.parametrize("damage", ["lost", "stale", "outside", "absolute", "odd", "text"])
 def test_damaged_sharded_folders(tmp_path, capsys, sharded, damage):
     source, name, _ = sharded
     folder = tmp_path / "hf"
@@ -701,13 +740,13 @@ def test_damaged_sharded_folders(tmp_path, capsys, sharded, damage):
         (folder / file).write_bytes((source / file).read_bytes())
     index = json.loads((folder / name).read_text())
     table = index["weight_map"]
-    key, shard = next(iter(table.items()))
-    other = next(value for value in table.values() if value != shard)
+    shard = next(iter(table.values()))
     says = shard
     if damage == "lost":
         os.remove(folder / shard)
-    elif damage == "misplaced":
-        table[key], says = other, key
+    elif damage == "stale":  # the index is of other files
+        table["videomae.encoder.layer.2.layernorm_before.bias"] = shard
+        says = "layer.2.layernorm_before.bias"
     elif damage in ("outside", "absolute"):
         (tmp_path / "outside").write_bytes((folder / shard).read_bytes())
         says = "../outside" if damage == "outside" else str(tmp_path / "outside")
@@ -915,55 +954,63 @@ def test_only_trust_runs_the_code_of_a_file(tmp_path, capsys, place):
 
 # --- records that make no sense
 
-MEMORY_OF = """
+READ_ALL = """
 import resource, sys
-from util.weights import apply_weights, checkpoint_flags, read_weights
-from util.errors import UserError
 import models_mae, models_vit
+from util.errors import UserError
+from util.weights import apply_weights, checkpoint_flags, read_weights
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
-try:
-    checkpoint_flags(sys.argv[1])
-    weights = read_weights(sys.argv[1])
-    if weights.has_decoder:
-        model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments())
-    else:
-        model = models_vit.VisionTransformer(**weights.classifier_arguments())
-    apply_weights(model, weights, keep_head=True)
-except (UserError, ValueError) as error:
-    print("refused:", error)
+for path in sys.argv[1:]:
+    try:
+        checkpoint_flags(path)
+        weights = read_weights(path)
+        if weights.has_decoder:
+            model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments())
+        else:
+            model = models_vit.VisionTransformer(**weights.classifier_arguments())
+        apply_weights(model, weights, keep_head=True)
+    except (UserError, ValueError) as error:
+        print("refused:", error)
 print("grew", peak() - before)
 """
+# 9 ** 12 entries, by names for the same ones
+LAUGHS = ["a0: &a0 {x: 1}"]
+for i in range(12):
+    LAUGHS.append(f"a{i + 1}: &a{i + 1} {{{', '.join(f'k{j}: *a{i}' for j in range(9))}}}")
+ABSURD: list[tuple[str, dict[str, Any]]] = [
+    ("cfg", {"cfg": "\n".join(LAUGHS)}),
+    ("cfg", {"cfg": "DATA: {NUM_FRAMES: 1000000000, TRAIN_CROP_SIZE: 10000000}"}),
+    ("finetune", {"num_frames": 10**9}),
+    ("finetune", {"input_size": 10**7}),
+    ("pretrain", {"num_frames": 10**9, "input_size": 10**7}),
+    ("own", {"mlp_ratio": 1e9}),
+    ("own", {"pred_t_dim": 10**9}),
+    ("own", {"pred_t_dim": 10**6}),
+    ("own", {"num_frames": 10**9}),
+    ("own", {"decoder_num_heads": 10**9}),
+]
 
 
-@pytest.mark.parametrize(
-    "kind, records",
-    [
-        ("VideoMAE", {"num_frames": 10**9}),
-        ("VideoMAE", {"input_size": 10**7}),
-        ("pre-training", {"num_frames": 10**9, "input_size": 10**7}),
-        ("own", {"mlp_ratio": 1e9}),
-        ("own", {"pred_t_dim": 10**9}),
-        ("own", {"num_frames": 10**9}),
-        ("own", {"decoder_num_heads": 10**9}),
-    ],
-)
-def test_absurd_records_take_no_memory(tmp_path, kind, records):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of memory")
+def test_absurd_records_take_no_memory(tmp_path):
     """They are ignored, or refused in a sentence that is not the allocator's."""
-    if kind == "own":
-        model = mae_vit_tiny_patch8(pred_t_dim=2, **SIZES)
-        checkpoint = {"model": model.state_dict(), "arguments": model.arguments | records}
-    else:
-        checkpoint = formats.videomae("pretrain" if kind == "pre-training" else "finetune")
-        vars(checkpoint["args"]).update(records)
-    path = saved(tmp_path / "in.pth", checkpoint)
+    paths = []
+    for kind, records in ABSURD:
+        if kind == "own":
+            model = mae_vit_tiny_patch8(pred_t_dim=2, **SIZES)
+            checkpoint = {"model": model.state_dict(), "arguments": model.arguments | records}
+        elif kind == "cfg":
+            checkpoint = formats.pyslowfast_run() | records
+        else:
+            checkpoint = formats.videomae(kind)
+            vars(checkpoint["args"]).update(records)
+        paths.append(saved(tmp_path / f"{len(paths)}.pth", checkpoint))
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY_OF, path], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", READ_ALL, *paths], capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    *said, grew = run.stdout.strip().splitlines()
-    assert int(grew.removeprefix("grew ")) < 300  # MB
+    assert int(run.stdout.split("grew ")[1]) < 300  # MB
     assert not re.search("alloc|memory", run.stdout)
-    assert not any(line.startswith("refused") for line in said) or "in.pth" in run.stdout
