@@ -103,7 +103,9 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
     wanted = {k: build.keywords[k] for k in SIZES}
     sizes = {k: found.arguments[k] for k in SIZES}
     if wanted != sizes:
-        raise errors.UserError(f"{pretrained} is not a {name}: it has {sizes}, not {wanted}")
+        models = models_mae.MODELS if name in models_mae.MODELS else models_vit.MODELS
+        hint = "".join(f"; load {known}" for known in weights.models_of(sizes, models))
+        raise errors.UserError(f"{pretrained} is not a {name}: it has {sizes}, not {wanted}{hint}")
     # shapes do not show the number of heads: if the file does not state it, the name gives it
     heads = {k: build.keywords[k] for k in HEADS if k in build.keywords}
     arguments = {k: v for k, v in heads.items() if k not in found.stated} | arguments

@@ -335,9 +335,11 @@ def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
         if os.path.basename(name) != name:
             raise UserError(f"{path} lists {name}, which is not a file beside it")
         part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
-        tensors |= part.get("model", part)
-    if lacking := [name for name in places if name not in tensors]:
-        raise UserError(f"{path} lists tensors that its files lack: {', '.join(lacking[:4])}")
+        part = part.get("model", part)
+        listed = [key for key, place in places.items() if place == name]
+        if lacking := [key for key in listed if key not in part]:
+            raise UserError(f"{path} lists {lacking[0]} in {name}, which lacks it")
+        tensors |= {key: part[key] for key in listed}
     return {"model": tensors}
 
 

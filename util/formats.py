@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,8 +82,8 @@ CFG_OF_TENSORS = _table("""
 """)
 # Switches of that cfg that change what the encoder, and what only the decoder computes.
 CFG_OF_ENCODER = """
-    NORM_STEM REL_POS_SPATIAL REL_POS_TEMPORAL REV PATCH_2D PATCH_PADDING DIM_MUL HEAD_MUL
-    POOL_Q_STRIDE POOL_KV_STRIDE POOL_KV_STRIDE_ADAPTIVE
+    NORM_STEM REL_POS_SPATIAL REL_POS_TEMPORAL REV.ENABLE PATCH_2D PATCH_PADDING DIM_MUL
+    HEAD_MUL POOL_Q_STRIDE POOL_KV_STRIDE POOL_KV_STRIDE_ADAPTIVE
 """.split()
 CFG_OF_DECODER = ("PRED_HOG", "DEC_KV_KERNEL", "DEC_KV_STRIDE")
 # files of a Hugging Face folder: the weights (one of these), and the configs beside them
@@ -239,7 +239,8 @@ def is_head(name: str) -> bool:
 
 def find_average(checkpoint: dict[str, Any]) -> str:
     """Return the entry of a checkpoint that holds a moving average of its weights, or ""."""
-    return next((name for name in AVERAGES if isinstance(checkpoint.get(name), dict)), "")
+    found = (k for k in AVERAGES if checkpoint.get(k) and isinstance(checkpoint[k], dict))
+    return next(found, "")
 
 
 def unwrap(
@@ -379,8 +380,6 @@ def keep_understood(
 
 def _is_on(value: Any) -> bool:
     """Return whether a switch of PySlowFast is on: true, or lists of strides or factors above 1."""
-    if isinstance(value, dict):
-        return value.get("ENABLE") is True
     if isinstance(value, list):
         return any(_is_on(x[1:] if isinstance(x, list) else x) for x in value)  # x[0]: the layer
     return value is True or (isinstance(value, int | float) and value > 1)
@@ -429,8 +428,15 @@ def read_cfg(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
         cfg = yaml.safe_load(cfg) if isinstance(cfg, str) else cfg
     except yaml.YAMLError as error:
         raise UserError(f"{path} has a damaged cfg: {str(error).splitlines()[0]}") from error
-    sections = {k: _as_dict(section) for k, section in _as_dict(cfg).items()}
-    return {f"{k}.{name}": v for k, section in sections.items() for name, v in section.items()}
+    return dict(_flat(_as_dict(cfg)))
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_records(

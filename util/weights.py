@@ -5,6 +5,7 @@ their names. util/checkpoint.py writes the checkpoints of a run.
 """
 
 import functools
+import json
 import math
 import os
 import re
@@ -63,14 +64,18 @@ def read_weights(path: str, use_ema: bool = False, trust: bool = False) -> Weigh
         use_ema: read the moving average of the weights; UserError if the file has none.
         trust: see read_checkpoint.
     """
-    weights = _read(*_versioned(path), use_ema, trust)
+    if trust:
+        weights = interpret(read_checkpoint(path, mmap=True, trust=True), path, use_ema)
+        weights.flags = json.loads(json.dumps(weights.flags, default=str))  # plain data
+        return weights
+    weights = _read(*_versioned(path), use_ema)
     _read.cache_clear()  # the caller may change them
     return weights
 
 
 @functools.lru_cache(maxsize=1)
-def _read(path: str, version: tuple[int, ...], use_ema: bool, trust: bool) -> Weights:
-    return interpret(read_checkpoint(path, mmap=True, trust=trust), path, use_ema)
+def _read(path: str, version: tuple[int, ...], use_ema: bool) -> Weights:
+    return interpret(read_checkpoint(path, mmap=True), path, use_ema)
 
 
 def _versioned(path: str) -> tuple[str, tuple[int, ...]]:
@@ -93,7 +98,7 @@ def checkpoint_flags(
 
     The weights stay in memory for the next read_weights of the same path.
     """
-    weights = _read(*_versioned(path), use_ema, False)
+    weights = _read(*_versioned(path), use_ema)
     values = weights.flags | weights.arguments | {"input_size": weights.arguments["img_size"]}
     if weights.doubt:  # the user must give them
         values |= {"input_size": None, "num_frames": None}
@@ -175,8 +180,8 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     predicts_unit_pixels = source in VIDEOMAES and arguments.get("target") == "pixels"
     if not mean or not std or (is_ours and not predicts_unit_pixels):
         mean = std = None
-    elif not len(mean) == len(std) == channels:
-        raise ValueError(f"mean {mean} and std {std} do not have {channels} values")
+    elif not len(mean) == len(std) == channels or not all(0 < x < math.inf for x in std):
+        raise ValueError(f"mean {mean} and std {std} do not normalise {channels} channels")
     elif arguments.get("target") == "patch":
         arguments["target_norm"] = [list(mean), list(std)]
 
@@ -387,12 +392,16 @@ def _needs(weights: Weights, model: nn.Module, with_head: bool) -> str:
     needs = [" ".join(_as_flags({k: theirs[k] for k in names if k in theirs}))]
     sizes = {k: weights.arguments[k] for k in SIZES if k != "num_heads" or k in weights.stated}
     if theirs.keys() & sizes:
-        models = vars(sys.modules[type(model).__module__])["MODELS"]
-        known = [name for name in models if sizes.items() <= models[name].keywords.items()]
+        known = models_of(sizes, vars(sys.modules[type(model).__module__])["MODELS"])
         described = "a --model with " + ", ".join(f"{k} {v}" for k, v in sizes.items())
         needs.append(" or ".join(f"--model {name}" for name in known) or described)
     text = " and ".join(filter(None, needs))
     return f"the file needs {text}" if text else ""
+
+
+def models_of(sizes: dict[str, Any], models: dict[str, Any]) -> list[str]:
+    """Return the names of MODELS that have these sizes."""
+    return [name for name, build in models.items() if sizes.items() <= build.keywords.items()]
 
 
 def has_head_for(weights: Weights, model: nn.Module) -> bool:
