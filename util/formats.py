@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -269,12 +269,10 @@ def unwrap(
             raise UserError(f"{path} has a tensor that is sparse, quantised or empty: {name}")
 
     # Lightning saves the model beside losses and metrics, PyTorch's average a counter
-    is_lightning = any(name.startswith("model.") for name in state)
-    others = [name for name in state if is_lightning and not name.startswith("model.")]
-    others += ["n_averaged"] if "n_averaged" in state else []
-    kept = {k.replace("_orig_mod.", ""): v for k, v in state.items() if k not in others}
-    names = _without_prefixes(list(kept))
-    return dict(zip(names, kept.values(), strict=True)), others
+    start = "model." if any(name.startswith("model.") for name in state) else ""
+    kept = {k: v for k, v in state.items() if k.startswith(start) and k != "n_averaged"}
+    names = _without_prefixes([name.replace("_orig_mod.", "") for name in kept])
+    return dict(zip(names, kept.values(), strict=True)), [k for k in state if k not in kept]
 
 
 def _without_prefixes(names: list[str]) -> list[str]:
@@ -352,16 +350,15 @@ def keep_understood(
 
     Raises UserError if a part of the encoder has none: its model computes something else.
     """
-    switches = {f"MVIT.{name}": cfg.get(f"MVIT.{name}") for name in CFG_OF_ENCODER}
-    reasons = [f"{name} {value}" for name, value in switches.items() if _is_on(value)]
-    kernel, stride = cfg.get("MVIT.PATCH_KERNEL"), cfg.get("MVIT.PATCH_STRIDE")
-    if None not in (kernel, stride) and kernel != stride:
-        reasons.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {stride}")
-    pools = cfg.get("MVIT.USE_MEAN_POOLING"), cfg.get("MVIT.CLS_EMBED_ON")
-    if "head.weight" in state and pools == (False, False):
-        reasons.append("MVIT.USE_MEAN_POOLING False without a class token")
-    if reasons:
-        raise UserError(f"{path} was trained with {' and '.join(reasons)}, which models here lack")
+    mvit = {k.removeprefix("MVIT."): v for k, v in cfg.items()}
+    has_head = "head.weight" in state
+    lacking = [f"MVIT.{k} {mvit[k]}" for k in CFG_OF_ENCODER if _is_on(mvit.get(k))]
+    if mvit.get("USE_MEAN_POOLING", 1) is mvit.get("CLS_EMBED_ON", 1) is False and has_head:
+        lacking.append("MVIT.USE_MEAN_POOLING False without a class token")
+    if (kernel := mvit.get("PATCH_KERNEL")) and kernel != mvit.get("PATCH_STRIDE", kernel):
+        lacking.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {mvit['PATCH_STRIDE']}")
+    if lacking:
+        raise UserError(f"{path} was trained with {' and '.join(lacking)}, which models here lack")
 
     unknown = [name for name in state if not OUR_NAMES.fullmatch(name)]
     decoder = [name for name in unknown if is_decoder(name)]
@@ -428,15 +425,9 @@ def read_cfg(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
         cfg = yaml.safe_load(cfg) if isinstance(cfg, str) else cfg
     except yaml.YAMLError as error:
         raise UserError(f"{path} has a damaged cfg: {str(error).splitlines()[0]}") from error
-    return dict(_flat(_as_dict(cfg)))
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    sections = {k: _as_dict(section) for k, section in _as_dict(cfg).items()}
+    flat = {f"{k}.{name}": v for k, section in sections.items() for name, v in section.items()}
+    return flat | {"MVIT.REV.ENABLE": _as_dict(flat.get("MVIT.REV")).get("ENABLE")}
 
 
 def read_records(

@@ -238,8 +238,9 @@ def fold_layer_scale(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for name in [k for k in state if ".gamma_" in k]:
         layer = name.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
         for key in (f"{layer}.weight", f"{layer}.bias"):
-            rows = (state[name].double() * state[key].double().T).T
-            folded[key] = rows.to(state[key].dtype)
+            rows = state[key].double()
+            scale = state[name].double().view(-1, *[1] * (rows.ndim - 1))
+            folded[key] = (scale * rows).to(state[key].dtype)
     state = {k: v for k, v in state.items() if ".gamma_" not in k} | folded
     return state, dict.fromkeys(folded, "layer scale folded in")
 
