@@ -49,7 +49,7 @@ def double(state: State) -> State:
     return {name: tensor.double() for name, tensor in state.items()}
 
 
-def flags_of(path: str, **options: bool) -> str:
+def flags_of(path: str, **options: Any) -> str:
     return " ".join(checkpoint_flags(path, **options)) + " "
 
 
@@ -847,7 +847,7 @@ def test_files_without_a_moving_average(tmp_path, capsys, more):
 
 # --- the wrong --model
 
-SIZES = {"img_size": 32, "num_frames": 4}
+SIZES: dict[str, Any] = {"img_size": 32, "num_frames": 4}
 
 
 def test_the_error_names_the_model_of_the_file(tmp_path):
@@ -856,7 +856,7 @@ def test_the_error_names_the_model_of_the_file(tmp_path):
     with pytest.raises(UserError, match=r"the file needs .*--model vit_tiny_patch8\b"):
         apply_weights(vit_small_patch16(**SIZES), read_weights(path), keep_head=True)
     with pytest.raises(UserError, match=r"is not a vit_small_patch16: .*\bvit_tiny_patch8\b"):
-        hubconf.vit_small_patch16(pretrained=path)  # pyright: ignore[reportAttributeAccessIssue]
+        hubconf.vit_small_patch16(pretrained=path)
 
     model = mae_vit_tiny_patch8(pred_t_dim=2, **SIZES)
     path = saved(tmp_path / "mae.pth", {"model": model.state_dict(), "arguments": model.arguments})
@@ -864,7 +864,7 @@ def test_the_error_names_the_model_of_the_file(tmp_path):
     with pytest.raises(UserError, match=r"the file needs .*--model mae_vit_tiny_patch8\b"):
         apply_weights(other, read_weights(path), keep_head=True)
     with pytest.raises(UserError, match=r"\bmae_vit_tiny_patch8\b"):
-        hubconf.mae_vit_small_patch16(pretrained=path)  # pyright: ignore[reportAttributeAccessIssue]
+        hubconf.mae_vit_small_patch16(pretrained=path)
 
 
 def huge() -> State:
@@ -883,7 +883,7 @@ def test_the_released_huge_model_has_patches_of_16(tmp_path):
     with pytest.raises(UserError, match=r"the file needs .*--model vit_huge_patch16\b"):
         apply_weights(model, read_weights(path), keep_head=False)
     with pytest.raises(UserError, match=r"\bvit_huge_patch16\b"):
-        hubconf.vit_huge_patch14(pretrained=path)  # pyright: ignore[reportAttributeAccessIssue]
+        hubconf.vit_huge_patch14(pretrained=path)
 
 
 def test_a_model_without_a_name_is_described(tmp_path):
@@ -941,7 +941,7 @@ def test_only_trust_runs_the_code_of_a_file(tmp_path, capsys, place):
     doors: list[Callable[[], object]] = [
         lambda: checkpoint_flags(path),
         lambda: read_weights(path),
-        lambda: hubconf.vit_tiny_patch8(pretrained=path),  # pyright: ignore[reportAttributeAccessIssue]
+        lambda: hubconf.vit_tiny_patch8(pretrained=path),
     ]
     for door in doors:
         with pytest.raises(UserError, match="bomb"):
