@@ -65,8 +65,7 @@ def get_args_parser() -> flags.Parser:
     add("--keep_head", False, "keep the head of --finetune if it has the same number of classes")
     add("--allow_missing", False, "start even if --finetune lacks some of the encoder's weights")
     add("--eval", False, "validate the weights of --resume, then exit")
-    text = "take the moving average of the weights in --finetune or, with --eval, in --resume"
-    add("--use_ema", False, text)
+    add("--use_ema", False, "load the weights' moving average in --finetune or --eval --resume")
     flags.add_run_args(parser, output_dir="./output/finetune")
     parser.set_defaults(repeat_aug=2, epochs=50, warmup_epochs=5)
     parser.set_defaults(blr=2.4e-3, min_lr=1e-5, clip_grad=5.0)

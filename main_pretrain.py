@@ -102,9 +102,8 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
             pred_t_dim=args.pred_t_dim,
             sincos_pos_embed=args.sincos_pos_embed,
         )
-        models_mae.check_mask_ratio(
-            model.patch_embed.num_patches, args.mask_ratio, args.decoder_mask_ratio
-        )
+        num_patches = model.patch_embed.num_patches
+        models_mae.check_mask_ratio(num_patches, args.mask_ratio, args.decoder_mask_ratio)
     return model
 
 

@@ -298,8 +298,10 @@ class MaskedAutoencoderViT(Encoder):
         C = self.in_chans  # the fastest index of a patch
         repeats = patches.shape[-1] // C
         if self.target == "channel":  # VideoMAE adds 1e-6 to the deviation of pixels in [0, 1]
-            std, mean = torch.std_mean(patches.unflatten(-1, (-1, C)), dim=-2)  # (N, L, C)
-            return mean.repeat(1, 1, repeats), (std + 1e-6 / STD).repeat(1, 1, repeats)
+            x = patches.unflatten(-1, (-1, C))  # (N, L, u*p*p, C)
+            std, mean = torch.std_mean(x - x[..., :1, :], dim=-2)  # of flat patches: exactly 0
+            mean, scale = mean + x[..., 0, :], std + 1e-6 / STD  # (N, L, C)
+            return mean.repeat(1, 1, repeats), scale.repeat(1, 1, repeats)
         if not self.target_norm:
             var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
             return mean, (var + 1e-6).sqrt()

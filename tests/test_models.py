@@ -13,6 +13,7 @@ import models_vit
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import golden
+from util.kinetics import Kinetics, VideoIndex
 from util.video.transforms import channels_first
 from util.video_vit import Block
 
@@ -177,6 +178,116 @@ def test_mae_targets(name):
     assert torch.equal(model.unpatchify(target), frames)
     images = model.unpatchify(golden.tensor(file, "pred"))
     assert torch.equal(images, golden.tensor(file, "unpatchify_pred"))
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+RULES = {
+    "patch": {"target": "patch"},
+    "channel": {"target": "channel"},
+    "pixels": {"target": "pixels"},
+    "image MAE": {"target": "patch", "target_norm": IMAGENET},
+}
+
+
+def plain_targets(clips, u, p, rule):
+    """Compute targets patch by patch in float64, as each project defines them on its own pixels.
+
+    Clips are uint8 [N, T, H, W, C] of predicted frames; targets are [N, L, u*p*p*C] in the order
+    (frame, row, column, channel).
+    """
+    N, T, H, W, C = clips.shape
+    pixels = clips.numpy() / 255
+    if rule == "image MAE":
+        pixels = (pixels - IMAGENET[0]) / IMAGENET[1]
+    elif rule != "channel":
+        pixels = (pixels - 0.45) / 0.225
+    targets = []
+    for n, t, h, w in np.ndindex(N, T // u, H // p, W // p):
+        patch = pixels[n, t * u :][:u, h * p :][:, :p, w * p :][:, :, :p].copy()  # (u, p, p, C)
+        if rule == "channel":
+            for c in range(C):
+                x = patch[..., c]
+                patch[..., c] = (x - x.mean()) / (np.sqrt(x.var(ddof=1)) + 1e-6)
+        elif rule != "pixels":
+            patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+        targets.append(patch.flatten())
+    return torch.from_numpy(np.stack(targets)).unflatten(0, (N, -1))
+
+
+def target_clips(videos, channels=3):
+    """Return a clip of a video, one of noise, and nearly and exactly flat ones: [6, 4, 32, 32, C].
+
+    They are uint8.
+    """
+    dataset = Kinetics(
+        VideoIndex(str(videos / "test.csv")), "test", input_size=32, num_frames=4, sampling_rate=4
+    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    levels = torch.tensor([[0, 128, 255], [7, 230, 77]], dtype=torch.uint8)
+    flat = levels.view(2, 1, 1, 1, 3).expand(2, 4, 32, 32, 3)
+    nearly = flat.clone()
+    nearly[:, 0, ::8, ::8] ^= 1  # a step of one grey level in one pixel of a patch
+    return torch.cat([dataset[0, 0].clips, noise, nearly, flat])[..., :channels]
+
+
+@pytest.mark.parametrize(("u", "frames"), [(2, 4), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_perfect_predictions_have_no_loss(videos, rule, dtype, u, frames):
+    """Measured: 5e-10 for channels of nearly flat patches in float32, else at most 1e-12."""
+    model = golden.build(MaskedAutoencoderViT, SEP1_CLS1, pred_t_dim=frames, **RULES[rule])
+    clips = target_clips(videos)
+    truth = plain_targets(clips[:, model.predicted_frames], u, 8, rule).to(dtype)
+    imgs = channels_first(clips)
+    for form in (imgs, ((imgs.double() / 255 - 0.45) / 0.225).to(dtype)):
+        losses = model.patch_losses(form, truth)
+        assert losses.dtype == dtype
+        assert losses.max() < 5e-9
+    wrong = model.patch_losses(imgs, truth.roll(3, dims=-1))[:2]  # of another pixel
+    assert wrong.mean() > (0.001 if rule == "pixels" else 0.1)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "image MAE"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_targets_of_clips_that_are_not_rgb(videos, rule, channels):
+    model = golden.build(MaskedAutoencoderViT, SEP1_CLS1, in_chans=channels, **RULES[rule])
+    clips = target_clips(videos, channels)
+    truth = plain_targets(clips, 2, 8, rule)
+    assert model.patch_losses(channels_first(clips), truth).max() < 5e-9
+    loss, _, _ = model(channels_first(clips), 0.75)
+    loss.backward()
+    assert loss.isfinite() and model.decoder_pred.weight.grad.isfinite().all()
+
+
+def test_the_target_is_the_papers_with_norm_pix_loss_and_else_pixels():
+    def target(**arguments):
+        model = golden.build(MaskedAutoencoderViT, SEP1_CLS1, **arguments)
+        assert "norm_pix_loss" not in model.arguments
+        rebuilt = models_mae.mae_vit_base_patch16(depth=1, decoder_depth=1, target=model.target)
+        assert rebuilt.arguments["target"] == model.arguments["target"] == model.target
+        return model.target
+
+    assert target(norm_pix_loss=True) == "patch"
+    assert target(norm_pix_loss=False) == target() == "pixels"
+    assert target(norm_pix_loss=True, target="channel") == "channel"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target": "patches"}, "target = 'patches' must be one of patch, channel, pixels"),
+        ({"target": ""}, "target = '' must be one of"),
+        ({"target": "channel", "target_norm": IMAGENET}, "target_norm needs target = 'patch' .not"),
+        ({"target_norm": IMAGENET}, r"target_norm needs target = 'patch' .not 'pixels'"),
+        ({"target": "patch", "target_norm": IMAGENET[:1]}, "target_norm needs .* in_chans = 3"),
+        ({"target": "patch", "target_norm": [[0.5], [0.5]]}, "target_norm needs .* in_chans = 3"),
+        ({"target": "patch", "target_norm": []}, "target_norm needs .* in_chans = 3"),
+    ],
+)
+def test_wrong_targets_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        golden.build(MaskedAutoencoderViT, SEP1_CLS1, **arguments)
 
 
 def test_loss_counts_removed_patches_alone():
@@ -352,11 +463,12 @@ def test_classifier_joint_positions():
     assert_near(logits, golden.tensor(VIT["file"], "logits"), distance)
 
 
+@pytest.mark.parametrize("pool", ["mean", "cls"])
 @pytest.mark.parametrize("cls_embed", [True, False])
 @torch.no_grad()
-def test_pooling_takes_all_patch_tokens_and_no_class_token(cls_embed):
+def test_pooling_takes_all_patch_tokens_and_no_class_token_or_the_first_token(cls_embed, pool):
     state = golden.tensors(VIT["file"], "sd/")
-    model = golden.build(VisionTransformer, VIT, cls_embed=cls_embed).eval()
+    model = golden.build(VisionTransformer, VIT, cls_embed=cls_embed, pool=pool).eval()
     model.load_state_dict(state if cls_embed else without_class(state))
     outputs = []
     model.blocks[-1].register_forward_hook(lambda module, args, x: outputs.append(x))
@@ -364,8 +476,22 @@ def test_pooling_takes_all_patch_tokens_and_no_class_token(cls_embed):
     (tokens,) = outputs  # (N, L + class token, D)
     assert tokens.shape[1] == 32 + cls_embed
     pooled = torch.stack([tokens[:, i] for i in range(int(cls_embed), tokens.shape[1])]).mean(0)
+    if pool == "cls":
+        pooled = tokens[:, 0]
     expected = model.head(model.norm(pooled))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    features = model.forward_features(golden.tensor(VIT["file"], "video"))
+    assert torch.equal(features, tokens[:, int(cls_embed) :])
+
+
+def test_other_pools_and_leaving_out_the_patch_that_is_read_are_refused():
+    with pytest.raises(ValueError, match="pool = 'max' must be one of mean, cls"):
+        golden.build(VisionTransformer, VIT, pool="max")
+    model = golden.build(VisionTransformer, VIT, pool="cls", cls_embed=False)
+    model.check_mask_ratio(0)
+    with pytest.raises(ValueError, match="mask_ratio must be 0 with pool = 'cls' and no class"):
+        model(torch.zeros(1, 3, 4, 32, 32), 0.5)
+    golden.build(VisionTransformer, VIT, pool="cls").check_mask_ratio(0.5)
 
 
 def test_dropout_acts_before_the_head_in_training_alone():

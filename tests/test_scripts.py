@@ -1,6 +1,7 @@
 """Run the scripts as a user does: one process, ranks of torchrun, kills, resumes and bad input."""
 
 import csv
+import inspect
 import os
 import re
 import resource
@@ -28,6 +29,7 @@ from util import run, slurm
 from util.errors import UserError
 from util.kinetics import VideoIndex
 from util.report import VideoScores
+from util.weights import read_weights
 
 ROOT = Path(__file__).parent.parent
 SIZES = "--input_size 32 --num_frames 4 --sampling_rate 4 --num_workers 0 --device cpu".split()
@@ -241,6 +243,83 @@ def test_eval_needs_no_training_videos(videos, finetuned, tmp_path, capsys):
     assert "validation: top-1 " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [([], "patch"), (["--no-norm_pix_loss"], "pixels"), (["--target", "pixels"], "pixels"),
+     (["--target", "channel"], "channel"), (["--norm_pix_loss", "--target", "patch"], "patch"),
+     (["--no-norm_pix_loss", "--target", "pixels"], "pixels")],
+)  # fmt: skip
+def test_the_target_that_the_flags_choose(flags, target):
+    args = main_pretrain.parse_args([*PRETRAIN, *flags])
+    assert args.target == main_pretrain.build_model(args).target == target
+
+
+def test_pretraining_on_channels_resumes_and_draws(videos, tmp_path, capsys):
+    flags = ["--path_to_data_dir", videos, "--output_dir", tmp_path, *PRETRAIN, "--vis_period", 1]
+    call(main_pretrain, *flags, "--target", "channel", "--epochs", 1)
+    call(main_pretrain, *flags, "--target", "channel", "--epochs", 2)
+    assert "--target channel ->" not in capsys.readouterr().out
+    content = torch.load(tmp_path / "checkpoint-00001.pth", weights_only=True)
+    assert content["arguments"]["target"] == content["args"]["target"] == "channel"
+    log = [simplejson.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert all(0 < record["train_loss"] < 3 for record in log) and len(log) == 2
+    shown = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload().Tags()
+    assert "fixed_clips/frames_0" in shown["images"]
+    call(main_pretrain, *flags, "--epochs", 2)
+    assert "--target channel -> patch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls_embed", ["--cls_embed", "--no-cls_embed"])
+def test_a_classifier_that_reads_one_token_is_validated_and_tested_as_trained(
+    videos, tmp_path, capsys, cls_embed
+):
+    flags = ["--path_to_data_dir", videos, "--output_dir", tmp_path, "--device", "cpu"]
+    call(main_finetune, *flags, *FINETUNE, "--pool", "cls", cls_embed, "--lr", 1e-3)
+    record = simplejson.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    path = tmp_path / "checkpoint-00001.pth"
+    capsys.readouterr()
+    call(main_finetune, *flags, "--eval", "--resume", path)
+    assert f"loss {record['val_loss']:.4f}\n" in capsys.readouterr().out
+    evaluated = main_finetune.parse_args(list(map(str, [*flags, "--eval", "--resume", path])))
+    tested = main_test.parse_args(list(map(str, [*flags, "--finetune", path])))
+    assert main_finetune.build_model(evaluated).pool == "cls"
+    assert main_test.load_model(tested, read_weights(str(path))).pool == "cls"
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [(main_test, ["--finetune"]), (main_finetune, ["--eval", "--resume"]),
+     (main_finetune, [*FINETUNE, "--epochs", 1, "--finetune"])],
+    ids=["test", "eval", "finetune"],
+)  # fmt: skip
+def test_use_ema_is_asked_of_whatever_reads_the_file(
+    monkeypatch, videos, finetuned, tmp_path, module, argv
+):
+    asked = []
+
+    def spied(read):
+        def spy(*args, **kwargs):
+            call = inspect.signature(read).bind(*args, **kwargs)
+            asked.append(call.arguments.pop("use_ema"))
+            return read(*call.args, **call.kwargs)  # the file has no moving average
+
+        return spy
+
+    readers = ["read_weights"] if "--epochs" in argv else ["read_weights", "checkpoint_flags"]
+    for name in readers:
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    call(module, "--path_to_data_dir", videos, "--output_dir", tmp_path, "--device", "cpu",
+         "--use_ema", *argv, finetuned / "checkpoint-00001.pth")  # fmt: skip
+    assert asked == [True] * len(readers)
+
+
+def test_use_ema_without_weights_to_start_from_is_refused(capsys, videos):
+    flags = ["--path_to_data_dir", videos, *FINETUNE, "--use_ema"]
+    status, text = fails(capsys, main_finetune, *flags)
+    assert status == 2
+    assert "--use_ema needs --finetune, or --eval with --resume" in text
+
+
 @pytest.mark.parametrize("curves", [False, True])
 @pytest.mark.parametrize(
     ("module", "argv"), [(main_pretrain, [*PRETRAIN, "--vis_period", 1]), (main_finetune, FINETUNE)]
@@ -416,6 +495,8 @@ def pretrain_fails(capsys, videos, tmp_path, *argv: object) -> tuple[int, str]:
         (["--model", "mae_vit_enormous"], ["--model", "mae_vit_enormous"]),
         (["--device", "cuda:99"], ["cuda:99"] if not torch.cuda.is_available() else ["99"]),
         (["--device", "abacus"], ["abacus", "cpu"]),
+        (["--no-norm_pix_loss", "--target", "channel"], ["--no-norm_pix_loss", "--target channel"]),
+        (["--target", "patches"], ["--target", "patches"]),
         (["--num_frames", "5"], ["num_frames = 5", "t_patch_size = 2"]),
         (["--input_size", "36"], ["img_size = 36", "patch_size = 8"]),
         (["--pred_t_dim", "3"], ["pred_t_dim", "num_frames"]),
@@ -645,9 +726,10 @@ def test_defaults_are_the_recipe():
     expected = {
         "model": "mae_vit_large_patch16", "input_size": 224, "num_frames": 16, "sampling_rate": 4,
         "t_patch_size": 2, "mask_ratio": 0.9, "decoder_embed_dim": 512, "decoder_depth": 4,
-        "decoder_num_heads": 16, "norm_pix_loss": True, "pred_t_dim": 8, "repeat_aug": 4,
+        "decoder_num_heads": 16, "norm_pix_loss": True, "target": "patch", "pred_t_dim": 8,
         "blr": 1.6e-3, "beta": (0.9, 0.95), "weight_decay": 0.05, "clip_grad": 0.02,
         "jitter_scales_relative": (0.5, 1.0), "sep_pos_embed": True, "cls_embed": True,
+        "repeat_aug": 4,
     }  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
     assert args.epochs * args.repeat_aug == 800
@@ -658,6 +740,6 @@ def test_defaults_are_the_recipe():
         "drop_path_rate": 0.2, "dropout": 0.3, "repeat_aug": 2, "beta": (0.9, 0.999),
         "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "reprob": 0.25,
         "aa": "rand-m7-mstd0.5-inc1", "rand_aug": True, "jitter_scales_relative": (0.08, 1.0),
-        "min_lr": 1e-5, "blr": 2.4e-3, "num_classes": None,
+        "min_lr": 1e-5, "blr": 2.4e-3, "num_classes": None, "pool": "mean", "use_ema": False,
     }  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected

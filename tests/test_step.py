@@ -21,12 +21,14 @@ import models_mae
 import models_vit
 from benchmarks import attention, scaling
 from benchmarks import step as step_benchmark
+from tests.test_models import RULES, plain_targets, target_clips
 from tests.test_scripts import FINETUNE, PRETRAIN, ROOT, call, finish, spawn
 from util.flops import count_flops
 from util.lr_sched import annealed_mask_ratio
 from util.report import count_confusions, topk_correct
 from util.video.mixup import Mixup
-from util.video.transforms import augment_on_device
+from util.video.transforms import augment_on_device, channels_first
+from util.video_vit import TARGETS
 
 CLIP = (3, 4, 32, 32)
 
@@ -78,8 +80,8 @@ def test_a_step_on_a_gpu_reads_nothing_back():
         flip = torch.empty(4, dtype=torch.bool, device=gpu)
         boxes = torch.empty(4, 4, dtype=torch.int64, device=gpu)
         labels = torch.empty(4, dtype=torch.int64, device=gpu)
-        for norm_pix_loss, ratio in itertools.product((False, True), (0.0, 0.5)):
-            mae.norm_pix_loss = norm_pix_loss
+        for target, ratio in itertools.product(TARGETS, (0.0, 0.5)):
+            mae.target = target
             loss, pred, mask = mae(augment_on_device(pixels, flip, None), 0.75, ratio)
             assert loss.device == pred.device == mask.device == gpu
         for draw, ratio in itertools.product(range(8), (0.0, 0.5)):
@@ -124,9 +126,11 @@ def test_a_step_copies_no_packed_gradients_and_adds_no_tokens_one_by_one():
     ("make", "loss_of"),
     [
         (autoencoder, lambda model: model(clips(), 0.75)[0]),
+        (partial(autoencoder, target="channel"), lambda model: model(clips(), 0.75)[0]),
+        (partial(classifier, pool="cls"), lambda model: model(clips(8), 0.5).square().sum()),
         (partial(classifier, drop_path_rate=0.9), lambda model: model(clips(8)).square().sum()),
     ],
-    ids=["masking", "drop path"],
+    ids=["masking", "channels", "class token", "drop path"],
 )
 def test_grad_checkpointing_replays_random_numbers_and_changes_no_bit(make, loss_of):
     results = []
@@ -158,6 +162,24 @@ def test_grad_checkpointing_saves_memory():
         return sum(sizes)
 
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_loss_compiles_as_a_whole_for_every_target(rule):
+    model, mask = autoencoder(**RULES[rule]), torch.ones(2, 32)
+    pred = torch.randn(2, 32, 192)
+    whole = torch.compile(model.forward_loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(clips(), pred, mask), model.forward_loss(clips(), pred, mask))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_losses_of_perfect_predictions_are_zero_for_flat_patches_too(videos, rule):
+    """The compiler may round another mean of equal pixels, which a scale of 4e-6 would show."""
+    model, imgs = autoencoder(pred_t_dim=4, **RULES[rule]), target_clips(videos)
+    truth = plain_targets(imgs, 2, 8, rule).float()
+    losses = torch.compile(model.patch_losses, fullgraph=True)(channels_first(imgs), truth)
+    assert losses.max() < 5e-9
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from models_mae import check_mask_ratio, mae_vit_tiny_patch8, num_visible
 from models_vit import vit_tiny_patch8
 from tests import golden
 from tests.conftest import numbered_frame, read_number
+from tests.test_models import RULES, plain_targets, target_clips
 from tests.video_files import write_video
 from util import file_io
 from util.errors import UserError
@@ -141,7 +142,7 @@ def test_reconstruction_is_the_models_own(arguments):
     assert torch.equal(result.mask, mask)
     torch.testing.assert_close((result.loss * mask).sum() / mask.sum(), loss)
     target = model.patchify(model.target_frames(imgs))
-    if model.norm_pix_loss:
+    if model.target == "patch":
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     pixels = model.unpatchify(torch.where(mask.bool().unsqueeze(-1), pred, target))
@@ -164,6 +165,19 @@ def test_rows():
     whole = reconstruct(model, clips(), 0.75, seed=2, paste_visible=False)
     assert torch.equal(whole.reconstruction[removed], result.reconstruction[removed])
     assert not torch.equal(whole.reconstruction[~removed], result.original[~removed])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_perfect_prediction_shows_the_original(monkeypatch, videos, rule):
+    """The prediction is what the project of that target trains; the picture is exact to a level."""
+    model = small_model(num_frames=4, pred_t_dim=4, **RULES[rule])
+    shown = target_clips(videos)
+    perfect = plain_targets(shown, 2, 8, rule).float()
+    monkeypatch.setattr(model, "forward_decoder", lambda *_: perfect)
+    result = reconstruct(model, shown, 0.75, paste_visible=False)
+    assert torch.equal(result.original, shown)
+    assert (result.reconstruction.int() - shown.int()).abs().max() <= 1
+    assert result.loss.max() < 5e-9
 
 
 def test_normalised_targets_get_the_truths_statistics():
@@ -332,11 +346,11 @@ def test_model_is_rebuilt_from_its_file(tmp_path):
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, model.state_dict()[name].float())
     clip = clips(1)
-    noted, plain = (
+    noted, also_noted, plain = (
         visualize.draw(visualize.Autoencoder(m.eval(), 4), clip, [0.9])
-        for m in (model.float(), small_model(norm_pix_loss=False))
+        for m in (model.float(), small_model(target="channel"), small_model(norm_pix_loss=False))
     )
-    assert noted.shape[1] > plain.shape[1]  # only where it is true is it said
+    assert noted.shape[1] == also_noted.shape[1] > plain.shape[1]  # said only where it is true
 
 
 def test_captions_state_what_is_removed(monkeypatch):
