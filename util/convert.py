@@ -1,6 +1,6 @@
 """Write checkpoints in the formats of this family and its neighbours.
 
-    python -m util.convert IN OUT --to {mae_st,pyslowfast,pyslowfast-fused,videomae-hf,safetensors}
+    python -m util.convert IN OUT --to FORMAT  # one of FORMATS
 
 IN is a path, an address or the name of a released checkpoint. FINETUNE.md lists the formats.
 """
@@ -14,18 +14,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from util import formats
 from util.errors import UserError
 from util.file_io import make_dirs, write_atomically
-from util.formats import DECODER_ARGUMENTS, Weights, is_decoder, num_heads, rename
-from util.pos_embed import join, sincos_pos_embed, split
+from util.formats import DECODER_ARGUMENTS, IMAGENET, Weights, is_decoder, num_heads, rename
+from util.pos_embed import sincos_pos_embed
 from util.video.transforms import MEAN, STD
 from util.weights import fold_output, read_weights, some, with_our_normalisation
 
-FORMATS = ("mae_st", "pyslowfast", "pyslowfast-fused", "videomae-hf", "safetensors")
+FORMATS = ("mae_st", "pyslowfast", "pyslowfast-separate", "videomae-hf", "safetensors")
 
 
 def drop_decoder(weights: Weights) -> Weights:
@@ -48,47 +49,71 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
     return {"model": model, "args": flags, "arguments": arguments, "classes": weights.classes}
 
 
-def to_pyslowfast(weights: Weights, fused: bool) -> dict[str, Any]:
-    """Return a checkpoint in PySlowFast's layout: separable positions; q, k, v separate or fused.
+def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
+    """Return a checkpoint in PySlowFast's layout, with the entries of its `cfg` that load it.
 
-    Raises ValueError when PySlowFast has no such model.
+    q, k and v are fused; with `separate`, only the decoder's are. Only this project reads
+    `arguments`, which `cfg` cannot express. Raises ValueError when PySlowFast has no such model.
     """
-    arguments, state, reasons = weights.arguments, weights.as_stored(), []
-    cls = arguments["cls_embed"]
-
-    # positions: the encoder's separable, the decoder's joint
-    if not arguments["sep_pos_embed"]:
-        joint = state.pop("pos_embed")
-        if cls:
-            state["pos_embed_class"] = joint[:, :1]
-        try:
-            joint = weights.state["pos_embed"][:, int(cls) :]
-            spatial, temporal = split(joint, weights.grid, weights.rounding("pos_embed"))
-            state |= {"pos_embed_spatial": spatial, "pos_embed_temporal": temporal}
-        except ValueError:
-            reasons.append("its joint positions are not a sum of positions in space and in time")
-    if arguments.get("decoder_sep_pos_embed"):
-        first = [state["decoder_pos_embed_class"]] if cls else []
-        parts = [weights.state[f"decoder_pos_embed_{part}"] for part in ("spatial", "temporal")]
-        state = {k: v for k, v in state.items() if not k.startswith("decoder_pos_embed_")}
-        state["decoder_pos_embed"] = torch.cat([*first, join(*parts)], dim=1)
-
-    # what the tensors do not say; PySlowFast ignores it
-    said = arguments | {"sep_pos_embed": True, "sincos_pos_embed": False}
+    arguments, reasons = weights.arguments, []
+    if arguments.get("pool") == "cls" and not arguments["cls_embed"]:
+        reasons.append("its head reads the first patch and PySlowFast's a class token")
     if weights.has_decoder:
-        said["decoder_sep_pos_embed"] = False
+        frames = arguments["pred_t_dim"] * arguments["t_patch_size"] // arguments["num_frames"]
         heads = arguments["decoder_num_heads"]
-        if cls and not arguments["cls_through_decoder"]:
+        if arguments["cls_embed"] and not arguments["cls_through_decoder"]:
             reasons.append("its decoder has a class token of its own, not the encoder's")
         if heads != num_heads(arguments["decoder_embed_dim"]):
             reasons.append(f"its decoder has {heads} heads, not PySlowFast's 64 channels per head")
+        if frames not in (1, arguments["t_patch_size"]):
+            reasons.append(f"it predicts {frames} frames of a patch, neither one nor all")
+        if arguments["target"] == "channel" or arguments.get("target_norm"):
+            reasons.append("its targets are normalised in another way")
     _refuse("PySlowFast", reasons, weights.has_decoder)
 
     names = {ours: theirs for theirs, ours in formats.PYSLOWFAST_NAMES.items()}
     names["decoder_norm."] = f"pred_head.transforms.0.{arguments.get('decoder_depth')}."
-    state = fuse_qkv(state) if fused else state
+    state = fuse_qkv(weights.as_stored(), "decoder_blocks." if separate else "")
     renamed = {rename(name, names): tensor for name, tensor in state.items()}
-    return {"model_state": _own_storage(renamed), "arguments": said, "classes": weights.classes}
+    inexpressible = ("layer_norm_eps", "strided_targets")
+    return {
+        "model_state": _own_storage(renamed),
+        "cfg": _pyslowfast_cfg(weights, separate),
+        "arguments": {k: arguments[k] for k in inexpressible if k in arguments},
+        "classes": weights.classes,
+    }
+
+
+def _pyslowfast_cfg(weights: Weights, separate: bool) -> str:
+    """Write the entries of PySlowFast's configuration that decide what the model computes."""
+    said, channels = weights.arguments, weights.arguments["in_chans"]
+    kernel = [said["t_patch_size"], said["patch_size"], said["patch_size"]]
+    same = (formats.CFG | formats.CFG_OF_TENSORS).items()
+    entries = {entry: said[name] for entry, name in same if name in said} | {
+        "DATA.TEST_CROP_SIZE": said["img_size"], "DATA.INPUT_CHANNEL_NUM": [channels],
+        "DATA.MEAN": [MEAN] * channels, "DATA.STD": [STD] * channels,
+        "MVIT.PATCH_KERNEL": kernel, "MVIT.PATCH_STRIDE": [*kernel], "MVIT.PATCH_PADDING": [0] * 3,
+        "MVIT.MLP_RATIO": said["mlp_ratio"], "MVIT.SEP_POS_EMBED": said["sep_pos_embed"],
+        "MVIT.QKV_BIAS": not said["no_qkv_bias"], "MVIT.SEPARATE_QKV": separate,
+        "MVIT.USE_MEAN_POOLING": said.get("pool") != "cls",
+    }  # fmt: skip
+    if weights.has_head:
+        entries["MODEL.NUM_CLASSES"] = said["num_classes"]
+    if weights.has_decoder:
+        entries |= {
+            "MASK.ENABLE": True, "MASK.MAE_ON": True, "MASK.HEAD_TYPE": "separate_xformer",
+            "MASK.PRETRAIN_DEPTH": [said["depth"] - 1],
+            "MASK.DECODER_SEP_POS_EMBED": said["decoder_sep_pos_embed"],
+            "MASK.NORM_PRED_PIXEL": said["target"] == "patch",
+            "MASK.TIME_STRIDE_LOSS": said["pred_t_dim"] < said["num_frames"],
+        }  # fmt: skip
+    if "sampling_rate" in weights.flags:
+        entries["DATA.SAMPLING_RATE"] = weights.flags["sampling_rate"]
+    cfg: dict[str, dict[str, Any]] = {}
+    for entry, value in entries.items():
+        section, name = entry.split(".")
+        cfg.setdefault(section, {})[name] = value
+    return yaml.safe_dump(cfg)
 
 
 def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -102,96 +127,107 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
         if width not in arguments:
             continue
-        table = sincos_pos_embed(math.prod(weights.grid), arguments[width])
-        tolerance = max(1e-5, weights.rounding(name))
-        if state.pop(name, None) is None or weights.state[name].shape[1:] != table.shape:
-            reasons.append(f"its {name} is not joint, but VideoMAE's is a fixed sine-cosine table")
-        elif not torch.allclose(weights.state[name][0].float(), table, rtol=0, atol=tolerance):
-            reasons.append(f"its {name} is not VideoMAE's fixed sine-cosine table")
+        table = sincos_pos_embed(math.prod(weights.grid), arguments[width]).unsqueeze(0)
+        found, tolerance = state.pop(name, torch.empty(0)).float(), weights.rounding(name)
+        is_table = found.shape == table.shape
+        if not is_table or not torch.allclose(found, table, rtol=0, atol=max(1e-5, tolerance)):
+            reasons.append(f"its {name} is not VideoMAE's joint fixed sine-cosine table")
     if weights.has_decoder:
         if arguments["pred_t_dim"] != arguments["num_frames"]:
             reasons.append("it predicts some of the frames of a patch and VideoMAE predicts all")
-        if not arguments["norm_pix_loss"] and not weights.predicts_unit_pixels:
-            per_channel = torch.ones(arguments["in_chans"], dtype=torch.float64)
-            state |= fold_output(weights.state, STD * per_channel, MEAN * per_channel)
+        if arguments["target"] == "patch":
+            reasons.append("its targets are normalised over all channels and VideoMAE's in each")
+        if arguments["target"] == "pixels" and arguments["in_chans"] != 3:
+            reasons.append("it predicts other colours than red, green and blue")
         if state.pop("decoder_embed.bias").any():
             reasons.append("its decoder_embed has a bias and VideoMAE's has none")
         if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
             reasons.append("its encoder and decoder do not both have biases of q and v")
     _refuse("VideoMAE", reasons, weights.has_decoder)
-    names = {"norm.": "fc_norm." if weights.has_head else "videomae.layernorm."}
+    names = {"norm.": "fc_norm." if arguments.get("pool") == "mean" else "videomae.layernorm."}
     for theirs, ours in formats.HF_NAMES.items():
         in_encoder = theirs.startswith(("embeddings.", "encoder."))
         names[ours] = f"videomae.{theirs}" if in_encoder else theirs
     renamed = {rename(k, names): v for k, v in state.items() if not k.endswith(".attn.k.bias")}
-    return renamed, _hf_config(weights), _hf_preprocessor(weights)
+    return renamed, *_hf_configs(weights)
 
 
-def _hf_config(weights: Weights) -> dict[str, Any]:
-    arguments, state = weights.arguments, weights.state
-    architecture, has_bias = "VideoMAEModel", not arguments["no_qkv_bias"]
-    config = {
-        "model_type": "videomae",
+def _hf_configs(weights: Weights) -> tuple[dict[str, Any], dict[str, Any]]:
+    arguments, state, size = weights.arguments, weights.state, weights.arguments["img_size"]
+    has_bias, table = not arguments["no_qkv_bias"], formats.HF_CONFIG.items()
+    config = {theirs: arguments[ours] for theirs, ours in table if ours in arguments} | {
+        "architectures": ["VideoMAEModel"], "model_type": "videomae", "hidden_act": "gelu",
         "intermediate_size": len(state[formats.FC1]),
-        "hidden_act": "gelu",
-        "qkv_bias": has_bias,  # its name in older versions
-        "qv_bias": has_bias,
-        "use_mean_pooling": weights.has_head or "norm.weight" not in state,
-    }
+        "qkv_bias": has_bias, "qv_bias": has_bias,  # its names in older and newer versions
+        "use_mean_pooling": arguments.get("pool") == "mean" or "norm.weight" not in state,
+    }  # fmt: skip
     if weights.has_head:
-        architecture = "VideoMAEForVideoClassification"
         labels = weights.classes or [f"LABEL_{i}" for i in range(arguments["num_classes"])]
+        config["architectures"] = ["VideoMAEForVideoClassification"]
         config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     if weights.has_decoder:
-        architecture = "VideoMAEForPreTraining"
+        config["architectures"] = ["VideoMAEForPreTraining"]
         config["decoder_intermediate_size"] = len(state[f"decoder_{formats.FC1}"])
-    table = formats.HF_CONFIG.items()
-    config |= {theirs: arguments[ours] for theirs, ours in table if ours in arguments}
-    return {"architectures": [architecture]} | config
-
-
-def _hf_preprocessor(weights: Weights) -> dict[str, Any]:
-    size = weights.arguments["img_size"]
-    return {
+        config["norm_pix_loss"] = arguments["target"] == "channel"
+    preprocessor = {
         "image_processor_type": "VideoMAEImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-    } | _normalisation(weights)
+        "do_resize": True, "size": {"shortest_edge": size},
+        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    }  # fmt: skip
+    return config, preprocessor | _normalisation(weights)
 
 
 def _normalisation(weights: Weights) -> dict[str, Sequence[float]]:
-    return {"image_mean": weights.mean or (MEAN,) * 3, "image_std": weights.std or (STD,) * 3}
+    mean, std = ([value] * weights.arguments["in_chans"] for value in (MEAN, STD))
+    return {"image_mean": weights.mean or mean, "image_std": weights.std or std}
+
+
+def predict_unit_pixels(weights: Weights) -> Weights:
+    """Let a decoder of pixels take clips with ImageNet's normalisation and predict from 0 to 1.
+
+    When transformers computes the loss of such a decoder, it takes this for granted.
+    """
+    arguments = weights.arguments
+    has_pixels = arguments.get("target") == "pixels" and arguments["in_chans"] == len(IMAGENET[0])
+    if not has_pixels or weights.predicts_unit_pixels:
+        return weights
+    mean, std = torch.tensor(IMAGENET, dtype=torch.float64)
+    # these replace our normalisation by ImageNet's, not the other way round
+    away = (MEAN - (mean - MEAN) * STD / std).tolist(), (STD**2 / std).tolist()
+    weights = replace(with_our_normalisation(weights), mean=away[0], std=away[1])
+    weights = with_our_normalisation(weights)
+    state = weights.state | fold_output(weights.state, std, mean)
+    return replace(weights, state=state, mean=IMAGENET[0], std=IMAGENET[1])
 
 
 def write(weights: Weights, path: str, to: str) -> None:
     """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file."""
     weights.refuse_doubt()
-    if to != "videomae-hf":  # its config records the normalisation
-        weights = with_our_normalisation(weights)
-    if to in ("videomae-hf", "safetensors"):
-        is_folder = to == "videomae-hf"
-        state, *configs = to_videomae_hf(weights) if is_folder else (weights.as_stored(),)
-        # the header holds what rebuilds the model; transformers needs "format"
-        said = {"arguments": weights.arguments, "classes": weights.classes}
-        said = json.dumps(said | _normalisation(weights))
-        content = safetensors_bytes(_own_storage(state), {"format": "pt", formats.METADATA: said})
-        if is_folder:
-            make_dirs(path)
-        for name, config in zip(formats.HF_FILES, configs, strict=False):
+    # records of a trusted file may be of any class, but only plain data can be read everywhere
+    records = {name: vars(weights)[name] for name in ("arguments", "flags", "classes")}
+    weights = replace(weights, **json.loads(json.dumps(records, default=str, skipkeys=True)))
+    # a Hugging Face folder records the normalisation of its clips
+    is_folder = to == "videomae-hf"
+    weights = predict_unit_pixels(weights) if is_folder else with_our_normalisation(weights)
+    if to not in ("videomae-hf", "safetensors"):
+        separate = to == "pyslowfast-separate"
+        checkpoint = to_mae_st(weights) if to == "mae_st" else to_pyslowfast(weights, separate)
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        return
+    state, *configs = to_videomae_hf(weights) if is_folder else (weights.as_stored(),)
+    # the header holds what rebuilds the model; transformers needs "format"
+    said = {"arguments": weights.arguments, "classes": weights.classes} | _normalisation(weights)
+    header = {"format": "pt", formats.METADATA: json.dumps(said)}
+    content = safetensors_bytes(_own_storage(state), header)
+    if is_folder:
+        make_dirs(path)
+        for name, config in zip(formats.HF_FILES, configs, strict=True):
             described = json.dumps(config, indent=2).encode()
             write_atomically(os.path.join(path, name), lambda file, d=described: file.write(d))
-        path = os.path.join(path, formats.HF_WEIGHTS[0]) if is_folder else path
-        write_atomically(path, lambda file: file.write(content))
-    else:
-        is_fused = to == "pyslowfast-fused"
-        checkpoint = to_mae_st(weights) if to == "mae_st" else to_pyslowfast(weights, is_fused)
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        path = os.path.join(path, formats.HF_WEIGHTS[0])
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -199,11 +235,10 @@ def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in state.items():
-        storage = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
-        if not whole or storage.data_ptr() in seen:
+        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        if not tensor.is_contiguous() or size != tensor.nbytes or place in seen:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(storage.data_ptr())
+        seen.add(place)
         own[name] = tensor
     return own
 
@@ -215,7 +250,7 @@ def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:
 
 
 def refuse_incomplete(weights: Weights, to: str) -> None:
-    """Raise UserError when the file lacks weights of its own model."""
+    """Raise UserError when a weight of the file's own model is missing or has another shape."""
     # util imports the models only here, for the command line
     from models_mae import MaskedAutoencoderViT
     from models_vit import VisionTransformer
@@ -225,15 +260,21 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
             model = MaskedAutoencoderViT(**weights.autoencoder_arguments())
         else:
             model = VisionTransformer(**weights.classifier_arguments())
-    optional = [] if weights.has_head else ["head."]
-    if to == "videomae-hf" and not any(name.startswith("norm.") for name in weights.state):
-        optional.append("norm.")  # with use_mean_pooling, VideoMAE without a head has none
-    needed = [k for k in model.state_dict() if not k.startswith(tuple(optional))]
-    if lacking := [k for k in needed if k not in weights.state]:
-        raise UserError(
-            f"{weights.path} lacks {len(lacking)} weights of its model ({some(lacking)}) "
-            "and its copy would look complete"
-        )
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.state.items()}
+    optional = () if weights.has_head else ("head.",)
+    if (
+        to == "videomae-hf"
+        and not weights.has_head
+        and not found.keys() & {"norm.weight", "norm.bias"}
+    ):
+        optional = ("head.", "norm.")  # with use_mean_pooling, VideoMAE without a head has none
+    needed = {name: shape for name, shape in shapes.items() if not name.startswith(optional)}
+    if lacking := [name for name in needed if name not in found]:
+        what = f"lacks {len(lacking)} weights of its model ({some(lacking)})"
+        raise UserError(f"{weights.path} {what} and its copy would look complete")
+    if odd := [f"{k} is {found[k]}, not {v}" for k, v in needed.items() if found[k] != v]:
+        raise UserError(f"{weights.path} holds no model known here: {odd[0]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -245,9 +286,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", metavar="OUT", help="file, or folder for videomae-hf")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
     parser.add_argument("--drop_decoder", action="store_true", help="write the encoder alone")
+    parser.add_argument("--use_ema", action="store_true", help="write the file's moving average")
+    parser.add_argument(
+        "--trust", action="store_true", help="run code in IN, for a file that is not only weights"
+    )
     args = parser.parse_args(argv)
     try:
-        weights = read_weights(args.input)
+        weights = read_weights(args.input, use_ema=args.use_ema, trust=args.trust)
         if args.drop_decoder:
             weights = drop_decoder(weights)
         refuse_incomplete(weights, args.to)
@@ -260,15 +305,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"  {note}")
 
 
-def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join q, k and v of every block into one qkv, which our_names splits."""
-    fused = {}
-    for name, tensor in state.items():
-        if ".attn.q." in name:
-            parts = [state[name.replace(".q.", f".{part}.")] for part in "qkv"]
-            fused[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-        elif ".attn.k." not in name and ".attn.v." not in name:
-            fused[name] = tensor
+def fuse_qkv(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Join q, k and v of the blocks with this prefix into one qkv, which our_names splits."""
+    fused = dict(state)
+    for name in [k for k in state if k.startswith(prefix) and ".attn.q." in k]:
+        parts = [fused.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        fused[name.replace(".q.", ".qkv.")] = torch.cat(parts)
     return fused
 
 
