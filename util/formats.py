@@ -128,8 +128,6 @@ SWITCHES = {
     "rel_pos|relative_position": "relative positions, MVIT.REL_POS_SPATIAL and REL_POS_TEMPORAL",
     "[qk]_norm|norm_[qk]": "a norm of queries and keys",
     "pool_|blocks.[0-9]+.proj": "a multi-scale transformer such as MViT or Hiera",
-    "reg_token|register": "register tokens",
-    "w12|w3": "a gated MLP",
 }
 WRAPPERS = ("model", "model_state", "module", "state_dict")
 AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema")
@@ -180,8 +178,7 @@ class Weights:
     def autoencoder_arguments(self, **overrides: Any) -> dict[str, Any]:
         """Return the arguments of the file's MaskedAutoencoderViT; overrides replace some of them.
 
-        Another num_frames keeps the number of frames predicted per patch. Raises UserError when
-        neither the file nor the overrides state the size of the clips.
+        Another num_frames keeps the frames predicted per patch. UserError: see refuse_doubt.
         """
         if "num_frames" in overrides and self.has_decoder:
             predicted = self.arguments["pred_t_dim"] * overrides["num_frames"]
@@ -436,12 +433,11 @@ def read_records(
     """Return what a file or its Hugging Face config records: unchecked arguments, mean, std."""
     if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
         raise UserError(f"{path} has the activation {config['hidden_act']}; models here use gelu")
-    written, flags = _written(checkpoint), checkpoint_args(checkpoint)
+    written = _written(checkpoint)
     arguments = _as_dict(written.get("arguments")) | _as_dict(checkpoint.get("arguments"))
-    records: dict[str, Any] = {}
-    for table, said in ((FLAGS, flags), (HF_CONFIG, config), (CFG, cfg)):
-        records |= {ours: said[theirs] for theirs, ours in table.items() if theirs in said}
-    said = flags | config | cfg | arguments
+    said = checkpoint_args(checkpoint) | config | cfg | arguments
+    names = (FLAGS | HF_CONFIG | CFG).items()
+    records = {ours: said[theirs] for theirs, ours in names if theirs in said}
     normalised = [said[name] for name in NORMALISED if isinstance(said.get(name), bool)]
     if normalised and not records.get("target"):
         records["target"] = TARGET_OF.get(source, "patch") if normalised[-1] else "pixels"
@@ -543,23 +539,17 @@ def find_arguments(
     cls_embed = records.get("cls_embed")
     cls_embed = cls_embed if isinstance(cls_embed, bool) else "cls_token" in state
     (t, side), is_stated, doubt = _find_grid(state, records, cls_embed, path)
+    # nextafter: constructors truncate the product
+    ratio = hidden / D if int(hidden / D * D) == hidden else math.nextafter(hidden / D, 9)
+    has_biases = any(name.endswith((".attn.q.bias", ".attn.v.bias")) for name in state)
     arguments = {
-        "img_size": side * p,
-        "patch_size": p,
-        "in_chans": C,
-        "embed_dim": D,
-        "depth": _count_blocks(state, "blocks"),
-        "num_heads": num_heads(D),
-        # nextafter: constructors truncate the product
-        "mlp_ratio": hidden / D if int(hidden / D * D) == hidden else math.nextafter(hidden / D, 9),
-        "layer_norm_eps": 1e-12 if source == HF_VIDEOMAE else 1e-6,
-        "num_frames": t * t_patch,
-        "t_patch_size": t_patch,
-        "no_qkv_bias": not any(k.endswith((".attn.q.bias", ".attn.v.bias")) for k in state),
+        "img_size": side * p, "patch_size": p, "num_frames": t * t_patch, "t_patch_size": t_patch,
+        "in_chans": C, "embed_dim": D, "depth": _count_blocks(state, "blocks"),
+        "num_heads": num_heads(D), "mlp_ratio": ratio, "no_qkv_bias": not has_biases,
+        "layer_norm_eps": 1e-12 if source == HF_VIDEOMAE else 1e-6, "cls_embed": cls_embed,
         "sep_pos_embed": "pos_embed" not in state and not computes_positions,
-        "cls_embed": cls_embed,
         "sincos_pos_embed": computes_positions or source == FIRST_RELEASE,
-    }
+    }  # fmt: skip
     if "head.weight" in state:
         arguments |= {"num_classes": len(state["head.weight"]), "pool": "mean"}
     if "decoder_embed.weight" in state:
@@ -568,19 +558,16 @@ def find_arguments(
         pred = len(state.get("decoder_pred.weight", state.get("decoder_pred.bias", ())))
         raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
         arguments |= {
-            "decoder_embed_dim": width,
-            "decoder_depth": _count_blocks(state, "decoder_blocks"),
+            "decoder_embed_dim": width, "decoder_depth": _count_blocks(state, "decoder_blocks"),
             "decoder_num_heads": 16 if has_sixteen else num_heads(width),
             "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
             "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
-            "strided_targets": source == PYSLOWFAST,
+            "strided_targets": source == PYSLOWFAST, "pred_t_dim": max(1, pred // (p * p * C)) * t,
             "target": "pixels" if raw_pixels else TARGET_OF.get(source, "patch"),
             "target_norm": records.get("target_norm"),
-            "pred_t_dim": max(1, pred // (p * p * C)) * t,
-        }
-    stated = {
-        k for k in arguments.keys() - SHAPE_ARGUMENTS if _is_like(records.get(k), arguments[k])
-    }
+        }  # fmt: skip
+    free = arguments.keys() - SHAPE_ARGUMENTS
+    stated = {name for name in free if _is_like(records.get(name), arguments[name])}
     arguments |= {k: records[k] for k in stated}
     arguments["sincos_pos_embed"] &= not arguments["sep_pos_embed"]
     return arguments, stated | (CLIP_SIZE if is_stated else set()), doubt

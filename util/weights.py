@@ -5,7 +5,6 @@ their names. util/checkpoint.py writes the checkpoints of a run.
 """
 
 import functools
-import json
 import math
 import os
 import re
@@ -21,18 +20,7 @@ from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, read_checkpoint, read_json
-from util.formats import (
-    HF_VIDEOMAE,
-    IMAGE_MAE,
-    KERNEL,
-    KERNEL_BIAS,
-    PYSLOWFAST,
-    VIDEOMAES,
-    Weights,
-    is_decoder,
-    is_head,
-    token_grid,
-)
+from util.formats import IMAGE_MAE, KERNEL, KERNEL_BIAS, VIDEOMAES, Weights, token_grid
 from util.pos_embed import Grid, resize_kernel, sincos_pos_embed
 from util.video.transforms import MEAN, STD
 
@@ -65,9 +53,8 @@ def read_weights(path: str, use_ema: bool = False, trust: bool = False) -> Weigh
         trust: see read_checkpoint.
     """
     if trust:
-        weights = interpret(read_checkpoint(path, mmap=True, trust=True), path, use_ema)
-        weights.flags = json.loads(json.dumps(weights.flags, default=str))  # plain data
-        return weights
+        path = _versioned(path)[0]
+        return interpret(read_checkpoint(path, mmap=True, trust=True), path, use_ema)
     weights = _read(*_versioned(path), use_ema)
     _read.cache_clear()  # the caller may change them
     return weights
@@ -164,7 +151,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
 
     # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
-    for beside in _configs_beside(path) if source == HF_VIDEOMAE else ():
+    for beside in _configs_beside(path) if source == formats.HF_VIDEOMAE else ():
         config |= read_json(beside)
     records, mean, std = formats.read_records(checkpoint, source, path, config, cfg)
     if source in (IMAGE_MAE, *VIDEOMAES):  # without fc_norm, norm and head read the first token
@@ -205,25 +192,23 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
 
 
 def _assumptions(weights: Weights) -> Iterator[str]:
-    """Say what the file does not, and what became of its normalisation."""
+    """Say what the file does not, and what becomes of its normalisation."""
     arguments, stated = weights.arguments, weights.stated
     if weights.converted.get("pos_embed") == SINCOS and not stated >= formats.CLIP_SIZE:
         yield (
-            "it stores neither positions nor the size of its clips: a model built from the file "
-            "alone takes {num_frames} frames of {img_size} x {img_size}".format(**arguments)
+            "it stores neither positions nor the size of its clips: a model built from it alone "
+            "takes {num_frames} frames of {img_size} x {img_size} pixels".format(**arguments)
         )
     width, decoder_width = arguments["embed_dim"], arguments.get("decoder_embed_dim", 512)
     guessed = ["num_heads"] if width % 64 and width not in formats.HEADS_OF_WIDTH else []
     guessed += ["decoder_num_heads"] if decoder_width < 256 else []  # published ones are wider
     if guessed := [f"{name} {arguments[name]}" for name in guessed if name not in stated]:
         yield f"it does not record its heads: {' and '.join(guessed)} is a guess from the width"
-    if weights.source == PYSLOWFAST and "pool" in arguments.keys() - stated:
+    if weights.source == formats.PYSLOWFAST and "pool" in arguments.keys() - stated:
         yield "it does not say what its head reads: here the mean of the tokens, unless --pool cls"
     if weights.mean is not None:
-        yield (
-            f"it was trained on clips normalised by mean {weights.mean} and std {weights.std}; "
-            "here this is folded into the patch embedding"
-        )
+        clips = f"clips normalised by mean {weights.mean} and std {weights.std}"
+        yield f"it was trained on {clips}; here this is folded into the patch embedding"
 
 
 # --- folds: what other projects compute, in our tensors -------------------------------------------
@@ -266,16 +251,25 @@ def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def with_our_normalisation(weights: Weights) -> Weights:
-    """Fold the file's normalisation into the patch embedding, and into predictions of pixels.
-
-    The result takes clips normalised by (0.45, 0.225) and computes what the original computes
-    from the same pixels. Targets that are normalised patch by patch (norm_pix_loss) stay.
-    """
-    if weights.mean is None or weights.std is None:
+    """Let a model take clips and predict pixels normalised by (0.45, 0.225); see renormalise."""
+    if weights.mean is None:
         return weights
-    mean, std = torch.tensor([weights.mean, weights.std], dtype=torch.float64)
-    # (pixel - mean) / std = scale * (pixel - MEAN) / STD + shift, by channel
-    scale, shift = (STD / std).view(-1, 1, 1, 1), (MEAN - mean) / std
+    channels = len(weights.mean)
+    ours = (MEAN,) * channels, (STD,) * channels
+    return replace(renormalise(weights, ours, ours), mean=None, std=None)
+
+
+def renormalise(weights: Weights, clips: Sequence, pixels: Sequence) -> Weights:
+    """Fold another normalisation (mean and standard deviation by channel) into a model.
+
+    The result takes `clips` and computes what the original computes from the same pixels. Pixels
+    that it predicts are normalised by `pixels`; targets normalised patch by patch stay.
+    """
+    channels = weights.arguments["in_chans"]
+    then = weights.mean or (MEAN,) * channels, weights.std or (STD,) * channels
+    (m, s), (mean, std) = (torch.tensor(x, dtype=torch.float64) for x in (then, clips))
+    # (pixel - m) / s = scale * (pixel - mean) / std + shift, by channel
+    scale, shift = (std / s).view(-1, 1, 1, 1), (mean - m) / s
     weight, bias = weights.state[KERNEL], weights.state[KERNEL_BIAS]  # (D, C, t, p, p), (D,)
     folded = {
         KERNEL: (weight.double() * scale).to(weight.dtype),
@@ -284,13 +278,15 @@ def with_our_normalisation(weights: Weights) -> Weights:
     converted = dict.fromkeys(folded, "input normalisation folded in")
     if weights.arguments.get("target") == "pixels":
         if weights.predicts_unit_pixels:
-            mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        pred = fold_output(weights.state, std / STD, (mean - MEAN) / STD)
+            m, s = torch.zeros_like(m), torch.ones_like(s)
+        mean, std = torch.tensor(pixels, dtype=torch.float64)
+        pred = fold_output(weights.state, s / std, (m - mean) / std)
         folded |= pred
         converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
     state, converted = weights.state | folded, weights.converted | converted
     stored = {k: v for k, v in weights.stored.items() if k not in folded}
-    return replace(weights, state=state, converted=converted, stored=stored, mean=None, std=None)
+    mean, std = map(tuple, clips)
+    return replace(weights, state=state, converted=converted, stored=stored, mean=mean, std=std)
 
 
 def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
@@ -331,7 +327,7 @@ def apply_weights(
     """
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
-    wanted = {k: v for k, v in own.items() if keep_head or not is_head(k)}
+    wanted = {k: v for k, v in own.items() if keep_head or not formats.is_head(k)}
     needs = _needs(weights, model, keep_head)
     try:
         state, how, used = fit_state(weights, wanted, here)
@@ -347,7 +343,9 @@ def apply_weights(
         if is_other or (name.endswith("depth") and theirs > ours):
             wrong.append(f"{name} is {theirs} in the file and {ours} here")
     dropped = [k for k in weights.state if k not in state and k not in used]
-    if odd := [k for k in dropped if not (is_decoder(k) or is_head(k) or k in CLASS_TOKEN)]:
+    if odd := [
+        k for k in dropped if not (formats.is_decoder(k) or formats.is_head(k) or k in CLASS_TOKEN)
+    ]:
         wrong.append(f"{some(odd)} of the file has no place here")
     for k, mine in own.items():
         if k in state and state[k].shape != mine.shape:
