@@ -682,7 +682,7 @@ WITHOUT_CLASS = SEPARABLE | {"cls_embed": False, "decoder_num_heads": 1}
         ("pyslowfast-separate", WITHOUT_CLASS | {"target": "patch", "target_norm": IMAGENET},
          "normalised in another way"),
         ("pyslowfast", WITHOUT_CLASS | {"t_patch_size": 4, "pred_t_dim": 2},
-         "predicts 2 frames of a patch, neither one nor all"),
+         "predicts neither one nor all frames of a patch"),
     ],
 )  # fmt: skip
 def test_what_other_projects_cannot_express_is_refused(tmp_path, capsys, to, arguments, reason):

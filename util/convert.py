@@ -1,6 +1,4 @@
-"""Write checkpoints in the formats of this family and its neighbours.
-
-    python -m util.convert IN OUT --to FORMAT  # one of FORMATS
+"""Write checkpoints for other projects: `python -m util.convert IN OUT --to FORMAT`.
 
 IN is a path, an address or the name of a released checkpoint. FINETUNE.md lists the formats.
 """
@@ -43,10 +41,10 @@ def to_mae_st(weights: Weights) -> dict[str, Any]:
     they rebuild the model, even with a decoder that the reference does not have.
     """
     arguments = weights.arguments
-    flags = {k: arguments[k] for k in ("num_frames", "t_patch_size")}
-    flags |= {"input_size": arguments["img_size"]} | weights.flags
+    sizes = {"num_frames": arguments["num_frames"], "t_patch_size": arguments["t_patch_size"]}
+    args = sizes | {"input_size": arguments["img_size"]} | weights.flags
     model = _own_storage(weights.as_stored())
-    return {"model": model, "args": flags, "arguments": arguments, "classes": weights.classes}
+    return {"model": model, "args": args, "arguments": arguments, "classes": weights.classes}
 
 
 def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
@@ -59,14 +57,13 @@ def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
     if arguments.get("pool") == "cls" and not arguments["cls_embed"]:
         reasons.append("its head reads the first patch and PySlowFast's a class token")
     if weights.has_decoder:
-        frames = arguments["pred_t_dim"] * arguments["t_patch_size"] // arguments["num_frames"]
-        heads = arguments["decoder_num_heads"]
+        frames, heads = arguments["num_frames"], arguments["decoder_num_heads"]
         if arguments["cls_embed"] and not arguments["cls_through_decoder"]:
             reasons.append("its decoder has a class token of its own, not the encoder's")
         if heads != num_heads(arguments["decoder_embed_dim"]):
             reasons.append(f"its decoder has {heads} heads, not PySlowFast's 64 channels per head")
-        if frames not in (1, arguments["t_patch_size"]):
-            reasons.append(f"it predicts {frames} frames of a patch, neither one nor all")
+        if arguments["pred_t_dim"] not in (frames, frames // arguments["t_patch_size"]):
+            reasons.append("it predicts neither one nor all frames of a patch")
         if arguments["target"] == "channel" or arguments.get("target_norm"):
             reasons.append("its targets are normalised in another way")
     _refuse("PySlowFast", reasons, weights.has_decoder)
@@ -74,41 +71,36 @@ def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in formats.PYSLOWFAST_NAMES.items()}
     names["decoder_norm."] = f"pred_head.transforms.0.{arguments.get('decoder_depth')}."
     state = fuse_qkv(weights.as_stored(), "decoder_blocks." if separate else "")
-    renamed = {rename(name, names): tensor for name, tensor in state.items()}
-    inexpressible = ("layer_norm_eps", "strided_targets")
-    return {
-        "model_state": _own_storage(renamed),
-        "cfg": _pyslowfast_cfg(weights, separate),
-        "arguments": {k: arguments[k] for k in inexpressible if k in arguments},
-        "classes": weights.classes,
-    }
+    state = _own_storage({rename(name, names): tensor for name, tensor in state.items()})
+    rest = {k: v for k, v in arguments.items() if k in ("layer_norm_eps", "strided_targets")}
+    cfg = _pyslowfast_cfg(weights, separate)
+    return {"model_state": state, "cfg": cfg, "arguments": rest, "classes": weights.classes}
 
 
 def _pyslowfast_cfg(weights: Weights, separate: bool) -> str:
     """Write the entries of PySlowFast's configuration that decide what the model computes."""
-    said, channels = weights.arguments, weights.arguments["in_chans"]
+    flags = {k: v for k, v in weights.flags.items() if k == "sampling_rate"}
+    said, channels = weights.arguments | flags, weights.arguments["in_chans"]
     kernel = [said["t_patch_size"], said["patch_size"], said["patch_size"]]
-    same = (formats.CFG | formats.CFG_OF_TENSORS).items()
-    entries = {entry: said[name] for entry, name in same if name in said} | {
+    same = formats.CFG | formats.CFG_OF_TENSORS | {
+        "MODEL.NUM_CLASSES": "num_classes", "MASK.DECODER_SEP_POS_EMBED": "decoder_sep_pos_embed",
+        "MVIT.MLP_RATIO": "mlp_ratio", "MVIT.SEP_POS_EMBED": "sep_pos_embed",
+        "DATA.SAMPLING_RATE": "sampling_rate",
+    }  # fmt: skip
+    entries = {entry: said[name] for entry, name in same.items() if name in said} | {
         "DATA.TEST_CROP_SIZE": said["img_size"], "DATA.INPUT_CHANNEL_NUM": [channels],
         "DATA.MEAN": [MEAN] * channels, "DATA.STD": [STD] * channels,
         "MVIT.PATCH_KERNEL": kernel, "MVIT.PATCH_STRIDE": [*kernel], "MVIT.PATCH_PADDING": [0] * 3,
-        "MVIT.MLP_RATIO": said["mlp_ratio"], "MVIT.SEP_POS_EMBED": said["sep_pos_embed"],
         "MVIT.QKV_BIAS": not said["no_qkv_bias"], "MVIT.SEPARATE_QKV": separate,
         "MVIT.USE_MEAN_POOLING": said.get("pool") != "cls",
     }  # fmt: skip
-    if weights.has_head:
-        entries["MODEL.NUM_CLASSES"] = said["num_classes"]
     if weights.has_decoder:
         entries |= {
             "MASK.ENABLE": True, "MASK.MAE_ON": True, "MASK.HEAD_TYPE": "separate_xformer",
             "MASK.PRETRAIN_DEPTH": [said["depth"] - 1],
-            "MASK.DECODER_SEP_POS_EMBED": said["decoder_sep_pos_embed"],
             "MASK.NORM_PRED_PIXEL": said["target"] == "patch",
             "MASK.TIME_STRIDE_LOSS": said["pred_t_dim"] < said["num_frames"],
         }  # fmt: skip
-    if "sampling_rate" in weights.flags:
-        entries["DATA.SAMPLING_RATE"] = weights.flags["sampling_rate"]
     cfg: dict[str, dict[str, Any]] = {}
     for entry, value in entries.items():
         section, name = entry.split(".")
@@ -124,10 +116,9 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     """
     arguments, state = weights.arguments, weights.as_stored()
     reasons = ["it has a class token and VideoMAE has none"] if arguments["cls_embed"] else []
-    for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
-        if width not in arguments:
-            continue
-        table = sincos_pos_embed(math.prod(weights.grid), arguments[width]).unsqueeze(0)
+    widths = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_embed_dim"}
+    for name, width in ((k, arguments[v]) for k, v in widths.items() if v in arguments):
+        table = sincos_pos_embed(math.prod(weights.grid), width).unsqueeze(0)
         found, tolerance = state.pop(name, torch.empty(0)).float(), weights.rounding(name)
         is_table = found.shape == table.shape
         if not is_table or not torch.allclose(found, table, rtol=0, atol=max(1e-5, tolerance)):
@@ -145,9 +136,9 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
             reasons.append("its encoder and decoder do not both have biases of q and v")
     _refuse("VideoMAE", reasons, weights.has_decoder)
     names = {"norm.": "fc_norm." if arguments.get("pool") == "mean" else "videomae.layernorm."}
+    encoder = ("embeddings.", "encoder.")
     for theirs, ours in formats.HF_NAMES.items():
-        in_encoder = theirs.startswith(("embeddings.", "encoder."))
-        names[ours] = f"videomae.{theirs}" if in_encoder else theirs
+        names[ours] = f"videomae.{theirs}" if theirs.startswith(encoder) else theirs
     renamed = {rename(k, names): v for k, v in state.items() if not k.endswith(".attn.k.bias")}
     return renamed, *_hf_configs(weights)
 
@@ -185,19 +176,14 @@ def _normalisation(weights: Weights) -> dict[str, Sequence[float]]:
 
 
 def predict_unit_pixels(weights: Weights) -> Weights:
-    """Let a decoder of pixels take clips with ImageNet's normalisation and predict from 0 to 1.
-
-    When transformers computes the loss of such a decoder, it takes this for granted.
-    """
-    arguments = weights.arguments
-    has_pixels = arguments.get("target") == "pixels" and arguments["in_chans"] == len(IMAGENET[0])
-    if not has_pixels or weights.predicts_unit_pixels:
+    """Make a decoder of pixels fit transformers' loss: ImageNet's clips, pixels from 0 to 1."""
+    arguments, is_theirs = weights.arguments, weights.predicts_unit_pixels
+    if is_theirs or arguments.get("target") != "pixels" or arguments["in_chans"] != 3:
         return weights
     mean, std = torch.tensor(IMAGENET, dtype=torch.float64)
     # these replace our normalisation by ImageNet's, not the other way round
-    away = (MEAN - (mean - MEAN) * STD / std).tolist(), (STD**2 / std).tolist()
-    weights = replace(with_our_normalisation(weights), mean=away[0], std=away[1])
-    weights = with_our_normalisation(weights)
+    away = {"mean": (MEAN - (mean - MEAN) * STD / std).tolist(), "std": (STD**2 / std).tolist()}
+    weights = with_our_normalisation(replace(with_our_normalisation(weights), **away))
     state = weights.state | fold_output(weights.state, std, mean)
     return replace(weights, state=state, mean=IMAGENET[0], std=IMAGENET[1])
 
@@ -209,10 +195,9 @@ def write(weights: Weights, path: str, to: str) -> None:
     records = {name: vars(weights)[name] for name in ("arguments", "flags", "classes")}
     weights = replace(weights, **json.loads(json.dumps(records, default=str, skipkeys=True)))
     # a Hugging Face folder records the normalisation of its clips
-    is_folder = to == "videomae-hf"
+    is_folder, separate = to == "videomae-hf", to == "pyslowfast-separate"
     weights = predict_unit_pixels(weights) if is_folder else with_our_normalisation(weights)
     if to not in ("videomae-hf", "safetensors"):
-        separate = to == "pyslowfast-separate"
         checkpoint = to_mae_st(weights) if to == "mae_st" else to_pyslowfast(weights, separate)
         write_atomically(path, lambda file: torch.save(checkpoint, file))
         return
@@ -232,14 +217,12 @@ def write(weights: Weights, path: str, to: str) -> None:
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that share memory, and views, which a file would store with all they view."""
-    own: dict[str, Tensor] = {}
-    seen = set()
+    own, seen = {}, set()
     for name, tensor in state.items():
-        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        if not tensor.is_contiguous() or size != tensor.nbytes or place in seen:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(place)
-        own[name] = tensor
+        storage = tensor.untyped_storage()
+        is_own = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        own[name] = tensor.contiguous() if is_own else tensor.clone().contiguous()
     return own
 
 
@@ -255,21 +238,15 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
     from models_mae import MaskedAutoencoderViT
     from models_vit import VisionTransformer
 
+    is_mae = weights.has_decoder
+    arguments = weights.autoencoder_arguments() if is_mae else weights.classifier_arguments()
     with torch.device("meta"):
-        if weights.has_decoder:
-            model = MaskedAutoencoderViT(**weights.autoencoder_arguments())
-        else:
-            model = VisionTransformer(**weights.classifier_arguments())
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        model = (MaskedAutoencoderViT if is_mae else VisionTransformer)(**arguments).state_dict()
     found = {name: list(tensor.shape) for name, tensor in weights.state.items()}
     optional = () if weights.has_head else ("head.",)
-    if (
-        to == "videomae-hf"
-        and not weights.has_head
-        and not found.keys() & {"norm.weight", "norm.bias"}
-    ):
+    if to == "videomae-hf" and optional and not found.keys() & {"norm.weight", "norm.bias"}:
         optional = ("head.", "norm.")  # with use_mean_pooling, VideoMAE without a head has none
-    needed = {name: shape for name, shape in shapes.items() if not name.startswith(optional)}
+    needed = {k: list(v.shape) for k, v in model.items() if not k.startswith(optional)}
     if lacking := [name for name in needed if name not in found]:
         what = f"lacks {len(lacking)} weights of its model ({some(lacking)})"
         raise UserError(f"{weights.path} {what} and its copy would look complete")
@@ -279,22 +256,17 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert a checkpoint file from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m util.convert", description="Convert a checkpoint between projects"
-    )
+    parser = argparse.ArgumentParser("python -m util.convert", description="Convert a checkpoint")
     parser.add_argument("input", metavar="IN", help="path, address or name (k400/vit_large)")
     parser.add_argument("output", metavar="OUT", help="file, or folder for videomae-hf")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
     parser.add_argument("--drop_decoder", action="store_true", help="write the encoder alone")
     parser.add_argument("--use_ema", action="store_true", help="write the file's moving average")
-    parser.add_argument(
-        "--trust", action="store_true", help="run code in IN, for a file that is not only weights"
-    )
+    parser.add_argument("--trust", action="store_true", help="run the code that IN asks to run")
     args = parser.parse_args(argv)
     try:
         weights = read_weights(args.input, use_ema=args.use_ema, trust=args.trust)
-        if args.drop_decoder:
-            weights = drop_decoder(weights)
+        weights = drop_decoder(weights) if args.drop_decoder else weights
         refuse_incomplete(weights, args.to)
         write(weights, args.output, args.to)
     except (UserError, ValueError, OSError) as error:
