@@ -88,7 +88,7 @@ def test_there_are_commands():
 def test_script_parses(document, command, monkeypatch):
     script, argv = script_of(command)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main_test, "checkpoint_flags", lambda path: [])
+    monkeypatch.setattr(main_test, "checkpoint_flags", lambda path, **_: [])
     SCRIPTS[script].parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from util.file_io import make_dirs, write_atomically
 from util.formats import DECODER_ARGUMENTS, IMAGENET, Weights, is_decoder, num_heads, rename
 from util.pos_embed import sincos_pos_embed
 from util.video.transforms import MEAN, STD
-from util.weights import fold_output, read_weights, some, with_our_normalisation
+from util.weights import read_weights, renormalise, some, with_our_normalisation
 
 FORMATS = ("mae_st", "pyslowfast", "pyslowfast-separate", "videomae-hf", "safetensors")
 
@@ -95,12 +95,8 @@ def _pyslowfast_cfg(weights: Weights, separate: bool) -> str:
         "MVIT.USE_MEAN_POOLING": said.get("pool") != "cls",
     }  # fmt: skip
     if weights.has_decoder:
-        entries |= {
-            "MASK.ENABLE": True, "MASK.MAE_ON": True, "MASK.HEAD_TYPE": "separate_xformer",
-            "MASK.PRETRAIN_DEPTH": [said["depth"] - 1],
-            "MASK.NORM_PRED_PIXEL": said["target"] == "patch",
-            "MASK.TIME_STRIDE_LOSS": said["pred_t_dim"] < said["num_frames"],
-        }  # fmt: skip
+        entries["MASK.NORM_PRED_PIXEL"] = said["target"] == "patch"
+        entries["MASK.TIME_STRIDE_LOSS"] = said["pred_t_dim"] < said["num_frames"]
     cfg: dict[str, dict[str, Any]] = {}
     for entry, value in entries.items():
         section, name = entry.split(".")
@@ -118,7 +114,7 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     reasons = ["it has a class token and VideoMAE has none"] if arguments["cls_embed"] else []
     widths = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_embed_dim"}
     for name, width in ((k, arguments[v]) for k, v in widths.items() if v in arguments):
-        table = sincos_pos_embed(math.prod(weights.grid), width).unsqueeze(0)
+        table = sincos_pos_embed(math.prod(formats.token_grid(arguments)), width)[None]
         found, tolerance = state.pop(name, torch.empty(0)).float(), weights.rounding(name)
         is_table = found.shape == table.shape
         if not is_table or not torch.allclose(found, table, rtol=0, atol=max(1e-5, tolerance)):
@@ -175,28 +171,18 @@ def _normalisation(weights: Weights) -> dict[str, Sequence[float]]:
     return {"image_mean": weights.mean or mean, "image_std": weights.std or std}
 
 
-def predict_unit_pixels(weights: Weights) -> Weights:
-    """Make a decoder of pixels fit transformers' loss: ImageNet's clips, pixels from 0 to 1."""
-    arguments, is_theirs = weights.arguments, weights.predicts_unit_pixels
-    if is_theirs or arguments.get("target") != "pixels" or arguments["in_chans"] != 3:
-        return weights
-    mean, std = torch.tensor(IMAGENET, dtype=torch.float64)
-    # these replace our normalisation by ImageNet's, not the other way round
-    away = {"mean": (MEAN - (mean - MEAN) * STD / std).tolist(), "std": (STD**2 / std).tolist()}
-    weights = with_our_normalisation(replace(with_our_normalisation(weights), **away))
-    state = weights.state | fold_output(weights.state, std, mean)
-    return replace(weights, state=state, mean=IMAGENET[0], std=IMAGENET[1])
-
-
 def write(weights: Weights, path: str, to: str) -> None:
     """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file."""
     weights.refuse_doubt()
     # records of a trusted file may be of any class, but only plain data can be read everywhere
     records = {name: vars(weights)[name] for name in ("arguments", "flags", "classes")}
     weights = replace(weights, **json.loads(json.dumps(records, default=str, skipkeys=True)))
-    # a Hugging Face folder records the normalisation of its clips
     is_folder, separate = to == "videomae-hf", to == "pyslowfast-separate"
-    weights = predict_unit_pixels(weights) if is_folder else with_our_normalisation(weights)
+    arguments, is_theirs = weights.arguments, weights.predicts_unit_pixels
+    if not is_folder:
+        weights = with_our_normalisation(weights)
+    elif arguments.get("target") == "pixels" and arguments["in_chans"] == 3 and not is_theirs:
+        weights = renormalise(weights, IMAGENET, ((0,) * 3, (1,) * 3))  # as their loss expects
     if to not in ("videomae-hf", "safetensors"):
         checkpoint = to_mae_st(weights) if to == "mae_st" else to_pyslowfast(weights, separate)
         write_atomically(path, lambda file: torch.save(checkpoint, file))

@@ -47,7 +47,7 @@ SHAPE_ARGUMENTS = """
     num_frames img_size t_patch_size patch_size in_chans embed_dim depth num_classes mlp_ratio
     decoder_embed_dim decoder_depth pred_t_dim
 """.split()
-TARGET_OF = dict.fromkeys(VIDEOMAES, "channel")  # normalised targets; others': "patch"
+TARGET_OF: dict[str, str] = dict.fromkeys(VIDEOMAES, "channel")  # others normalise a patch
 CHOICES = {"target": TARGETS, "pool": POOLS}
 MAX_TOKENS = 2**16  # of positions that are computed from recorded sizes
 
@@ -167,10 +167,6 @@ class Weights:
         return "num_classes" in self.arguments
 
     @property
-    def grid(self) -> Grid:
-        return token_grid(self.arguments)
-
-    @property
     def predicts_unit_pixels(self) -> bool:
         """Whether the decoder predicts pixels from 0 to 1, as VideoMAE's does."""
         return self.source in VIDEOMAES and self.arguments.get("target") == "pixels"
@@ -243,12 +239,10 @@ def find_average(checkpoint: dict[str, Any]) -> str:
 def unwrap(
     checkpoint: dict[str, Any], path: str, use_ema: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a checkpoint's tensors under the file's names, without prefixes of training wrappers.
+    """Return a checkpoint's tensors, or the moving average of them, under the file's names.
 
-    The second result names tensors of other modules. With use_ema, the tensors are the moving
-    average of the weights.
-
-    Raises UserError when there are none, or some are not plain tensors.
+    Prefixes of training wrappers are removed. The second result names tensors of other modules.
+    Raises UserError when there are no tensors, or some are not plain.
     """
     average = find_average(checkpoint)
     if use_ema and not average:
@@ -269,6 +263,8 @@ def unwrap(
     start = "model." if any(name.startswith("model.") for name in state) else ""
     kept = {k: v for k, v in state.items() if k.startswith(start) and k != "n_averaged"}
     names = _without_prefixes([name.replace("_orig_mod.", "") for name in kept])
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two tensors of one name, after the prefixes of wrappers")
     return dict(zip(names, kept.values(), strict=True)), [k for k in state if k not in kept]
 
 
@@ -338,45 +334,6 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
         return IMAGE_MAE
     has_joint_positions = "pos_embed" in state and "cls_token" not in state
     return FIRST_RELEASE if has_joint_positions and ".attn.qkv." in names else OURS
-
-
-def keep_understood(
-    state: dict[str, Tensor], cfg: dict[str, Any], path: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Leave out a decoder or a head of which a part has no place here; say so in notes.
-
-    Raises UserError if a part of the encoder has none: its model computes something else.
-    """
-    mvit = {k.removeprefix("MVIT."): v for k, v in cfg.items()}
-    has_head = "head.weight" in state
-    lacking = [f"MVIT.{k} {mvit[k]}" for k in CFG_OF_ENCODER if _is_on(mvit.get(k))]
-    if mvit.get("USE_MEAN_POOLING", 1) is mvit.get("CLS_EMBED_ON", 1) is False and has_head:
-        lacking.append("MVIT.USE_MEAN_POOLING False without a class token")
-    if (kernel := mvit.get("PATCH_KERNEL")) and kernel != mvit.get("PATCH_STRIDE", kernel):
-        lacking.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {mvit['PATCH_STRIDE']}")
-    if lacking:
-        raise UserError(f"{path} was trained with {' and '.join(lacking)}, which models here lack")
-
-    unknown = [name for name in state if not OUR_NAMES.fullmatch(name)]
-    decoder = [name for name in unknown if is_decoder(name)]
-    decoder += [f"MASK.{name}" for name in CFG_OF_DECODER if _is_on(cfg.get(f"MASK.{name}"))]
-    head = [name for name in unknown if is_head(name) and not is_decoder(name)]
-    if encoder := [name for name in unknown if name not in (*decoder, *head)]:
-        what = next((f" ({text})" for k, text in SWITCHES.items() if re.search(k, encoder[0])), "")
-        raise UserError(f"{path} has {encoder[0]}{what}, for which models here have no place")
-    notes = []
-    for part, odd, belongs in (("decoder", decoder, is_decoder), ("head", head, is_head)):
-        if odd:
-            notes.append(f"its {part} has {odd[0]}, which models here lack, and is left out")
-            state = {k: v for k, v in state.items() if not belongs(k)}
-    return state, notes
-
-
-def _is_on(value: Any) -> bool:
-    """Return whether a switch of PySlowFast is on: true, or lists of strides or factors above 1."""
-    if isinstance(value, list):
-        return any(_is_on(x[1:] if isinstance(x, list) else x) for x in value)  # x[0]: the layer
-    return value is True or (isinstance(value, int | float) and value > 1)
 
 
 # --- the model of a file --------------------------------------------------------------------------

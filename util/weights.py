@@ -20,7 +20,16 @@ from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, read_checkpoint, read_json
-from util.formats import IMAGE_MAE, KERNEL, KERNEL_BIAS, VIDEOMAES, Weights, token_grid
+from util.formats import (
+    IMAGE_MAE,
+    KERNEL,
+    KERNEL_BIAS,
+    VIDEOMAES,
+    Weights,
+    is_decoder,
+    is_head,
+    token_grid,
+)
 from util.pos_embed import Grid, resize_kernel, sincos_pos_embed
 from util.video.transforms import MEAN, STD
 
@@ -130,7 +139,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     if not any(name.startswith("blocks.") for name in named):
         names = f"{', '.join(list(theirs)[:6])} ..."
         raise UserError(f"{path} holds no vision transformer known here; it holds {names}")
-    state, notes = formats.keep_understood(named, cfg, path)
+    state, notes = _keep_understood(named, cfg, path)
     unused += [name for name in named if name not in state]
     if not use_ema and (average := formats.find_average(checkpoint)):
         notes.append(f"it also has a moving average of its weights, {average}: see --use_ema")
@@ -189,6 +198,45 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     )  # fmt: skip
     weights.notes += [*_assumptions(weights), *filter(None, [odd_names])]
     return weights
+
+
+def _keep_understood(
+    state: dict[str, Tensor], cfg: dict[str, Any], path: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out a decoder or a head of which a part has no place here; say so in notes.
+
+    Raises UserError if a part of the encoder has none: its model computes something else.
+    """
+    mvit = {k.removeprefix("MVIT."): v for k, v in cfg.items()}
+    has_head = "head.weight" in state
+    lacking = [f"MVIT.{k} {mvit[k]}" for k in formats.CFG_OF_ENCODER if _is_on(mvit.get(k))]
+    if mvit.get("USE_MEAN_POOLING", 1) is mvit.get("CLS_EMBED_ON", 1) is False and has_head:
+        lacking.append("MVIT.USE_MEAN_POOLING False without a class token")
+    if (kernel := mvit.get("PATCH_KERNEL")) and kernel != mvit.get("PATCH_STRIDE", kernel):
+        lacking.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {mvit['PATCH_STRIDE']}")
+    if lacking:
+        raise UserError(f"{path} was trained with {' and '.join(lacking)}, which models here lack")
+
+    unknown, notes = [k for k in state if not formats.OUR_NAMES.fullmatch(k)], []
+    on = [f"MASK.{k}" for k in formats.CFG_OF_DECODER if _is_on(cfg.get(f"MASK.{k}"))]
+    for part, belongs, more in (("decoder", is_decoder, on), ("head", is_head, [])):
+        odd = [name for name in unknown if belongs(name)] + more
+        unknown = [name for name in unknown if name not in odd]
+        if odd and any(map(belongs, state)):
+            notes.append(f"its {part} has {odd[0]}, which models here lack, and is left out")
+            state = {k: v for k, v in state.items() if not belongs(k)}
+    if unknown:
+        known = (text for k, text in formats.SWITCHES.items() if re.search(k, unknown[0]))
+        what = "".join(f" ({text})" for text in known)
+        raise UserError(f"{path} has {unknown[0]}{what}, for which models here have no place")
+    return state, notes
+
+
+def _is_on(value: Any) -> bool:
+    """Return whether a switch of PySlowFast is on: true, or lists of strides or factors above 1."""
+    if isinstance(value, list):
+        return any(_is_on(x[1:] if isinstance(x, list) else x) for x in value)  # x[0]: the layer
+    return value is True or (isinstance(value, int | float) and value > 1)
 
 
 def _assumptions(weights: Weights) -> Iterator[str]:
@@ -327,7 +375,7 @@ def apply_weights(
     """
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
-    wanted = {k: v for k, v in own.items() if keep_head or not formats.is_head(k)}
+    wanted = {k: v for k, v in own.items() if keep_head or not is_head(k)}
     needs = _needs(weights, model, keep_head)
     try:
         state, how, used = fit_state(weights, wanted, here)
@@ -343,9 +391,7 @@ def apply_weights(
         if is_other or (name.endswith("depth") and theirs > ours):
             wrong.append(f"{name} is {theirs} in the file and {ours} here")
     dropped = [k for k in weights.state if k not in state and k not in used]
-    if odd := [
-        k for k in dropped if not (formats.is_decoder(k) or formats.is_head(k) or k in CLASS_TOKEN)
-    ]:
+    if odd := [k for k in dropped if not (is_decoder(k) or is_head(k) or k in CLASS_TOKEN)]:
         wrong.append(f"{some(odd)} of the file has no place here")
     for k, mine in own.items():
         if k in state and state[k].shape != mine.shape:
@@ -433,7 +479,7 @@ def fit_state(
             parts.pop("class", None)
         is_joint, to_joint = "joint" in parts, name in own
         taken = {name} if is_joint else {f"{name}_{part}" for part in parts}
-        old, new = weights.grid, token_grid(arguments)
+        old, new = token_grid(weights.arguments), token_grid(arguments)
 
         # if the file does not state the grid of joint positions, use the model's where it fits
         if is_joint and not weights.stated >= formats.CLIP_SIZE:
