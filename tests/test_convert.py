@@ -1055,7 +1055,7 @@ def test_multi_view_test_rebuilds_any_classifier_from_its_file_alone(tmp_path, v
 @pytest.mark.slow
 def test_vit_base_of_pyslowfast(tmp_path):
     """ViT-B, 16 frames of 224 x 224: the parameters that PySlowFast's own file holds."""
-    checkpoint = formats.pyslowfast(D=768, depth=12, d=512, grid=(8, 14, 14))
+    checkpoint = formats.pyslowfast(D=768, depth=12, d=512, grid=(8, 14, 14), fused=True)
     state = checkpoint["model_state"]
     assert sum(v.numel() for v in state.values()) == 100_596_736
     path = saved(tmp_path / "VIT_B_16x4_MAE_PT.pyth", checkpoint)
