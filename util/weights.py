@@ -20,16 +20,7 @@ from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, read_checkpoint, read_json
-from util.formats import (
-    IMAGE_MAE,
-    KERNEL,
-    KERNEL_BIAS,
-    VIDEOMAES,
-    Weights,
-    is_decoder,
-    is_head,
-    token_grid,
-)
+from util.formats import KERNEL, KERNEL_BIAS, VIDEOMAES, Weights, is_decoder, is_head, token_grid
 from util.pos_embed import Grid, resize_kernel, sincos_pos_embed
 from util.video.transforms import MEAN, STD
 
@@ -40,6 +31,7 @@ MODEL_FLAGS = """
 
 # errors from using names, shapes and records that make no sense
 ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+PRED, PRED_BIAS = "decoder_pred.weight", "decoder_pred.bias"
 SINCOS = "VideoMAE's sine-cosine table"
 # flags that decide which tensors a model has, and what --model decides of their shapes
 WHOLE = ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed")
@@ -143,7 +135,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     unused += [name for name in named if name not in state]
     if not use_ema and (average := formats.find_average(checkpoint)):
         notes.append(f"it also has a moving average of its weights, {average}: see --use_ema")
-    if source == IMAGE_MAE:
+    if source == formats.IMAGE_MAE:
         state, how = video_layout(state)
         converted |= how
     formats.check_tensors(state, source, path)
@@ -152,18 +144,17 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}
     wide, how = fold_layer_scale(wide)
     converted |= how
-    if source == IMAGE_MAE:
+    if source == formats.IMAGE_MAE:
         wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
         how[KERNEL] = converted[KERNEL]
-    stored = {k: v.dtype for k, v in state.items() if k in wide and v.dtype != wide[k].dtype}
-    stored = {k: dtype for k, dtype in stored.items() if k not in how}
+    stored = {k: state[k].dtype for k in wide if k not in how}
 
     # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
     for beside in _configs_beside(path) if source == formats.HF_VIDEOMAE else ():
         config |= read_json(beside)
-    records, mean, std = formats.read_records(checkpoint, source, path, config, cfg)
-    if source in (IMAGE_MAE, *VIDEOMAES):  # without fc_norm, norm and head read the first token
+    records = formats.read_records(checkpoint, source, path, config, cfg)
+    if source in formats.ON_IMAGENET:  # without fc_norm, the head reads the first token
         has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
         records["pool"] = "mean" if has_fc_norm else "cls"
     arguments, stated, doubt = formats.find_arguments(wide, records, source, path)
@@ -171,15 +162,6 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
         if entry in cfg and cfg[entry] != arguments.get(name, cfg[entry]):
             says = f"{entry} {cfg[entry]}, but it holds a model with {arguments[name]}"
             raise UserError(f"the cfg of {path} says {says}")
-    channels = arguments["in_chans"]
-    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
-    predicts_unit_pixels = source in VIDEOMAES and arguments.get("target") == "pixels"
-    if not mean or not std or (is_ours and not predicts_unit_pixels):
-        mean = std = None
-    elif not len(mean) == len(std) == channels or not all(0 < x < math.inf for x in std):
-        raise ValueError(f"mean {mean} and std {std} do not normalise {channels} channels")
-    elif arguments.get("target") == "patch":
-        arguments["target_norm"] = [list(mean), list(std)]
 
     # write out the positions that VideoMAE computes
     tokens = math.prod(token_grid(arguments))
@@ -191,13 +173,26 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     flags = formats.checkpoint_args(checkpoint)
     if "DATA.SAMPLING_RATE" in cfg:
         flags["sampling_rate"] = cfg["DATA.SAMPLING_RATE"]
-    classes, odd_names = formats.find_classes(checkpoint, config, arguments.get("num_classes", 0))
+    classes, odd = formats.find_classes(checkpoint, config, arguments.get("num_classes", 0))
     weights = Weights(
         wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt,
-        classes, mean, std,
+        classes, records["mean"], records["std"],
     )  # fmt: skip
-    weights.notes += [*_assumptions(weights), *filter(None, [odd_names])]
+    _settle_normalisation(weights)
+    weights.notes += [*_assumptions(weights), *odd]
     return weights
+
+
+def _settle_normalisation(weights: Weights) -> None:
+    """Leave mean and std out where they are ours; otherwise note them for targets by patch."""
+    mean, std, channels = weights.mean, weights.std, weights.arguments["in_chans"]
+    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
+    if not mean or not std or (is_ours and not weights.predicts_unit_pixels):
+        weights.mean = weights.std = None
+    elif not len(mean) == len(std) == channels or not all(0 < x < math.inf for x in std):
+        raise ValueError(f"mean {mean} and std {std} do not normalise {channels} channels")
+    elif weights.arguments.get("target") == "patch":
+        weights.arguments["target_norm"] = [list(mean), list(std)]
 
 
 def _keep_understood(
@@ -271,9 +266,8 @@ def fold_layer_scale(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for name in [k for k in state if ".gamma_" in k]:
         layer = name.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
         for key in (f"{layer}.weight", f"{layer}.bias"):
-            rows = state[key].double()
-            scale = state[name].double().view(-1, *[1] * (rows.ndim - 1))
-            folded[key] = (scale * rows).to(state[key].dtype)
+            scaled = state[name].double() * state[key].double().t()
+            folded[key] = scaled.t().to(state[key].dtype)
     state = {k: v for k, v in state.items() if ".gamma_" not in k} | folded
     return state, dict.fromkeys(folded, "layer scale folded in")
 
@@ -324,7 +318,7 @@ def renormalise(weights: Weights, clips: Sequence, pixels: Sequence) -> Weights:
         KERNEL_BIAS: (bias + weight.double().sum((2, 3, 4)) @ shift).to(bias.dtype),
     }
     converted = dict.fromkeys(folded, "input normalisation folded in")
-    if weights.arguments.get("target") == "pixels":
+    if weights.arguments.get("target") == "pixels" and {PRED, PRED_BIAS} <= weights.state.keys():
         if weights.predicts_unit_pixels:
             m, s = torch.zeros_like(m), torch.ones_like(s)
         mean, std = torch.tensor(pixels, dtype=torch.float64)
@@ -338,18 +332,13 @@ def renormalise(weights: Weights, clips: Sequence, pixels: Sequence) -> Weights:
 
 
 def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return a decoder_pred that gives scale * x + shift, by channel, where the file's gives x.
-
-    Its rows run over (frame, row, column, C).
-    """
-    folded = {}
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        if name in state:
-            rows = state[name].double().unflatten(0, (-1, len(scale)))  # (u*p*p, C[, D])
-            rows = rows * scale.view(-1, *[1] * (rows.ndim - 2))
-            rows = rows + shift if name.endswith("bias") else rows
-            folded[name] = rows.flatten(0, 1).to(state[name].dtype)
-    return folded
+    """Return a decoder_pred that gives scale * x + shift, by channel, where the file's gives x."""
+    weight, bias = state[PRED], state[PRED_BIAS]  # rows run over (frame, row, column, C)
+    scale, shift = (by_channel.repeat(len(bias) // len(scale)) for by_channel in (scale, shift))
+    return {
+        PRED: (scale.unsqueeze(1) * weight.double()).to(weight.dtype),
+        PRED_BIAS: (scale * bias.double() + shift).to(bias.dtype),
+    }
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -497,8 +486,8 @@ def fit_state(
             row = own[name][:, :1]
             parts["class"] = torch.zeros_like(row, device="cpu") if row.is_meta else row
         try:
-            parts = pos_embed.resize_positions(parts, old, new)
-            fitted = pos_embed.put_positions(parts, name, new, to_joint, weights.rounding(name))
+            rounding = weights.rounding(name)
+            fitted = pos_embed.put_positions(parts, name, old, new, to_joint, rounding)
         except RuntimeError as error:  # the grid is a wrong guess, or the file contradicts itself
             wrong = f"{weights.path}: {name} does not have {_times(old)} tokens"
             raise UserError(weights.doubt or wrong) from error
