@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -152,17 +152,18 @@ class Weights:
     """A checkpoint file's weights under this project's names, and what it says about its model."""
 
     state: dict[str, Tensor]  # by parameter name, at least in single precision
-    arguments: dict[str, Any]  # of the constructor, plain data (layer_norm_eps, not norm_layer)
-    stated: set[str]  # arguments that the file states; the others are its format's defaults
     source: str  # the file's format, one of the names above
     path: str  # the file, for messages
-    stored: dict[str, torch.dtype]  # dtypes of the tensors that the file has in lower precision
     converted: dict[str, str]  # how a tensor was made, unless it was only renamed
     unused: list[str]  # names in the file that have no place here
     flags: dict[str, Any]  # of the training run, if recorded
-    notes: list[str]  # sentences for the user
-    doubt: str  # why no model can be built from the file alone; empty when one can
-    classes: list[str]  # names of the head's classes, in order; empty if the file has none
+    # of the constructor, plain data (layer_norm_eps, not norm_layer)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    stated: set[str] = field(default_factory=set)  # by the file; others are its format's defaults
+    stored: dict[str, torch.dtype] = field(default_factory=dict)  # in the file
+    notes: list[str] = field(default_factory=list)  # sentences for the user
+    doubt: str = ""  # why no model can be built from the file alone; empty when one can
+    classes: list[str] = field(default_factory=list)  # of the head, in order; empty if unknown
     # per-channel normalisation of the clips that it was trained on; None: ours
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -204,6 +205,12 @@ class Weights:
         """Raise UserError when the size of the clips is neither known nor given."""
         if self.doubt and not set(given) >= CLIP_SIZE:
             raise UserError(self.doubt)
+
+    def put(self, made: dict[str, Tensor], how: str) -> None:
+        """Add or replace tensors that are not the file's own, and say how they were made."""
+        self.state |= made
+        self.converted |= dict.fromkeys(made, how)
+        self.stored = {k: v for k, v in self.stored.items() if k not in made}
 
     def as_stored(self) -> dict[str, Tensor]:
         """Return the tensors in the precision that they have in the file."""
@@ -348,8 +355,9 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
 # --- the model of a file --------------------------------------------------------------------------
 
 
-def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
+def check_tensors(weights: Weights) -> None:
     """Raise UserError if a file lacks tensors that define its model, ValueError for odd shapes."""
+    state, path = weights.state, weights.path
     needed = [KERNEL, KERNEL_BIAS, FC1]
     if "pos_embed_class" in state or "decoder_cls_token" in state:
         needed.append("cls_token")
@@ -357,7 +365,7 @@ def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
         needed.append("decoder_embed.weight")
     if "pos_embed_spatial" in state or "pos_embed_temporal" in state:
         needed += ["pos_embed_spatial", "pos_embed_temporal"]
-    elif "pos_embed" not in state and source not in VIDEOMAES:
+    elif "pos_embed" not in state and weights.source not in VIDEOMAES:
         raise UserError(f"{path} has no position embeddings; without them it cannot be used")
     if missing := [name for name in needed if name not in state]:
         raise UserError(f"{path} lacks {', '.join(missing)}: the checkpoint is incomplete")
@@ -425,22 +433,19 @@ def read_records(
     return records
 
 
-def find_classes(
-    checkpoint: dict[str, Any], config: dict[str, Any], num_classes: int
-) -> tuple[list[str], list[str]]:
-    """Return the names of a head's classes in a file or its Hugging Face config, and notes.
-
-    There are no names, [], where the file has none or they do not fit its head.
-    """
-    labels = _as_dict(config.get("id2label"))
-    names: Any = [labels.get(str(i)) for i in range(num_classes)] if labels else None
+def find_classes(weights: Weights, checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
+    """Find the names of a head's classes in a file or its Hugging Face config, if they fit it."""
+    count, labels = weights.arguments.get("num_classes", 0), _as_dict(config.get("id2label"))
+    names: Any = [labels.get(str(i)) for i in range(count)] if labels else None
     names = names or _written(checkpoint).get("classes") or checkpoint.get("classes")
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not names or not are_names or not num_classes or names[0] == "LABEL_0":
-        return [], []
-    if len(set(names)) == len(names) == num_classes:
-        return names, []
-    return [], [f"its names of classes do not fit its head of {num_classes} and are left out"]
+    if not names or not are_names or not count or names[0] == "LABEL_0":
+        return
+    if len(set(names)) == len(names) == count:
+        weights.classes = names
+    else:
+        note = f"its names of classes do not fit its head of {count} and are left out"
+        weights.notes.append(note)
 
 
 def _written(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -491,16 +496,15 @@ def _find_grid(
     return likely[0], stated, f"{problem}; it may be {clips} (frames x height x width)"
 
 
-def find_arguments(
-    state: dict[str, Tensor], records: dict[str, Any], source: str, path: str
-) -> tuple[dict[str, Any], set[str], str]:
+def find_arguments(weights: Weights, records: dict[str, Any]) -> None:
     """Find arguments, stated and doubt of Weights: from shapes, records and format defaults."""
+    state, usual = weights.state, UNSAID[weights.source]
     D, C, t_patch, p, _ = state[KERNEL].shape
-    usual, hidden = UNSAID[source], len(state[FC1])
-    computes_positions = source in VIDEOMAES and "pos_embed" not in state
+    hidden = len(state[FC1])
+    computes_positions = weights.source in VIDEOMAES and "pos_embed" not in state
     cls_embed = records.get("cls_embed")
     cls_embed = cls_embed if isinstance(cls_embed, bool) else "cls_token" in state
-    (t, side), is_stated, doubt = _find_grid(state, records, cls_embed, path)
+    (t, side), is_stated, weights.doubt = _find_grid(state, records, cls_embed, weights.path)
     # nextafter: constructors truncate the product
     ratio = hidden / D if int(hidden / D * D) == hidden else math.nextafter(hidden / D, 9)
     has_biases = any(name.endswith((".attn.q.bias", ".attn.v.bias")) for name in state)
@@ -518,7 +522,7 @@ def find_arguments(
         width = len(state["decoder_embed.weight"])
         has_sixteen = usual.get("decoder_num_heads") == 16 and width % 16 == 0
         pred = len(state.get("decoder_pred.weight", state.get("decoder_pred.bias", ())))
-        raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
+        raw_pixels = any(word in os.path.basename(weights.path) for word in ("nonorm", "visualize"))
         arguments |= {
             "decoder_embed_dim": width, "decoder_depth": _count_blocks(state, "decoder_blocks"),
             "decoder_num_heads": 16 if has_sixteen else num_heads(width),
@@ -533,7 +537,7 @@ def find_arguments(
     stated = {name for name in free if _is_like(records.get(name), arguments[name])}
     arguments |= {k: records[k] for k in stated}
     arguments["sincos_pos_embed"] &= not arguments["sep_pos_embed"]
-    return arguments, stated | (CLIP_SIZE if is_stated else set()), doubt
+    weights.arguments, weights.stated = arguments, stated | (CLIP_SIZE if is_stated else set())
 
 
 def _count_blocks(state: dict[str, Tensor], name: str) -> int:
