@@ -202,14 +202,8 @@ def write(weights: Weights, path: str, to: str) -> None:
 
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory, and views, which a file would store with all they view."""
-    own, seen = {}, set()
-    for name, tensor in state.items():
-        storage = tensor.untyped_storage()
-        is_own = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
-        seen.add(storage.data_ptr())
-        own[name] = tensor.contiguous() if is_own else tensor.clone().contiguous()
-    return own
+    """Copy tensors, of which views would be stored with all that they view."""
+    return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
 def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:

@@ -44,6 +44,12 @@ LONG_NAMES = {"vit_l": "vit_large", "vit_h": "vit_huge"}
 
 # what may stand before the "<" of a web page: byte order marks of UTF-8 and UTF-16, and white space
 BLANKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
+OTHER_KINDS = {  # by the first bytes
+    b"<": "a web page (HTML), which servers send for files that moved or need a login",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
+}
+PLAIN: list[Any] = [argparse.Namespace]  # loaded besides tensors, numbers and text
+CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's errors: what else a file asks for
 
 path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
@@ -227,12 +233,9 @@ def refuse_other_kinds(start: bytes, path: str) -> None:
     """Raise UserError if a file's first bytes are those of a web page or of a Git LFS pointer."""
     if start[8:9] == b"{":  # .safetensors: the length before it may be any bytes
         return
-    is_page = start.lstrip(BLANKS)[:1] == b"<"
-    if is_page or start.startswith(b"version https://git-lfs"):
-        kind = "a Git LFS pointer; fetch the file itself with `git lfs pull`"
-        if is_page:
-            kind = "a web page (HTML), which servers send for files that moved or need a login"
-        raise UserError(f"{path} is damaged or not a checkpoint: it is {kind}")
+    for first, kind in OTHER_KINDS.items():
+        if start.lstrip(BLANKS).startswith(first):
+            raise UserError(f"{path} is damaged or not a checkpoint: it is {kind}")
 
 
 # --- checkpoint files -----------------------------------------------------------------------------
@@ -267,10 +270,10 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
                 return _read_safetensors(local, file)
             mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
             source = local if mmap else file
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(PLAIN):
                 checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
         except Exception as error:  # torch's readers raise errors of every kind for damaged files
-            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            if code := CODE.search(str(error)):
                 entries = "".join(f", in its entry {name}" for name in _entries_with_code(file))
                 raise UserError(
                     f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
@@ -290,36 +293,28 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
 class _Inert:
     """Stand for an object of any class, without running its code."""
 
-    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
-        return object.__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
+    __setstate__ = __init__
 
-def _entries_with_code(file: IO) -> list[str]:
+
+def _entries_with_code(file: IO, inert: tuple[str, ...] = ()) -> list[str]:
     """Find the entries of a checkpoint with more than plain data; [] if they cannot be told."""
-    names: list[str] = []
-    while True:
-        file.seek(0)
-        allowed = [argparse.Namespace, *((_Inert, name) for name in names)]
-        try:
-            with torch.serialization.safe_globals(allowed):
-                content = torch.load(file, "cpu", weights_only=True)
-            return [str(k) for k, value in content.items() if _Inert.__name__ in repr(value)]
-        except Exception as error:
-            code = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if not code or code[1] in names:
-                return []
-            names.append(code[1])
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals(PLAIN + [(_Inert, name) for name in inert]):
+            content = torch.load(file, "cpu", weights_only=True)
+        return [str(k) for k, value in content.items() if _Inert.__name__ in repr(value)]
+    except Exception as error:
+        code = CODE.search(str(error))
+        return _entries_with_code(file, (*inert, code[1])) if code and code[1] not in inert else []
 
 
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
     """Read a .safetensors file: map a local one into memory, read a remote one as a stream."""
-    if is_remote(local):
-        tensors = safetensors.torch.load(file.read())
-    else:
-        tensors = safetensors.torch.load_file(local)
+    load, load_file = safetensors.torch.load, safetensors.torch.load_file
+    tensors = load(file.read()) if is_remote(local) else load_file(local)
     file.seek(0)
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {"model": tensors, "metadata": header.get("__metadata__", {})}

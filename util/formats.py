@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,16 @@ IMAGE_MAE = "image MAE"
 VIDEOMAES = VIDEOMAE, HF_VIDEOMAE = "VideoMAE", "Hugging Face VideoMAE"
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
+ON_IMAGENET = (IMAGE_MAE, *VIDEOMAES)  # trained on clips with that normalisation
+# Constructor arguments that the files of a project leave unsaid; see find_arguments for others.
+UNSAID: dict[str, dict[str, Any]] = {
+    OURS: {"decoder_num_heads": 16},
+    PYSLOWFAST: {"cls_through_decoder": True, "strided_targets": True},
+    FIRST_RELEASE: {"decoder_num_heads": 16, "sincos_pos_embed": True},
+    IMAGE_MAE: {"decoder_num_heads": 16, "cls_through_decoder": True},
+    VIDEOMAE: {"target": "channel"},
+    HF_VIDEOMAE: {"target": "channel", "layer_norm_eps": 1e-12},
+}
 METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors cannot say
 
 # Defaults where a file records nothing: every project uses 16 frames of 224 x 224 pixels.
@@ -47,7 +57,6 @@ SHAPE_ARGUMENTS = """
     num_frames img_size t_patch_size patch_size in_chans embed_dim depth num_classes mlp_ratio
     decoder_embed_dim decoder_depth pred_t_dim
 """.split()
-TARGET_OF: dict[str, str] = dict.fromkeys(VIDEOMAES, "channel")  # others normalise a patch
 CHOICES = {"target": TARGETS, "pool": POOLS}
 MAX_TOKENS = 2**16  # of positions that are computed from recorded sizes
 
@@ -143,17 +152,18 @@ class Weights:
     """A checkpoint file's weights under this project's names, and what it says about its model."""
 
     state: dict[str, Tensor]  # by parameter name, at least in single precision
-    arguments: dict[str, Any]  # of the constructor, plain data (layer_norm_eps, not norm_layer)
-    stated: set[str]  # arguments that the file states; the others are its format's defaults
     source: str  # the file's format, one of the names above
     path: str  # the file, for messages
-    stored: dict[str, torch.dtype]  # dtypes of the tensors that the file has in lower precision
     converted: dict[str, str]  # how a tensor was made, unless it was only renamed
     unused: list[str]  # names in the file that have no place here
     flags: dict[str, Any]  # of the training run, if recorded
-    notes: list[str]  # sentences for the user
-    doubt: str  # why no model can be built from the file alone; empty when one can
-    classes: list[str]  # names of the head's classes, in order; empty if the file has none
+    # of the constructor, plain data (layer_norm_eps, not norm_layer)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    stated: set[str] = field(default_factory=set)  # by the file; others are its format's defaults
+    stored: dict[str, torch.dtype] = field(default_factory=dict)  # in the file
+    notes: list[str] = field(default_factory=list)  # sentences for the user
+    doubt: str = ""  # why no model can be built from the file alone; empty when one can
+    classes: list[str] = field(default_factory=list)  # of the head, in order; empty if unknown
     # per-channel normalisation of the clips that it was trained on; None: ours
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -195,6 +205,12 @@ class Weights:
         """Raise UserError when the size of the clips is neither known nor given."""
         if self.doubt and not set(given) >= CLIP_SIZE:
             raise UserError(self.doubt)
+
+    def put(self, made: dict[str, Tensor], how: str) -> None:
+        """Add or replace tensors that are not the file's own, and say how they were made."""
+        self.state |= made
+        self.converted |= dict.fromkeys(made, how)
+        self.stored = {k: v for k, v in self.stored.items() if k not in made}
 
     def as_stored(self) -> dict[str, Tensor]:
         """Return the tensors in the precision that they have in the file."""
@@ -339,8 +355,9 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
 # --- the model of a file --------------------------------------------------------------------------
 
 
-def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
+def check_tensors(weights: Weights) -> None:
     """Raise UserError if a file lacks tensors that define its model, ValueError for odd shapes."""
+    state, path = weights.state, weights.path
     needed = [KERNEL, KERNEL_BIAS, FC1]
     if "pos_embed_class" in state or "decoder_cls_token" in state:
         needed.append("cls_token")
@@ -348,7 +365,7 @@ def check_tensors(state: dict[str, Tensor], source: str, path: str) -> None:
         needed.append("decoder_embed.weight")
     if "pos_embed_spatial" in state or "pos_embed_temporal" in state:
         needed += ["pos_embed_spatial", "pos_embed_temporal"]
-    elif "pos_embed" not in state and source not in VIDEOMAES:
+    elif "pos_embed" not in state and weights.source not in VIDEOMAES:
         raise UserError(f"{path} has no position embeddings; without them it cannot be used")
     if missing := [name for name in needed if name not in state]:
         raise UserError(f"{path} lacks {', '.join(missing)}: the checkpoint is incomplete")
@@ -386,8 +403,8 @@ def read_cfg(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
 
 def read_records(
     checkpoint: dict[str, Any], source: str, path: str, config: dict[str, Any], cfg: dict[str, Any]
-) -> tuple[dict[str, Any], tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Return what a file or its Hugging Face config records: unchecked arguments, mean, std."""
+) -> dict[str, Any]:
+    """Return what a file or its Hugging Face config records: unchecked arguments, mean and std."""
     if config.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
         raise UserError(f"{path} has the activation {config['hidden_act']}; models here use gelu")
     written = _written(checkpoint)
@@ -397,7 +414,7 @@ def read_records(
     records = {ours: said[theirs] for theirs, ours in names if theirs in said}
     normalised = [said[name] for name in NORMALISED if isinstance(said.get(name), bool)]
     if normalised and not records.get("target"):
-        records["target"] = TARGET_OF.get(source, "patch") if normalised[-1] else "pixels"
+        records["target"] = UNSAID[source].get("target", "patch") if normalised[-1] else "pixels"
     if isinstance(cfg.get("MVIT.USE_MEAN_POOLING"), bool):
         records["pool"] = "mean" if cfg["MVIT.USE_MEAN_POOLING"] else "cls"
     if isinstance(config.get("image_size"), list):
@@ -405,42 +422,35 @@ def read_records(
         if records["img_size"] != width:
             raise UserError(f"{path} has frames that are not square: {config['image_size']}")
     records |= arguments
-    mean, std = (config.get(k) or written.get(k) for k in ("image_mean", "image_std"))
-    mean, std = mean or cfg.get("DATA.MEAN"), std or cfg.get("DATA.STD")
     if config.get("do_normalize") is False:
-        mean, std = 0.0, 1.0
-    if source in (IMAGE_MAE, *VIDEOMAES):
-        mean, std = _per_channel(mean) or IMAGENET[0], _per_channel(std) or IMAGENET[1]
-    return records, _per_channel(mean), _per_channel(std)
+        config = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    usual = IMAGENET if source in ON_IMAGENET else ((), ())
+    for name, default in zip(("mean", "std"), usual, strict=True):
+        value = config.get(f"image_{name}") or written.get(f"image_{name}")
+        value = value or cfg.get(f"DATA.{name.upper()}")
+        value = [value] * 3 if isinstance(value, int | float) else value or default
+        records[name] = tuple(map(float, value)) or None
+    return records
 
 
-def find_classes(
-    checkpoint: dict[str, Any], config: dict[str, Any], num_classes: int
-) -> tuple[list[str], str]:
-    """Return the names of a head's classes in a file or its Hugging Face config, and a note.
-
-    There are no names, [], where the file has none or they do not fit its head.
-    """
-    labels = _as_dict(config.get("id2label"))
-    names: Any = [labels.get(str(i)) for i in range(num_classes)] if labels else None
+def find_classes(weights: Weights, checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
+    """Find the names of a head's classes in a file or its Hugging Face config, if they fit it."""
+    count, labels = weights.arguments.get("num_classes", 0), _as_dict(config.get("id2label"))
+    names: Any = [labels.get(str(i)) for i in range(count)] if labels else None
     names = names or _written(checkpoint).get("classes") or checkpoint.get("classes")
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not names or not are_names or not num_classes or names[0] == "LABEL_0":
-        return [], ""
-    if len(set(names)) == len(names) == num_classes:
-        return names, ""
-    return [], f"its names of classes do not fit its head of {num_classes} and are left out"
+    if not names or not are_names or not count or names[0] == "LABEL_0":
+        return
+    if len(set(names)) == len(names) == count:
+        weights.classes = names
+    else:
+        note = f"its names of classes do not fit its head of {count} and are left out"
+        weights.notes.append(note)
 
 
 def _written(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return what util/convert.py has written into the header of a .safetensors file."""
     return _as_dict(json.loads(_as_dict(checkpoint.get("metadata")).get(METADATA, "{}")))
-
-
-def _per_channel(value: Any) -> tuple[float, ...] | None:
-    if isinstance(value, (int, float)):
-        value = [value] * 3
-    return tuple(float(number) for number in value) if value else None
 
 
 def _is_like(value: Any, found: Any) -> bool:
@@ -486,16 +496,15 @@ def _find_grid(
     return likely[0], stated, f"{problem}; it may be {clips} (frames x height x width)"
 
 
-def find_arguments(
-    state: dict[str, Tensor], records: dict[str, Any], source: str, path: str
-) -> tuple[dict[str, Any], set[str], str]:
+def find_arguments(weights: Weights, records: dict[str, Any]) -> None:
     """Find arguments, stated and doubt of Weights: from shapes, records and format defaults."""
+    state, usual = weights.state, UNSAID[weights.source]
     D, C, t_patch, p, _ = state[KERNEL].shape
     hidden = len(state[FC1])
-    computes_positions = source in VIDEOMAES and "pos_embed" not in state
+    computes_positions = weights.source in VIDEOMAES and "pos_embed" not in state
     cls_embed = records.get("cls_embed")
     cls_embed = cls_embed if isinstance(cls_embed, bool) else "cls_token" in state
-    (t, side), is_stated, doubt = _find_grid(state, records, cls_embed, path)
+    (t, side), is_stated, weights.doubt = _find_grid(state, records, cls_embed, weights.path)
     # nextafter: constructors truncate the product
     ratio = hidden / D if int(hidden / D * D) == hidden else math.nextafter(hidden / D, 9)
     has_biases = any(name.endswith((".attn.q.bias", ".attn.v.bias")) for name in state)
@@ -503,31 +512,32 @@ def find_arguments(
         "img_size": side * p, "patch_size": p, "num_frames": t * t_patch, "t_patch_size": t_patch,
         "in_chans": C, "embed_dim": D, "depth": _count_blocks(state, "blocks"),
         "num_heads": num_heads(D), "mlp_ratio": ratio, "no_qkv_bias": not has_biases,
-        "layer_norm_eps": 1e-12 if source == HF_VIDEOMAE else 1e-6, "cls_embed": cls_embed,
+        "layer_norm_eps": usual.get("layer_norm_eps", 1e-6), "cls_embed": cls_embed,
         "sep_pos_embed": "pos_embed" not in state and not computes_positions,
-        "sincos_pos_embed": computes_positions or source == FIRST_RELEASE,
+        "sincos_pos_embed": computes_positions or usual.get("sincos_pos_embed", False),
     }  # fmt: skip
     if "head.weight" in state:
         arguments |= {"num_classes": len(state["head.weight"]), "pool": "mean"}
     if "decoder_embed.weight" in state:
         width = len(state["decoder_embed.weight"])
-        has_sixteen = source in (OURS, FIRST_RELEASE, IMAGE_MAE) and width % 16 == 0
+        has_sixteen = usual.get("decoder_num_heads") == 16 and width % 16 == 0
         pred = len(state.get("decoder_pred.weight", state.get("decoder_pred.bias", ())))
-        raw_pixels = any(word in os.path.basename(path) for word in ("nonorm", "visualize"))
+        raw_pixels = any(word in os.path.basename(weights.path) for word in ("nonorm", "visualize"))
         arguments |= {
             "decoder_embed_dim": width, "decoder_depth": _count_blocks(state, "decoder_blocks"),
             "decoder_num_heads": 16 if has_sixteen else num_heads(width),
             "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
-            "cls_through_decoder": cls_embed and source in (PYSLOWFAST, IMAGE_MAE),
-            "strided_targets": source == PYSLOWFAST, "pred_t_dim": max(1, pred // (p * p * C)) * t,
-            "target": "pixels" if raw_pixels else TARGET_OF.get(source, "patch"),
+            "cls_through_decoder": cls_embed and usual.get("cls_through_decoder", False),
+            "strided_targets": usual.get("strided_targets", False),
+            "pred_t_dim": max(1, pred // (p * p * C)) * t,
+            "target": "pixels" if raw_pixels else usual.get("target", "patch"),
             "target_norm": records.get("target_norm"),
         }  # fmt: skip
     free = arguments.keys() - SHAPE_ARGUMENTS
     stated = {name for name in free if _is_like(records.get(name), arguments[name])}
     arguments |= {k: records[k] for k in stated}
     arguments["sincos_pos_embed"] &= not arguments["sep_pos_embed"]
-    return arguments, stated | (CLIP_SIZE if is_stated else set()), doubt
+    weights.arguments, weights.stated = arguments, stated | (CLIP_SIZE if is_stated else set())
 
 
 def _count_blocks(state: dict[str, Tensor], name: str) -> int:

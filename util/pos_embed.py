@@ -88,28 +88,25 @@ def take_positions(state: dict[str, Tensor], name: str, cls_embed: bool) -> Part
     return parts if {"spatial", "temporal"} <= parts.keys() else {}
 
 
-def resize_positions(parts: Parts, old: Grid, new: Grid) -> Parts:
-    """Resize positions to another grid; RuntimeError if they do not fit the old one."""
-    resize = {
-        "joint": lambda pos: resize_joint(pos, old, new),
-        "spatial": lambda pos: resize_spatial(pos, old[1:], new[1:]),
-        "temporal": lambda pos: resize_temporal(pos, new[0]),
-        "class": lambda pos: pos,
-    }
-    return {part: resize[part](pos) for part, pos in parts.items()}
-
-
 def put_positions(
-    parts: Parts, name: str, grid: Grid, joint: bool, rounding: float = 0.0
+    parts: Parts, name: str, old: Grid, new: Grid, joint: bool, rounding: float = 0.0
 ) -> dict[str, Tensor]:
-    """Return positions by parameter name, as joint or separable ones; see split for errors."""
+    """Resize positions to another grid; return them by parameter name, joint or separable.
+
+    Raises RuntimeError if they do not fit the old grid, and ValueError as split does.
+    """
+    fitted = dict(parts)
+    if "joint" in parts:
+        fitted["joint"] = resize_joint(parts["joint"], old, new)
+    else:
+        fitted["spatial"] = resize_spatial(parts["spatial"], old[1:], new[1:])
+        fitted["temporal"] = resize_temporal(parts["temporal"], new[0])
     if joint:
-        rows = parts["joint"] if "joint" in parts else join(parts["spatial"], parts["temporal"])
+        rows = fitted["joint"] if "joint" in parts else join(fitted["spatial"], fitted["temporal"])
         return {name: torch.cat([parts["class"], rows], dim=1) if "class" in parts else rows}
     if "joint" in parts:
-        spatial, temporal = split(parts["joint"], grid, rounding)
-        parts = {"spatial": spatial, "temporal": temporal} | parts
-    return {f"{name}_{part}": pos for part, pos in parts.items() if part != "joint"}
+        fitted["spatial"], fitted["temporal"] = split(fitted.pop("joint"), new, rounding)
+    return {f"{name}_{part}": pos for part, pos in fitted.items()}
 
 
 def resize_kernel(kernel: Tensor, t: int) -> Tensor:

@@ -20,16 +20,7 @@ from util import formats, pos_embed
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import fetch, read_checkpoint, read_json
-from util.formats import (
-    IMAGE_MAE,
-    KERNEL,
-    KERNEL_BIAS,
-    VIDEOMAES,
-    Weights,
-    is_decoder,
-    is_head,
-    token_grid,
-)
+from util.formats import KERNEL, KERNEL_BIAS, VIDEOMAES, Weights, is_decoder, is_head, token_grid
 from util.pos_embed import Grid, resize_kernel, sincos_pos_embed
 from util.video.transforms import MEAN, STD
 
@@ -40,6 +31,7 @@ MODEL_FLAGS = """
 
 # errors from using names, shapes and records that make no sense
 ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+PRED, PRED_BIAS = "decoder_pred.weight", "decoder_pred.bias"
 SINCOS = "VideoMAE's sine-cosine table"
 # flags that decide which tensors a model has, and what --model decides of their shapes
 WHOLE = ("cls_embed", "sep_pos_embed", "no_qkv_bias", "sincos_pos_embed")
@@ -133,80 +125,80 @@ def interpret(checkpoint: dict[str, Any], path: str, use_ema: bool = False) -> W
 
 def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     theirs, unused = formats.unwrap(checkpoint, path, use_ema)
-    cfg = formats.read_cfg(checkpoint, path)
+    cfg, flags = formats.read_cfg(checkpoint, path), formats.checkpoint_args(checkpoint)
+    if "DATA.SAMPLING_RATE" in cfg:
+        flags["sampling_rate"] = cfg["DATA.SAMPLING_RATE"]
     source = formats.find_source(theirs, cfg)
-    named, converted = formats.our_names(theirs)
-    if not any(name.startswith("blocks.") for name in named):
+    state, converted = formats.our_names(theirs)
+    if not any(name.startswith("blocks.") for name in state):
         names = f"{', '.join(list(theirs)[:6])} ..."
         raise UserError(f"{path} holds no vision transformer known here; it holds {names}")
-    state, notes = _keep_understood(named, cfg, path)
-    unused += [name for name in named if name not in state]
+    weights = Weights(state, source, path, converted, unused, flags)
+    _keep_understood(weights, cfg)
     if not use_ema and (average := formats.find_average(checkpoint)):
-        notes.append(f"it also has a moving average of its weights, {average}: see --use_ema")
-    if source == IMAGE_MAE:
-        state, how = video_layout(state)
-        converted |= how
-    formats.check_tensors(state, source, path)
+        weights.notes.append(
+            f"it also has a moving average of its weights, {average}: see --use_ema"
+        )
+    if source == formats.IMAGE_MAE:
+        video_layout(weights)
+    formats.check_tensors(weights)
 
     # convert half precision to single here: rounding after every later conversion would add up
-    wide = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}
-    wide, how = fold_layer_scale(wide)
-    converted |= how
-    if source == IMAGE_MAE:
-        wide[KERNEL] = resize_kernel(wide[KERNEL], formats.T_PATCH_SIZE)
-        how[KERNEL] = converted[KERNEL]
-    stored = {k: v.dtype for k, v in state.items() if k in wide and v.dtype != wide[k].dtype}
-    stored = {k: dtype for k, dtype in stored.items() if k not in how}
+    weights.stored = {k: v.dtype for k, v in weights.state.items()}
+    for name, tensor in weights.state.items():
+        weights.state[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    fold_layer_scale(weights)
+    if source == formats.IMAGE_MAE:
+        kernel = resize_kernel(weights.state[KERNEL], formats.T_PATCH_SIZE)
+        weights.put({KERNEL: kernel}, weights.converted[KERNEL])
 
     # find the model from the tensors and the records in this file and in those beside it
     config: dict[str, Any] = {}
     for beside in _configs_beside(path) if source == formats.HF_VIDEOMAE else ():
         config |= read_json(beside)
-    records, mean, std = formats.read_records(checkpoint, source, path, config, cfg)
-    if source in (IMAGE_MAE, *VIDEOMAES):  # without fc_norm, norm and head read the first token
+    records = formats.read_records(checkpoint, source, path, config, cfg)
+    if source in formats.ON_IMAGENET:  # without fc_norm, norm and head read the first token
         has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
         records["pool"] = "mean" if has_fc_norm else "cls"
-    arguments, stated, doubt = formats.find_arguments(wide, records, source, path)
+    formats.find_arguments(weights, records)
+    arguments = weights.arguments
     for entry, name in formats.CFG_OF_TENSORS.items():
         if entry in cfg and cfg[entry] != arguments.get(name, cfg[entry]):
             says = f"{entry} {cfg[entry]}, but it holds a model with {arguments[name]}"
             raise UserError(f"the cfg of {path} says {says}")
-    channels = arguments["in_chans"]
-    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
-    predicts_unit_pixels = source in VIDEOMAES and arguments.get("target") == "pixels"
-    if not mean or not std or (is_ours and not predicts_unit_pixels):
-        mean = std = None
-    elif not len(mean) == len(std) == channels or not all(0 < x < math.inf for x in std):
-        raise ValueError(f"mean {mean} and std {std} do not normalise {channels} channels")
-    elif arguments.get("target") == "patch":
-        arguments["target_norm"] = [list(mean), list(std)]
+    _settle_normalisation(weights, records["mean"], records["std"])
 
     # write out the positions that VideoMAE computes
     tokens = math.prod(token_grid(arguments))
     for name, width in (("pos_embed", "embed_dim"), ("decoder_pos_embed", "decoder_embed_dim")):
-        if source in VIDEOMAES and width in arguments and name not in wide:
-            wide[name] = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
-            converted[name] = SINCOS
+        if source in VIDEOMAES and width in arguments and name not in weights.state:
+            table = sincos_pos_embed(tokens, arguments[width]).unsqueeze(0)
+            weights.put({name: table}, SINCOS)
 
-    flags = formats.checkpoint_args(checkpoint)
-    if "DATA.SAMPLING_RATE" in cfg:
-        flags["sampling_rate"] = cfg["DATA.SAMPLING_RATE"]
-    classes, odd_names = formats.find_classes(checkpoint, config, arguments.get("num_classes", 0))
-    weights = Weights(
-        wide, arguments, stated, source, path, stored, converted, unused, flags, notes, doubt,
-        classes, mean, std,
-    )  # fmt: skip
-    weights.notes += [*_assumptions(weights), *filter(None, [odd_names])]
+    weights.notes += _assumptions(weights)
+    formats.find_classes(weights, checkpoint, config)
     return weights
 
 
-def _keep_understood(
-    state: dict[str, Tensor], cfg: dict[str, Any], path: str
-) -> tuple[dict[str, Tensor], list[str]]:
+def _settle_normalisation(weights: Weights, mean: Any, std: Any) -> None:
+    """Set mean and std unless they are ours; note them for targets normalised by patch."""
+    channels = weights.arguments["in_chans"]
+    is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
+    if not mean or not std or (is_ours and not weights.predicts_unit_pixels):
+        return
+    if not len(mean) == len(std) == channels or not all(0 < x < math.inf for x in std):
+        raise ValueError(f"mean {mean} and std {std} do not normalise {channels} channels")
+    weights.mean, weights.std = mean, std
+    if weights.arguments.get("target") == "patch":
+        weights.arguments["target_norm"] = [list(mean), list(std)]
+
+
+def _keep_understood(weights: Weights, cfg: dict[str, Any]) -> None:
     """Leave out a decoder or a head of which a part has no place here; say so in notes.
 
     Raises UserError if a part of the encoder has none: its model computes something else.
     """
+    state, path = weights.state, weights.path
     mvit = {k.removeprefix("MVIT."): v for k, v in cfg.items()}
     has_head = "head.weight" in state
     lacking = [f"MVIT.{k} {mvit[k]}" for k in formats.CFG_OF_ENCODER if _is_on(mvit.get(k))]
@@ -217,19 +209,21 @@ def _keep_understood(
     if lacking:
         raise UserError(f"{path} was trained with {' and '.join(lacking)}, which models here lack")
 
-    unknown, notes = [k for k in state if not formats.OUR_NAMES.fullmatch(k)], []
+    unknown = [k for k in state if not formats.OUR_NAMES.fullmatch(k)]
     on = [f"MASK.{k}" for k in formats.CFG_OF_DECODER if _is_on(cfg.get(f"MASK.{k}"))]
     for part, belongs, more in (("decoder", is_decoder, on), ("head", is_head, [])):
         odd = [name for name in unknown if belongs(name)] + more
         unknown = [name for name in unknown if name not in odd]
-        if odd and any(map(belongs, state)):
-            notes.append(f"its {part} has {odd[0]}, which models here lack, and is left out")
-            state = {k: v for k, v in state.items() if not belongs(k)}
+        whole = [name for name in weights.state if belongs(name)]
+        if odd and whole:
+            note = f"its {part} has {odd[0]}, which models here lack, and is left out"
+            weights.notes.append(note)
+            weights.unused += whole
+            weights.state = {k: v for k, v in weights.state.items() if k not in whole}
     if unknown:
         known = (text for k, text in formats.SWITCHES.items() if re.search(k, unknown[0]))
         what = "".join(f" ({text})" for text in known)
         raise UserError(f"{path} has {unknown[0]}{what}, for which models here have no place")
-    return state, notes
 
 
 def _is_on(value: Any) -> bool:
@@ -262,40 +256,33 @@ def _assumptions(weights: Weights) -> Iterator[str]:
 # --- folds: what other projects compute, in our tensors -------------------------------------------
 
 
-def fold_layer_scale(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Multiply the last layer of every branch of a block by the branch's layer scale.
-
-    The second result says which tensors this made.
-    """
-    folded = {}
-    for name in [k for k in state if ".gamma_" in k]:
+def fold_layer_scale(weights: Weights) -> None:
+    """Multiply the last layer of every branch of a block by the branch's layer scale."""
+    for name in [k for k in weights.state if ".gamma_" in k]:
         layer = name.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
+        scale = weights.state.pop(name).double()
         for key in (f"{layer}.weight", f"{layer}.bias"):
-            rows = state[key].double()
-            scale = state[name].double().view(-1, *[1] * (rows.ndim - 1))
-            folded[key] = (scale * rows).to(state[key].dtype)
-    state = {k: v for k, v in state.items() if ".gamma_" not in k} | folded
-    return state, dict.fromkeys(folded, "layer scale folded in")
+            rows = weights.state[key]
+            scaled = torch.einsum("d...,d->d...", rows.double(), scale).to(rows.dtype)
+            weights.put({key: scaled}, "layer scale folded in")
 
 
-def video_layout(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def video_layout(weights: Weights) -> None:
     """Give an image model's tensors the layout of a video model with patches of one frame.
 
     Positions become separable, zero in time: once the kernel is repeated and divided, the model
-    sees a still video as it sees the image. The second result says how each tensor was made.
+    sees a still video as it sees the image.
     """
-    video = state | {KERNEL: state[KERNEL].unsqueeze(2)}
-    converted = {KERNEL: f"repeated over {formats.T_PATCH_SIZE} frames and divided"}
-    for name in [k for k in state if k.endswith("pos_embed")]:
-        joint = video.pop(name)
+    kernel = {KERNEL: weights.state[KERNEL].unsqueeze(2)}
+    weights.put(kernel, f"repeated over {formats.T_PATCH_SIZE} frames and divided")
+    for name in [k for k in weights.state if k.endswith("pos_embed")]:
+        joint = weights.state.pop(name)
         rows, steps = joint.shape[1], formats.NUM_FRAMES // formats.T_PATCH_SIZE
         cls = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)  # one more than a square
-        parts = {"spatial": joint[:, cls:], "temporal": joint.new_zeros(1, steps, joint.shape[-1])}
-        parts |= {"class": joint[:, :1]} if cls else {}
-        video |= {f"{name}_{part}": value for part, value in parts.items()}
-        converted |= dict.fromkeys((f"{name}_{part}" for part in parts), "from the image model")
-        converted[f"{name}_temporal"] = "zero: every frame is like the image"
-    return video, converted
+        parts = {f"{name}_class": joint[:, :1]} if cls else {}
+        weights.put({f"{name}_spatial": joint[:, cls:]} | parts, "from the image model")
+        zeros = {f"{name}_temporal": joint.new_zeros(1, steps, joint.shape[-1])}
+        weights.put(zeros, "zero: every frame is like the image")
 
 
 def with_our_normalisation(weights: Weights) -> Weights:
@@ -323,33 +310,26 @@ def renormalise(weights: Weights, clips: Sequence, pixels: Sequence) -> Weights:
         KERNEL: (weight.double() * scale).to(weight.dtype),
         KERNEL_BIAS: (bias + weight.double().sum((2, 3, 4)) @ shift).to(bias.dtype),
     }
-    converted = dict.fromkeys(folded, "input normalisation folded in")
-    if weights.arguments.get("target") == "pixels":
+    new = replace(weights, state=dict(weights.state), converted=dict(weights.converted))
+    new.mean, new.std = map(tuple, clips)
+    new.put(folded, "input normalisation folded in")
+    if weights.arguments.get("target") == "pixels" and {PRED, PRED_BIAS} <= weights.state.keys():
         if weights.predicts_unit_pixels:
             m, s = torch.zeros_like(m), torch.ones_like(s)
         mean, std = torch.tensor(pixels, dtype=torch.float64)
         pred = fold_output(weights.state, s / std, (m - mean) / std)
-        folded |= pred
-        converted |= dict.fromkeys(pred, "normalisation of the targets folded in")
-    state, converted = weights.state | folded, weights.converted | converted
-    stored = {k: v for k, v in weights.stored.items() if k not in folded}
-    mean, std = map(tuple, clips)
-    return replace(weights, state=state, converted=converted, stored=stored, mean=mean, std=std)
+        new.put(pred, "normalisation of the targets folded in")
+    return new
 
 
 def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return a decoder_pred that gives scale * x + shift, by channel, where the file's gives x.
-
-    Its rows run over (frame, row, column, C).
-    """
-    folded = {}
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        if name in state:
-            rows = state[name].double().unflatten(0, (-1, len(scale)))  # (u*p*p, C[, D])
-            rows = rows * scale.view(-1, *[1] * (rows.ndim - 2))
-            rows = rows + shift if name.endswith("bias") else rows
-            folded[name] = rows.flatten(0, 1).to(state[name].dtype)
-    return folded
+    """Return a decoder_pred that gives scale * x + shift, by channel, where the file's gives x."""
+    weight, bias = state[PRED], state[PRED_BIAS]  # rows run over (frame, row, column, C)
+    scale, shift = (by_channel.repeat(len(bias) // len(scale)) for by_channel in (scale, shift))
+    return {
+        PRED: (scale.unsqueeze(1) * weight.double()).to(weight.dtype),
+        PRED_BIAS: (scale * bias.double() + shift).to(bias.dtype),
+    }
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -497,8 +477,8 @@ def fit_state(
             row = own[name][:, :1]
             parts["class"] = torch.zeros_like(row, device="cpu") if row.is_meta else row
         try:
-            parts = pos_embed.resize_positions(parts, old, new)
-            fitted = pos_embed.put_positions(parts, name, new, to_joint, weights.rounding(name))
+            rounding = weights.rounding(name)
+            fitted = pos_embed.put_positions(parts, name, old, new, to_joint, rounding)
         except RuntimeError as error:  # the grid is a wrong guess, or the file contradicts itself
             wrong = f"{weights.path}: {name} does not have {_times(old)} tokens"
             raise UserError(weights.doubt or wrong) from error
