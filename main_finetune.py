@@ -169,9 +169,9 @@ def validate(args: argparse.Namespace, device: torch.device) -> None:
     if not args.resume:
         raise UserError("--eval needs weights: give --resume CHECKPOINT")
     folder = data_dir(args, "finetune")
-    if args.num_classes is None:
-        raise UserError(f"{args.resume} has no head: fine-tune it first")
     weights, found = read_weights(args.resume, args.use_ema), read_classes(folder)
+    if args.num_classes is None:
+        raise weights.lacks("head", "fine-tune it first")
     loader = open_val(args, folder, device, len(found.names) or args.num_classes)
     loader.dataset.index.match_labels(found, weights.classes, args.num_classes)
     warn_of_one(args.num_classes)

@@ -76,7 +76,7 @@ def parse_args(
 def open_index(args: argparse.Namespace, weights: Weights) -> tuple[VideoIndex, list[str]]:
     """Open test.csv or --videos, with the model's labels; return also the names of its classes."""
     if args.num_classes is None:
-        raise UserError(f"{args.finetune} has no head: fine-tune it first (main_finetune.py)")
+        raise weights.lacks("head", "fine-tune it first (main_finetune.py)")
     numbers = [str(label) for label in range(args.num_classes)]
     if args.videos:
         return VideoIndex.of_files(args.videos), weights.classes or numbers

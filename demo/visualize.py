@@ -82,7 +82,7 @@ def load_autoencoder(checkpoint: str | None = None) -> Autoencoder:
             f"`make demo` has left no checkpoint in {DEMO_RUN}, and {error}; give --checkpoint"
         ) from error
     if not weights.has_decoder:
-        raise UserError(f"{path} has no decoder to reconstruct with; give a pre-trained checkpoint")
+        raise weights.lacks("decoder", "to reconstruct, give a pre-trained checkpoint")
     with torch.device("meta"), usage_errors():  # random weights would take seconds
         model = MaskedAutoencoderViT(**weights.autoencoder_arguments())
     apply_weights(model, weights, keep_head=False)

@@ -22,7 +22,7 @@ from util.file_io import make_dirs, write_atomically
 from util.formats import DECODER_ARGUMENTS, IMAGENET, Weights, is_decoder, num_heads, rename
 from util.pos_embed import sincos_pos_embed
 from util.video.transforms import MEAN, STD
-from util.weights import read_weights, renormalise, some, with_our_normalisation
+from util.weights import brief, read_weights, renormalise, some, with_our_normalisation
 
 FORMATS = ("mae_st", "pyslowfast", "pyslowfast-separate", "videomae-hf", "safetensors")
 
@@ -189,7 +189,9 @@ def write(weights: Weights, path: str, to: str) -> None:
         return
     state, *configs = to_videomae_hf(weights) if is_folder else (weights.as_stored(),)
     # the header holds what rebuilds the model; transformers needs "format"
-    said = {"arguments": weights.arguments, "classes": weights.classes} | _normalisation(weights)
+    flags = {k: v for k, v in weights.flags.items() if k in ("sampling_rate", "sampling")}
+    said = {"arguments": weights.arguments, "classes": weights.classes, "flags": flags}
+    said |= _normalisation(weights)
     header = {"format": "pt", formats.METADATA: json.dumps(said)}
     content = safetensors_bytes(_own_storage(state), header)
     if is_folder:
@@ -253,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.input}: {error}" if isinstance(error, ValueError) else str(error))
     count = sum(tensor.numel() for tensor in weights.state.values())
     print(f"{args.input} ({weights.source}, {count:,} parameters) -> {args.output} ({args.to})")
-    for note in [*weights.notes, *(f"left out: {name}" for name in weights.unused)]:
+    unused = [f"left out: {some(brief(weights.unused), 20)}"] if weights.unused else []
+    for note in [*weights.notes, *unused]:
         print(f"  {note}")
 
 

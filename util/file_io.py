@@ -327,7 +327,7 @@ def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
         raise UserError(f"{path} lists no files")
     tensors: dict[str, Any] = {}
     for name in sorted(set(map(str, places.values()))):
-        if os.path.basename(name) != name:
+        if os.path.basename(name) != name or name.endswith(".json"):
             raise UserError(f"{path} lists {name}, which is not a file beside it")
         part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
         part = part.get("model", part)

@@ -44,7 +44,7 @@ METADATA = "mae_video"  # entry of a .safetensors header that holds what tensors
 # Defaults where a file records nothing: every project uses 16 frames of 224 x 224 pixels.
 NUM_FRAMES, IMG_SIZE, T_PATCH_SIZE = 16, 224, 2
 # Published models have 64 channels per head except for these widths.
-HEADS_OF_WIDTH = {640: 8, 1280: 16, 1408: 16}
+HEADS_OF_WIDTH = {640: 8, 1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 DECODER_ARGUMENTS = """
     decoder_embed_dim decoder_depth decoder_num_heads decoder_sep_pos_embed cls_through_decoder
@@ -91,10 +91,11 @@ CFG_OF_TENSORS = _table("""
 """)
 # Switches of that cfg that change what the encoder, and what only the decoder computes.
 CFG_OF_ENCODER = """
-    NORM_STEM REL_POS_SPATIAL REL_POS_TEMPORAL REV.ENABLE PATCH_2D PATCH_PADDING DIM_MUL
-    HEAD_MUL POOL_Q_STRIDE POOL_KV_STRIDE POOL_KV_STRIDE_ADAPTIVE
+    MVIT.NORM_STEM MVIT.REL_POS_SPATIAL MVIT.REL_POS_TEMPORAL MVIT.REV.ENABLE MVIT.PATCH_2D
+    MVIT.DIM_MUL MVIT.HEAD_MUL MVIT.POOL_Q_STRIDE MVIT.POOL_KV_STRIDE MVIT.POOL_KV_STRIDE_ADAPTIVE
+    MVIT.RESIDUAL_POOLING DATA.REVERSE_INPUT_CHANNEL
 """.split()
-CFG_OF_DECODER = ("PRED_HOG", "DEC_KV_KERNEL", "DEC_KV_STRIDE")
+CFG_OF_DECODER = ("MASK.PRED_HOG", "MASK.DEC_KV_KERNEL", "MASK.DEC_KV_STRIDE")
 # files of a Hugging Face folder: the weights (one of these), and the configs beside them
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HF_WEIGHTS += tuple(f"{name}.index.json" for name in HF_WEIGHTS)  # of several files
@@ -121,6 +122,7 @@ VIDEOMAE_NAMES = _table("""
 """)
 RENAMES = {"videomae.": "", "layernorm.": "norm.", "fc_norm.": "norm."}
 RENAMES |= {".ls1.gamma": ".gamma_1", ".ls2.gamma": ".gamma_2"}
+RENAMES |= {"embeddings.position_embeddings": "pos_embed"}
 RENAMES |= HF_NAMES | PYSLOWFAST_NAMES | VIDEOMAE_NAMES
 # PySlowFast numbers the decoder norm as if it were one more block
 DECODER_NORM = re.compile(r"^decoder_blocks\.\d+\.(weight|bias)$")
@@ -141,6 +143,7 @@ SWITCHES = {
 WRAPPERS = ("model", "model_state", "module", "state_dict")
 AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema")
 PREFIXES = re.compile(r"^((module|backbone|model)\.)+")  # what training wrappers put before a name
+WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # "encoder." is also such a prefix, except in VideoMAE's files, which have one of these names
 OWN_ENCODER = re.compile(r"decoder\.|encoder_to_decoder\.|encoder\.layer\.")
 KERNEL, KERNEL_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
@@ -206,6 +209,11 @@ class Weights:
         if self.doubt and not set(given) >= CLIP_SIZE:
             raise UserError(self.doubt)
 
+    def lacks(self, part: str, hint: str) -> UserError:
+        """Return the error about a file without a decoder or head: why, and what to do."""
+        why = "".join(f" ({note})" for note in self.notes if note.startswith(f"its {part} "))
+        return UserError(f"{self.path} has no {part}{why}: {hint}")
+
     def put(self, made: dict[str, Tensor], how: str) -> None:
         """Add or replace tensors that are not the file's own, and say how they were made."""
         self.state |= made
@@ -240,7 +248,7 @@ def is_decoder(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Return whether a parameter belongs to a classification head."""
-    return re.match(r"(\w*_)?head\w*\.", name) is not None
+    return re.match(r"(\w*_)?(head|fc|linear|classifier)\w*\.", name) is not None
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -248,8 +256,15 @@ def is_head(name: str) -> bool:
 
 def find_average(checkpoint: dict[str, Any]) -> str:
     """Return the entry of a checkpoint that holds a moving average of its weights, or ""."""
-    found = (k for k in AVERAGES if checkpoint.get(k) and isinstance(checkpoint[k], dict))
-    return next(found, "")
+    found = (k for k in AVERAGES if isinstance(checkpoint.get(k), dict))
+    return next((k for k in found if _tensors(checkpoint[k])), "")
+
+
+def _tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, which may be wrapped."""
+    while wrapper := next((k for k in WRAPPERS if isinstance(checkpoint.get(k), dict)), None):
+        checkpoint = checkpoint[wrapper]
+    return {k: v for k, v in checkpoint.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def unwrap(
@@ -263,10 +278,7 @@ def unwrap(
     average = find_average(checkpoint)
     if use_ema and not average:
         raise UserError(f"{path} holds no moving average of its weights: leave --use_ema out")
-    inner = checkpoint[average] if use_ema else checkpoint
-    while wrapper := next((k for k in WRAPPERS if isinstance(inner.get(k), dict)), None):
-        inner = inner[wrapper]
-    state = {k: v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    state = _tensors(checkpoint[average] if use_ema else checkpoint)
     if not state:
         hint = f"; --use_ema reads {average}" if average and not use_ema else ""
         keys = ", ".join(map(str, checkpoint))
@@ -276,12 +288,15 @@ def unwrap(
             raise UserError(f"{path} has a tensor that is sparse, quantised or empty: {name}")
 
     # Lightning saves the model beside losses and metrics, PyTorch's average a counter
-    start = "model." if any(name.startswith("model.") for name in state) else ""
-    kept = {k: v for k, v in state.items() if k.startswith(start) and k != "n_averaged"}
-    names = _without_prefixes([name.replace("_orig_mod.", "") for name in kept])
+    names = {k: WRAPPED.sub("", k) for k in state}
+    start = "model." if any(name.startswith("model.") for name in names.values()) else ""
+    kept = [k for k, v in names.items() if v.startswith(start) or is_head(v)]
+    kept = [k for k in kept if k != "n_averaged"]
+    names = _without_prefixes([names[k] for k in kept])
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two tensors of one name, after the prefixes of wrappers")
-    return dict(zip(names, kept.values(), strict=True)), [k for k in state if k not in kept]
+    others = [k for k in state if k not in kept]
+    return dict(zip(names, map(state.get, kept), strict=True)), others
 
 
 def _without_prefixes(names: list[str]) -> list[str]:
@@ -342,14 +357,15 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
         return HF_VIDEOMAE
     if "q_bias" in names or "encoder_to_decoder" in names:
         return VIDEOMAE
-    if "fc_norm." in names and "pos_embed" not in names:  # without biases of q and v
-        return VIDEOMAE
     if "pred_head." in names or "head.projection." in names or "MVIT.DEPTH" in cfg:
         return PYSLOWFAST
     if KERNEL in state and state[KERNEL].ndim == 4:
         return IMAGE_MAE
-    has_joint_positions = "pos_embed" in state and "cls_token" not in state
-    return FIRST_RELEASE if has_joint_positions and ".attn.qkv." in names else OURS
+    if "cls_token" in state or ".attn.qkv." not in names:
+        return OURS
+    if "fc_norm." in names or "head.weight" in state:  # without biases of q and v
+        return VIDEOMAE
+    return FIRST_RELEASE if "pos_embed" in state else OURS
 
 
 # --- the model of a file --------------------------------------------------------------------------
@@ -382,6 +398,11 @@ def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return _as_dict(checkpoint.get("args"))
 
 
+def read_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that a checkpoint, or the header of a .safetensors file, records."""
+    return _as_dict(_written(checkpoint).get("flags")) | checkpoint_args(checkpoint)
+
+
 def _as_dict(value: Any) -> dict[str, Any]:
     """Return the contents of a dict or a Namespace, and an empty dict for anything else."""
     if isinstance(value, argparse.Namespace):
@@ -412,8 +433,8 @@ def read_records(
     said = checkpoint_args(checkpoint) | config | cfg | arguments
     names = (FLAGS | HF_CONFIG | CFG).items()
     records = {ours: said[theirs] for theirs, ours in names if theirs in said}
-    normalised = [said[name] for name in NORMALISED if isinstance(said.get(name), bool)]
-    if normalised and not records.get("target"):
+    normalised = [said[name] for name in NORMALISED if said.get(name) in (False, True)]
+    if normalised and records.get("target") not in TARGETS:
         records["target"] = UNSAID[source].get("target", "patch") if normalised[-1] else "pixels"
     if isinstance(cfg.get("MVIT.USE_MEAN_POOLING"), bool):
         records["pool"] = "mean" if cfg["MVIT.USE_MEAN_POOLING"] else "cls"
@@ -423,13 +444,14 @@ def read_records(
             raise UserError(f"{path} has frames that are not square: {config['image_size']}")
     records |= arguments
     if config.get("do_normalize") is False:
-        config = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        config = config | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
     usual = IMAGENET if source in ON_IMAGENET else ((), ())
     for name, default in zip(("mean", "std"), usual, strict=True):
         value = config.get(f"image_{name}") or written.get(f"image_{name}")
         value = value or cfg.get(f"DATA.{name.upper()}")
         value = [value] * 3 if isinstance(value, int | float) else value or default
-        records[name] = tuple(map(float, value)) or None
+        records[name] = tuple(float(x) / (255 * rescale) for x in value) or None
     return records
 
 

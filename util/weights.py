@@ -125,16 +125,18 @@ def interpret(checkpoint: dict[str, Any], path: str, use_ema: bool = False) -> W
 
 def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     theirs, unused = formats.unwrap(checkpoint, path, use_ema)
-    cfg, flags = formats.read_cfg(checkpoint, path), formats.checkpoint_args(checkpoint)
-    if "DATA.SAMPLING_RATE" in cfg:
-        flags["sampling_rate"] = cfg["DATA.SAMPLING_RATE"]
+    cfg, flags = formats.read_cfg(checkpoint, path), formats.read_flags(checkpoint)
+    flags["sampling_rate"] = cfg.get("DATA.SAMPLING_RATE", flags.get("sampling_rate"))
+    if not isinstance(flags["sampling_rate"], int) or not 1 <= flags["sampling_rate"] <= 1000:
+        del flags["sampling_rate"]
     source = formats.find_source(theirs, cfg)
     state, converted = formats.our_names(theirs)
     if not any(name.startswith("blocks.") for name in state):
         names = f"{', '.join(list(theirs)[:6])} ..."
         raise UserError(f"{path} holds no vision transformer known here; it holds {names}")
     weights = Weights(state, source, path, converted, unused, flags)
-    _keep_understood(weights, cfg)
+    reads_mean = any(name.startswith("fc_norm.") for name in theirs)
+    _keep_understood(weights, cfg, reads_mean)
     if not use_ema and (average := formats.find_average(checkpoint)):
         weights.notes.append(
             f"it also has a moving average of its weights, {average}: see --use_ema"
@@ -146,7 +148,9 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     # convert half precision to single here: rounding after every later conversion would add up
     weights.stored = {k: v.dtype for k, v in weights.state.items()}
     for name, tensor in weights.state.items():
-        weights.state[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        weights.state[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
     fold_layer_scale(weights)
     if source == formats.IMAGE_MAE:
         kernel = resize_kernel(weights.state[KERNEL], formats.T_PATCH_SIZE)
@@ -158,8 +162,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
         config |= read_json(beside)
     records = formats.read_records(checkpoint, source, path, config, cfg)
     if source in formats.ON_IMAGENET:  # without fc_norm, norm and head read the first token
-        has_fc_norm = any(name.startswith("fc_norm.") for name in theirs)
-        records["pool"] = "mean" if has_fc_norm else "cls"
+        records["pool"] = "mean" if reads_mean else "cls"
     formats.find_arguments(weights, records)
     arguments = weights.arguments
     for entry, name in formats.CFG_OF_TENSORS.items():
@@ -193,25 +196,31 @@ def _settle_normalisation(weights: Weights, mean: Any, std: Any) -> None:
         weights.arguments["target_norm"] = [list(mean), list(std)]
 
 
-def _keep_understood(weights: Weights, cfg: dict[str, Any]) -> None:
+def _keep_understood(weights: Weights, cfg: dict[str, Any], reads_mean: bool) -> None:
     """Leave out a decoder or a head of which a part has no place here; say so in notes.
 
     Raises UserError if a part of the encoder has none: its model computes something else.
     """
     state, path = weights.state, weights.path
-    mvit = {k.removeprefix("MVIT."): v for k, v in cfg.items()}
-    has_head = "head.weight" in state
-    lacking = [f"MVIT.{k} {mvit[k]}" for k in formats.CFG_OF_ENCODER if _is_on(mvit.get(k))]
-    if mvit.get("USE_MEAN_POOLING", 1) is mvit.get("CLS_EMBED_ON", 1) is False and has_head:
-        lacking.append("MVIT.USE_MEAN_POOLING False without a class token")
-    if (kernel := mvit.get("PATCH_KERNEL")) and kernel != mvit.get("PATCH_STRIDE", kernel):
-        lacking.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {mvit['PATCH_STRIDE']}")
+    lacking = [f"{k} {cfg[k]}" for k in formats.CFG_OF_ENCODER if _is_on(cfg.get(k))]
+    if any(padding := cfg.get("MVIT.PATCH_PADDING") or []):
+        lacking.append(f"MVIT.PATCH_PADDING {padding}")
+    kernel, stride = cfg.get("MVIT.PATCH_KERNEL"), cfg.get("MVIT.PATCH_STRIDE")
+    if kernel and stride and kernel != stride:
+        lacking.append(f"MVIT.PATCH_KERNEL {kernel} and PATCH_STRIDE {stride}")
     if lacking:
         raise UserError(f"{path} was trained with {' and '.join(lacking)}, which models here lack")
 
+    # heads that read the mean of tokens that each have passed the norm, which models here lack
+    odd_head = []
+    if cfg.get("MVIT.USE_MEAN_POOLING", 1) is cfg.get("MVIT.CLS_EMBED_ON", 1) is False:
+        odd_head.append("MVIT.USE_MEAN_POOLING False without a class token")
+    elif weights.source == formats.IMAGE_MAE and "cls_token" not in state and not reads_mean:
+        odd_head.append("the norm before its mean")
     unknown = [k for k in state if not formats.OUR_NAMES.fullmatch(k)]
-    on = [f"MASK.{k}" for k in formats.CFG_OF_DECODER if _is_on(cfg.get(f"MASK.{k}"))]
-    for part, belongs, more in (("decoder", is_decoder, on), ("head", is_head, [])):
+    odd_decoder = [k for k in formats.CFG_OF_DECODER if _is_on(cfg.get(k))]
+    parts = (("decoder", is_decoder, odd_decoder), ("head", is_head, odd_head))
+    for part, belongs, more in parts:
         odd = [name for name in unknown if belongs(name)] + more
         unknown = [name for name in unknown if name not in odd]
         whole = [name for name in weights.state if belongs(name)]
@@ -248,6 +257,9 @@ def _assumptions(weights: Weights) -> Iterator[str]:
         yield f"it does not record its heads: {' and '.join(guessed)} is a guess from the width"
     if weights.source == formats.PYSLOWFAST and "pool" in arguments.keys() - stated:
         yield "it does not say what its head reads: here the mean of the tokens, unless --pool cls"
+    is_unsure = weights.source == formats.OURS and "pool" in arguments.keys() - stated
+    if is_unsure and not arguments["cls_embed"]:
+        yield "the reference implementation would leave the first patch out of the head's mean"
     if weights.mean is not None:
         clips = f"clips normalised by mean {weights.mean} and std {weights.std}"
         yield f"it was trained on {clips}; here this is folded into the patch embedding"
@@ -280,6 +292,8 @@ def video_layout(weights: Weights) -> None:
         rows, steps = joint.shape[1], formats.NUM_FRAMES // formats.T_PATCH_SIZE
         cls = int(rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)  # one more than a square
         parts = {f"{name}_class": joint[:, :1]} if cls else {}
+        if name == "pos_embed" and not cls and "cls_token" in weights.state:
+            parts = {f"{name}_class": torch.zeros_like(joint[:, :1])}
         weights.put({f"{name}_spatial": joint[:, cls:]} | parts, "from the image model")
         zeros = {f"{name}_temporal": joint.new_zeros(1, steps, joint.shape[-1])}
         weights.put(zeros, "zero: every frame is like the image")
@@ -404,9 +418,8 @@ def apply_weights(
     for note in weights.notes:
         print0(f"  note: {note}")
     for row, names in rows.items():
-        # the same name in many blocks is written once
-        brief = list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
-        print0(f"  {len(names):4}  {row}: {some(brief, 8 if row == 'loaded' else len(names))}")
+        shown = some(brief(names), 8 if row == "loaded" else len(names))
+        print0(f"  {len(names):4}  {row}: {shown}")
 
 
 def _needs(weights: Weights, model: nn.Module, with_head: bool) -> str:
@@ -414,6 +427,7 @@ def _needs(weights: Weights, model: nn.Module, with_head: bool) -> str:
     here = vars(model)["arguments"]
     theirs = {k: v for k, v in weights.arguments.items() if k in here and v != here[k]}
     names = [*WHOLE, *formats.HEAD_ARGUMENTS] if with_head else WHOLE
+    names = [k for k in names if k != "pool" or k in weights.stated]
     needs = [" ".join(_as_flags({k: theirs[k] for k in names if k in theirs}))]
     sizes = {k: weights.arguments[k] for k in SIZES if k != "num_heads" or k in weights.stated}
     if theirs.keys() & sizes:
@@ -433,6 +447,11 @@ def has_head_for(weights: Weights, model: nn.Module) -> bool:
     """Return whether a file has a head for the model's number of classes."""
     head = weights.state.get("head.weight")
     return head is not None and head.shape == model.state_dict()["head.weight"].shape
+
+
+def brief(names: list[str]) -> list[str]:
+    """Write the same name in many blocks once."""
+    return list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
 
 
 def some(names: list[str], count: int = 4, joint: str = ", ") -> str:
