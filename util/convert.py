@@ -204,7 +204,7 @@ def write(weights: Weights, path: str, to: str) -> None:
 
 
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors, of which views would be stored with all that they view."""
+    """Copy tensors: some share memory, and of a view a file would store all that it views."""
     return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 

@@ -17,10 +17,11 @@ from http.client import HTTPException
 from typing import IO, Any
 from urllib.parse import urlparse
 
-import safetensors.torch
 import torch
 from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
 from iopath.common.s3 import S3PathHandler
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
 
 from util.errors import UserError
 
@@ -313,8 +314,7 @@ def _entries_with_code(file: IO, inert: tuple[str, ...] = ()) -> list[str]:
 
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
     """Read a .safetensors file: map a local one into memory, read a remote one as a stream."""
-    load, load_file = safetensors.torch.load, safetensors.torch.load_file
-    tensors = load(file.read()) if is_remote(local) else load_file(local)
+    tensors = load_bytes(file.read()) if is_remote(local) else load_file(local)
     file.seek(0)
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {"model": tensors, "metadata": header.get("__metadata__", {})}

@@ -138,9 +138,8 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     reads_mean = any(name.startswith("fc_norm.") for name in theirs)
     _keep_understood(weights, cfg, reads_mean)
     if not use_ema and (average := formats.find_average(checkpoint)):
-        weights.notes.append(
-            f"it also has a moving average of its weights, {average}: see --use_ema"
-        )
+        note = f"it also has a moving average of its weights, {average}: see --use_ema"
+        weights.notes.append(note)
     if source == formats.IMAGE_MAE:
         video_layout(weights)
     formats.check_tensors(weights)
@@ -314,36 +313,32 @@ def renormalise(weights: Weights, clips: Sequence, pixels: Sequence) -> Weights:
     The result takes `clips` and computes what the original computes from the same pixels. Pixels
     that it predicts are normalised by `pixels`; targets normalised patch by patch stay.
     """
-    channels = weights.arguments["in_chans"]
+    channels, state = weights.arguments["in_chans"], weights.state
     then = weights.mean or (MEAN,) * channels, weights.std or (STD,) * channels
     (m, s), (mean, std) = (torch.tensor(x, dtype=torch.float64) for x in (then, clips))
+    new = replace(weights, state=dict(state), converted=dict(weights.converted))
+    new.mean, new.std = map(tuple, clips)
+
     # (pixel - m) / s = scale * (pixel - mean) / std + shift, by channel
     scale, shift = (std / s).view(-1, 1, 1, 1), (mean - m) / s
-    weight, bias = weights.state[KERNEL], weights.state[KERNEL_BIAS]  # (D, C, t, p, p), (D,)
+    weight, bias = state[KERNEL], state[KERNEL_BIAS]  # (D, C, t, p, p), (D,)
     folded = {
         KERNEL: (weight.double() * scale).to(weight.dtype),
         KERNEL_BIAS: (bias + weight.double().sum((2, 3, 4)) @ shift).to(bias.dtype),
     }
-    new = replace(weights, state=dict(weights.state), converted=dict(weights.converted))
-    new.mean, new.std = map(tuple, clips)
     new.put(folded, "input normalisation folded in")
-    if weights.arguments.get("target") == "pixels" and {PRED, PRED_BIAS} <= weights.state.keys():
+    if weights.arguments.get("target") == "pixels" and {PRED, PRED_BIAS} <= state.keys():
         if weights.predicts_unit_pixels:
             m, s = torch.zeros_like(m), torch.ones_like(s)
         mean, std = torch.tensor(pixels, dtype=torch.float64)
-        pred = fold_output(weights.state, s / std, (m - mean) / std)
-        new.put(pred, "normalisation of the targets folded in")
+        weight, bias = state[PRED], state[PRED_BIAS]  # rows run over (frame, row, column, C)
+        scale, shift = (x.repeat(len(bias) // channels) for x in (s / std, (m - mean) / std))
+        folded = {
+            PRED: (weight.double() * scale.unsqueeze(1)).to(weight.dtype),
+            PRED_BIAS: (bias.double() * scale + shift).to(bias.dtype),
+        }
+        new.put(folded, "normalisation of the targets folded in")
     return new
-
-
-def fold_output(state: dict[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Return a decoder_pred that gives scale * x + shift, by channel, where the file's gives x."""
-    weight, bias = state[PRED], state[PRED_BIAS]  # rows run over (frame, row, column, C)
-    scale, shift = (by_channel.repeat(len(bias) // len(scale)) for by_channel in (scale, shift))
-    return {
-        PRED: (scale.unsqueeze(1) * weight.double()).to(weight.dtype),
-        PRED_BIAS: (scale * bias.double() + shift).to(bias.dtype),
-    }
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -378,11 +373,10 @@ def apply_weights(
 
     # shapes do not show everything, and the first blocks of a deeper model would fit
     wrong = []
-    decides = ("num_heads", "decoder_num_heads", *(["pool"] if keep_head else []))
+    decides = weights.stated & {"num_heads", "decoder_num_heads", "pool" if keep_head else ""}
     for name, theirs in weights.arguments.items():
         ours = here.get(name, theirs)
-        is_other = name in decides and name in weights.stated and theirs != ours
-        if is_other or (name.endswith("depth") and theirs > ours):
+        if (name in decides and theirs != ours) or (name.endswith("depth") and theirs > ours):
             wrong.append(f"{name} is {theirs} in the file and {ours} here")
     dropped = [k for k in weights.state if k not in state and k not in used]
     if odd := [k for k in dropped if not (is_decoder(k) or is_head(k) or k in CLASS_TOKEN)]:
