@@ -70,7 +70,7 @@ with _our_modules():
     import models_vit
     from util import errors, file_io, run, weights
 
-dependencies = ["cv2", "torch", "timm", "numpy", "iopath", "safetensors"]
+dependencies = ["cv2", "torch", "timm", "numpy", "iopath", "safetensors", "yaml"]
 
 SIZES = ("patch_size", "embed_dim", "depth")
 HEADS = ("num_heads", "decoder_num_heads")

@@ -47,7 +47,7 @@ def get_args_parser() -> flags.Parser:
     add("--decoder_embed_dim", 512, "decoder width", flags.small_int)
     add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
     add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
-    add("--norm_pix_loss", True, "normalise each target patch by its mean and standard deviation")
+    add("--norm_pix_loss", True, "predict normalised patches, not pixels; --target replaces it")
     text = "what is predicted: patches or their channels, normalised (VideoMAE: channel), or pixels"
     add("--target", None, text + "; not given: as --norm_pix_loss says", choices=models_mae.TARGETS)
     add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
@@ -80,6 +80,7 @@ def parse_args(
     args.target = args.target or ("patch" if args.norm_pix_loss else "pixels")
     if not args.norm_pix_loss and args.target != "pixels":
         raise UserError(f"--no-norm_pix_loss and --target {args.target} exclude each other")
+    args.norm_pix_loss = args.target != "pixels"
     return args
 
 

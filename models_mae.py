@@ -98,12 +98,7 @@ class MaskedAutoencoderViT(Encoder):
         del self.arguments["norm_pix_loss"]  # target says it
         self.in_chans = in_chans
         self.target, self.target_norm = target, target_norm
-        if target not in TARGETS:
-            raise ValueError(f"target = {target!r} must be one of {', '.join(TARGETS)}")
-        lengths = [len(values) for values in target_norm or ()]
-        if target_norm is not None and (target != "patch" or lengths != [in_chans, in_chans]):
-            needs = f"target = 'patch' (not {target!r}) and in_chans = {in_chans} means and stds"
-            raise ValueError(f"target_norm needs {needs}")
+        check_target(target, target_norm, in_chans)
         self.trunc_init = trunc_init
         self.pos_embed_std = pos_embed_std
         self.cls_embed = cls_embed
@@ -355,6 +350,18 @@ class MaskedAutoencoderViT(Encoder):
         else:
             pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def check_target(target: str, target_norm: Sequence[Sequence[float]] | None, in_chans: int) -> None:
+    """Raise ValueError for a target that does not exist, or target_norm of another target."""
+    if target not in TARGETS:
+        raise ValueError(f"target = {target!r} must be one of {', '.join(TARGETS)}")
+    shape = torch.tensor(target_norm or 0).shape
+    if target_norm is not None and (target != "patch" or shape != (2, in_chans)):
+        raise ValueError(
+            f"target_norm needs target = 'patch' and in_chans = {in_chans} means and standard "
+            f"deviations, not {target!r} and {target_norm!r}"
+        )
 
 
 def choose_frames(num_frames: int, t_patch_size: int, pred_t_dim: int, strided: bool) -> list[int]:

@@ -40,7 +40,10 @@ RELEASED = "k400/vit_large"
 SAMPLING_RATE = 4  # of models whose file does not record it
 MIN_SIDE = 128  # pixels; smaller pictures are enlarged
 ROWS = ("original", "masked", "reconstruction")  # fields of a Reconstruction
-NOTE = "mean and contrast of every patch are the original's"
+NOTE = {
+    "patch": "mean and contrast of every patch are the original's",
+    "channel": "mean and contrast of every patch's colours are the original's",
+}
 mask_ratio = flags.number(
     float, "a share above 0 and below 1, such as 0.95", lambda value: 0 < value < 1
 )
@@ -168,8 +171,8 @@ def draw(
     sheet = tile(
         [[corner, *captions], *([head, *row] for head, row in zip(left, rows, strict=True))]
     )
-    if model.target != "pixels":
-        sheet = tile([[sheet], [_caption(NOTE, sheet.shape[2], t)]])
+    if note := NOTE.get(model.target):
+        sheet = tile([[sheet], [_caption(note, sheet.shape[2], t)]])
     return sheet
 
 

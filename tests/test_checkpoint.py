@@ -359,6 +359,25 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
     assert latest(args) == str(own)
 
 
+@pytest.mark.parametrize(
+    "then, now, told",
+    [
+        ({"norm_pix_loss": True}, {"norm_pix_loss": True, "target": "patch"}, ""),
+        ({"norm_pix_loss": False}, {"norm_pix_loss": False, "target": "pixels"}, ""),
+        ({"norm_pix_loss": True}, {"target": "channel"}, "--target patch -> channel"),
+        ({}, {"pool": "mean"}, ""),
+        ({}, {"pool": "cls"}, "--pool mean -> cls"),
+    ],
+)
+def test_flags_that_older_runs_lack(tmp_path, capsys, then, now, told):
+    older = Training(init=0, **then)
+    older.train(1)
+    path = older.save(tmp_path)
+    Training(init=1, **now).resume(path)
+    out = capsys.readouterr().out
+    assert told in out and ("WARNING" in out) == bool(told)
+
+
 def test_flags_that_changed_are_told(tmp_path, trained, capsys):
     path = trained.save(tmp_path)
     again = Training(init=1, accum_iter=2, keep_last=3)

@@ -451,6 +451,15 @@ NAMES = ["run", "saut \udce0 la perche", "ça"]  # as bytes, the second is not U
 
 
 @pytest.mark.parametrize("to", convert.FORMATS)
+def test_the_sampling_rate_is_kept(tmp_path, to):
+    positions = {} if to == "videomae-hf" else {"sincos_pos_embed": False, "sep_pos_embed": True}
+    own = VisionTransformer(**{**SINCOS, **positions})
+    content = {"model": own.state_dict(), "arguments": own.arguments, "args": {"sampling_rate": 8}}
+    converted(saved(tmp_path / "own.pth", content), tmp_path / "out", to)
+    assert "--sampling_rate 8" in " ".join(main_test.checkpoint_flags(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("to", convert.FORMATS)
 def test_names_of_classes_are_kept(tmp_path, to):
     positions = {} if to == "videomae-hf" else {"sincos_pos_embed": False, "sep_pos_embed": True}
     own = VisionTransformer(**{**SINCOS, "num_classes": 3, **positions})
@@ -484,7 +493,10 @@ def test_names_that_do_not_fit_the_head_are_left_out(tmp_path, names, noted):
 
 
 WRITABLE = {  # what PySlowFast can express, and entries of its configuration
-    "as released": ({}, {"MVIT.SEP_POS_EMBED": True, "MASK.DECODER_SEP_POS_EMBED": False}),
+    "as released": (
+        {}, {"MVIT.SEP_POS_EMBED": True, "MASK.DECODER_SEP_POS_EMBED": False,
+             "MASK.TIME_STRIDE_LOSS": True},
+    ),
     "other sizes": (
         {"num_frames": 8, "img_size": 48, "depth": 1, "num_heads": 4},
         {"DATA.NUM_FRAMES": 8, "DATA.TRAIN_CROP_SIZE": 48, "DATA.TEST_CROP_SIZE": 48,
@@ -493,7 +505,6 @@ WRITABLE = {  # what PySlowFast can express, and entries of its configuration
     "pixels": ({"target": "pixels"}, {"MASK.NORM_PRED_PIXEL": False}),
     "patch": ({"target": "patch"}, {"MASK.NORM_PRED_PIXEL": True}),
     "all frames": ({"pred_t_dim": 4}, {"MASK.TIME_STRIDE_LOSS": False}),
-    "strided frames": ({"strided_targets": True}, {"MASK.TIME_STRIDE_LOSS": True}),
     "no class token": (
         {"cls_embed": False, "cls_through_decoder": False}, {"MVIT.CLS_EMBED_ON": False}
     ),
@@ -532,6 +543,7 @@ def test_pyslowfast_loads_and_computes_what_is_written(tmp_path, kind, to):
         "img_size": 64, "num_frames": 4, "embed_dim": 128, "depth": 2, "num_heads": 2,
         "decoder_embed_dim": 128, "decoder_num_heads": 2, "cls_through_decoder": True,
         "decoder_sep_pos_embed": False, "target": "patch", "norm_layer": LAYER_NORM,
+        "strided_targets": True,
     } | changes  # fmt: skip
     arguments = {"pred_t_dim": arguments["num_frames"] // 2} | arguments
     own = randomised(MaskedAutoencoderViT(**arguments))
@@ -683,6 +695,9 @@ WITHOUT_CLASS = SEPARABLE | {"cls_embed": False, "decoder_num_heads": 1}
          "normalised in another way"),
         ("pyslowfast", WITHOUT_CLASS | {"t_patch_size": 4, "pred_t_dim": 2},
          "predicts neither one nor all frames of a patch"),
+        ("pyslowfast", WITHOUT_CLASS | {"pred_t_dim": 2}, "predicts other frames than the first"),
+        ("pyslowfast", WITHOUT_CLASS | {"decoder_embed_dim": 640, "decoder_num_heads": 8},
+         "has 8 heads, not PySlowFast's 64 channels per head"),
     ],
 )  # fmt: skip
 def test_what_other_projects_cannot_express_is_refused(tmp_path, capsys, to, arguments, reason):
@@ -1251,6 +1266,7 @@ def test_pyslowfast_files_keep_what_no_shape_shows(tmp_path):
     arguments = {"embed_dim": 64, "depth": 1, "num_heads": 4, "img_size": 16, "patch_size": 8}
     decoder = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 1}
     frames = {"num_frames": 8, "pred_t_dim": 4, "cls_through_decoder": True, "mlp_ratio": 2.0}
+    frames["strided_targets"] = True
     model = MaskedAutoencoderViT(**arguments, **decoder, **frames)
     path = saved_model(tmp_path / "in.pth", model)
     out = converted(path, tmp_path / "out.pyth", "pyslowfast")

@@ -14,6 +14,7 @@ import re
 import resource
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -244,6 +245,26 @@ def test_a_head_that_is_not_understood_is_left_out(tmp_path, capsys, project, na
     assert name in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["PySlowFast", "image", "prefix"])
+def test_heads_that_models_here_lack(tmp_path, kind):
+    """They read the mean of normalised tokens, or tensors of their own: the encoder is usable."""
+    if kind == "PySlowFast":
+        checkpoint = formats.pyslowfast_run({"MVIT.USE_MEAN_POOLING": False} | NO_CLASS)
+    elif kind == "image":  # timm's, without a class token
+        checkpoint = formats.image_mae("class token")
+        del checkpoint["model"]["cls_token"]
+        checkpoint["model"]["pos_embed"] = checkpoint["model"]["pos_embed"][:, 1:]
+    else:
+        checkpoint = formats.image_mae("class token")
+        checkpoint["model"]["fc.weight"] = checkpoint["model"].pop("head.weight")
+    path = saved(tmp_path / "in.pth", checkpoint)
+    weights = read_weights(path)
+    args = main_test.parse_args(["--finetune", path, "--videos", "a.mp4"])
+    with pytest.raises(UserError, match=r"has no head \(its head has .* is left out\): fine-tune"):
+        main_test.open_index(args, weights)
+    classifier(path, keep_head=False)
+
+
 # --- PySlowFast's configuration
 
 OTHER_NORM = {"DATA.MEAN": [*IMAGENET[0]], "DATA.STD": [*IMAGENET[1]]}
@@ -320,9 +341,10 @@ def test_a_configuration_may_be_a_dict():
         {"MVIT.POOL_KV_STRIDE": [[0, 1, 2, 2]]},
         {"MVIT.DIM_MUL": [[1, 2.0]]},
         {"MVIT.PATCH_STRIDE": [2, 8, 8]},
-        {"MVIT.PATCH_PADDING": [0, 3, 3]},
+        {"MVIT.PATCH_PADDING": [0, 1, 1]},
+        {"MVIT.RESIDUAL_POOLING": True},
+        {"DATA.REVERSE_INPUT_CHANNEL": True},
         {"MVIT.REV.ENABLE": True},
-        {"MVIT.USE_MEAN_POOLING": False} | NO_CLASS,
         {"MVIT.EMBED_DIM": 192},
         {"MVIT.DEPTH": 3},
     ],
@@ -330,7 +352,7 @@ def test_a_configuration_may_be_a_dict():
 )
 def test_switches_that_no_tensor_shows(tmp_path, capsys, changes):
     """They change every output, or contradict the tensors."""
-    checkpoint = formats.pyslowfast_run(NO_CLASS if NO_CLASS.items() <= changes.items() else {})
+    checkpoint = formats.pyslowfast_run()
     checkpoint["cfg"] = formats.changed_cfg(checkpoint["cfg"], changes)
     error = refusal(tmp_path, capsys, checkpoint)
     switch = next(iter(changes)).removeprefix("MVIT.")
@@ -610,6 +632,17 @@ def test_hugging_face_targets(tmp_path, transformers, norm_pix_loss, content):
     assert_perfect(str(tmp_path / "hf"), clip, expected, content)
 
 
+@pytest.mark.parametrize("says, target", [
+    ({"normlize_target": False}, "pixels"), ({"normlize_target": 0}, "pixels"),
+    ({"normlize_target": True}, "channel"), ({"target": "kinetics"}, "channel"),
+    ({"target": "kinetics", "normlize_target": False}, "pixels"),
+])  # fmt: skip
+def test_records_of_targets(says, target):
+    checkpoint = formats.videomae("pretrain")
+    vars(checkpoint["args"]).update(says)
+    assert interpret(checkpoint, "in.pth").arguments["target"] == target
+
+
 # --- heads that read one token
 
 
@@ -634,6 +667,34 @@ def own_head(folder) -> tuple[str, Tensor]:
     clips = ours(pixels(2)[:, :, :1].expand(-1, -1, 2, -1, -1))
     content = {"model": model.state_dict(), "arguments": model.arguments}
     return saved(folder / "in.pth", content), model(clips).detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused_bias", [False, True])
+def test_videomae_with_learned_positions_and_without_biases(tmp_path, fused_bias):
+    checkpoint = formats.videomae("finetune")
+    state = {k: v for k, v in checkpoint["module"].items() if not k.endswith("_bias")}
+    if fused_bias:
+        state |= {f"blocks.{i}.attn.qkv.bias": torch.rand(384) for i in range(2)}
+    state["pos_embed"] = torch.rand(1, 64, 128)
+    path = saved(tmp_path / "in.pth", checkpoint | {"module": state})
+    model, clips = classifier(path), pixels()
+    assert model.pos_embed.requires_grad and model.pool == "mean"
+    x = formats.patches(double(state), imagenet(clips.double())) + state["pos_embed"].double()
+    x = formats.run_blocks(double(state), formats.numbered("blocks", 2), x, 2).mean(1)
+    x = formats.layer_norm(double(state), "fc_norm", x)
+    assert_close(model(ours(clips)), formats.linear(double(state), "head", x))
+
+
+@torch.no_grad()
+def test_positions_of_images_without_a_class_row(tmp_path):
+    """timm's no_embed_class: the class token has no position."""
+    checkpoint = formats.image_mae("class token")
+    checkpoint["model"]["pos_embed"][:, 0] = 0
+    whole = classifier(saved(tmp_path / "whole.pth", checkpoint), num_frames=2)
+    checkpoint["model"]["pos_embed"] = checkpoint["model"]["pos_embed"][:, 1:].clone()
+    model = classifier(saved(tmp_path / "in.pth", checkpoint), num_frames=2)
+    assert torch.equal(model(ours(pixels(2))), whole(ours(pixels(2))))
 
 
 @torch.no_grad()
@@ -731,7 +792,9 @@ def test_sharded_folders(tmp_path, transformers, sharded, by):
     assert_close(classifier(str(tmp_path / "out"))(ours(clips)), expected)
 
 
-@pytest.mark.parametrize("damage", ["lost", "stale", "outside", "absolute", "odd", "text"])
+@pytest.mark.parametrize(
+    "damage", ["lost", "stale", "outside", "absolute", "odd", "text", "itself"]
+)
 def test_damaged_sharded_folders(tmp_path, capsys, sharded, damage):
     source, name, _ = sharded
     folder = tmp_path / "hf"
@@ -751,6 +814,8 @@ def test_damaged_sharded_folders(tmp_path, capsys, sharded, damage):
         (tmp_path / "outside").write_bytes((folder / shard).read_bytes())
         says = "../outside" if damage == "outside" else str(tmp_path / "outside")
         index["weight_map"] = {k: says if v == shard else v for k, v in table.items()}
+    elif damage == "itself":
+        index["weight_map"], says = {"norm.bias": name}, name
     elif damage == "odd":
         index["weight_map"], says = [1], name
     (folder / name).write_text(json.dumps(index))
@@ -792,6 +857,26 @@ def test_lightning_files(tmp_path, capsys, kind, prefix):
     assert "loss_fn.weight" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_wrappers_inside_names(wrapper):
+    state = formats.reference(decoder=False)["model"]
+    wrapped = {wrapper + k.replace(".attn.", f".{wrapper}attn."): v for k, v in state.items()}
+    assert interpret({"model": wrapped}, "in.pth").state.keys() == state.keys()
+
+
+def test_a_head_beside_the_model_of_lightning():
+    state = formats.reference(decoder=False)["model"]
+    content = lightning({k: v for k, v in state.items() if not k.startswith("head.")})
+    content["state_dict"] |= {k: v for k, v in state.items() if k.startswith("head.")}
+    assert interpret(content, "in.pth").has_head
+
+
+def test_two_tensors_of_one_name():
+    state = formats.reference(decoder=False)["model"]
+    with pytest.raises(UserError, match="two tensors of one name"):
+        interpret({"model": state | {f"module.{k}": v for k, v in state.items()}}, "in.pth")
+
+
 AVERAGES: dict[str, Callable[[State, State], dict[str, Any]]] = {
     "model_ema": lambda state, average: {"model": state, "model_ema": average},
     "wrapped": lambda state, average: {"model": state, "model_ema": {"module": average}},
@@ -829,7 +914,9 @@ def test_moving_averages(tmp_path, kind):
     assert torch.equal(read_weights(str(tmp_path / "out")).state["head.bias"], average["head.bias"])
 
 
-@pytest.mark.parametrize("more", [{}, {"model_ema": None}, {"model_ema": {}}])
+@pytest.mark.parametrize(
+    "more", [{}, {"model_ema": None}, {"model_ema": {}}, {"ema": {"decay": 0.999, "step": 3}}]
+)
 def test_files_without_a_moving_average(tmp_path, capsys, more):
     path = saved(tmp_path / "in.pth", formats.reference(decoder=False) | more)
     assert not any("--use_ema" in note for note in read_weights(path).notes)
@@ -952,7 +1039,46 @@ def test_only_trust_runs_the_code_of_a_file(tmp_path, capsys, place):
     assert crater.exists()  # the bomb is real
 
 
+def test_a_trusted_file_may_hold_a_whole_model_and_numbers_of_numpy(tmp_path):
+    model = vit_tiny_patch8(img_size=32, num_frames=4, num_heads=2)
+    said = model.arguments | {"num_heads": np.int64(2)}
+    args = argparse.Namespace(sampling_rate=np.int64(8), output_dir=pathlib.PurePosixPath("/run"))
+    path = saved(tmp_path / "in.pth", {"model": model, "arguments": said, "args": args})
+    out = str(tmp_path / "out")
+    convert.main([path, out, "--to", "safetensors", "--trust"])
+    back = read_weights(out)
+    assert back.arguments["num_heads"] == 2 and back.flags == {"sampling_rate": 8}
+    assert torch.equal(back.state["norm.weight"], model.norm.weight)
+
+
+def test_a_trusted_file_of_a_module_that_is_not_installed(tmp_path, capsys, monkeypatch):
+    module = types.ModuleType("elsewhere")
+    module.Thing = type("Thing", (), {"__module__": "elsewhere"})
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    path = saved(tmp_path / "in.pth", formats.reference() | {"thing": module.Thing()})
+    monkeypatch.delitem(sys.modules, "elsewhere")
+    with pytest.raises(SystemExit):
+        convert.main([path, str(tmp_path / "out"), "--to", "safetensors", "--trust"])
+    says = r"in\.pth cannot be read, even if it is trusted: No module named 'elsewhere'"
+    assert re.search(says, capsys.readouterr().err)
+
+
 # --- records that make no sense
+
+
+@pytest.mark.parametrize("rate", [None, [4], "x", 0, -1, 10**9, 2.5])
+def test_sampling_rates_that_make_no_sense(rate):
+    checkpoint = formats.pyslowfast_run()
+    checkpoint["cfg"] = formats.changed_cfg(checkpoint["cfg"], {"DATA.SAMPLING_RATE": rate})
+    assert "sampling_rate" not in interpret(checkpoint, "in.pyth").flags
+
+
+def test_weights_that_are_whole_numbers():
+    checkpoint = formats.reference(decoder=False)
+    checkpoint["model"]["norm.weight"] = torch.ones(128, dtype=torch.int8)
+    with pytest.raises(UserError, match=r"norm\.weight holds torch\.int8"):
+        interpret(checkpoint, "in.pth")
+
 
 READ_ALL = """
 import resource, sys

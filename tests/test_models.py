@@ -278,11 +278,15 @@ def test_the_target_is_the_papers_with_norm_pix_loss_and_else_pixels():
     [
         ({"target": "patches"}, "target = 'patches' must be one of patch, channel, pixels"),
         ({"target": ""}, "target = '' must be one of"),
-        ({"target": "channel", "target_norm": IMAGENET}, "target_norm needs target = 'patch' .not"),
-        ({"target_norm": IMAGENET}, r"target_norm needs target = 'patch' .not 'pixels'"),
+        (
+            {"target": "channel", "target_norm": IMAGENET},
+            "target_norm needs target = 'patch' .* not 'channel'",
+        ),
+        ({"target_norm": IMAGENET}, r"target_norm needs target = 'patch' .* not 'pixels'"),
         ({"target": "patch", "target_norm": IMAGENET[:1]}, "target_norm needs .* in_chans = 3"),
         ({"target": "patch", "target_norm": [[0.5], [0.5]]}, "target_norm needs .* in_chans = 3"),
         ({"target": "patch", "target_norm": []}, "target_norm needs .* in_chans = 3"),
+        ({"target": "patch", "target_norm": (0.5, 0.2)}, "target_norm needs .* in_chans = 3"),
     ],
 )
 def test_wrong_targets_are_refused(arguments, words):

@@ -364,7 +364,7 @@ def test_captions_state_what_is_removed(monkeypatch):
     autoencoder = visualize.Autoencoder(small_model(norm_pix_loss=True), 4)
     visualize.draw(autoencoder, clips(1), [0.95, 0.5], "time")  # one of four steps stays
     rows = ["original", "masked", "reconstruction"]
-    assert words == ["75% masked, time", "50% masked, time", *rows, visualize.NOTE]
+    assert words == ["75% masked, time", "50% masked, time", *rows, visualize.NOTE["patch"]]
 
 
 def test_default_checkpoint_is_the_newest_of_the_demo(tmp_path, monkeypatch):
@@ -404,7 +404,9 @@ def test_mistakes_are_named(tmp_path, videos, capsys):
     with pytest.raises(UserError, match=r"cannot create the folder .*file: it is a file"):
         run(video, "--checkpoint", checkpoint, "--output_dir", tmp_path / "file")
     classifier = saved(tmp_path / "vit.pth", vit_tiny_patch8(img_size=32, num_frames=8))
-    with pytest.raises(UserError, match=r"vit.pth has no decoder to reconstruct with"):
+    with pytest.raises(
+        UserError, match=r"vit.pth has no decoder: to reconstruct, give a pre-trained"
+    ):
         run(video, "--checkpoint", classifier)
     (tmp_path / "v0.gif").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*v0.gif"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from util import formats
 from util.errors import UserError
 from util.file_io import make_dirs, write_atomically
-from util.formats import DECODER_ARGUMENTS, IMAGENET, Weights, is_decoder, num_heads, rename
+from util.formats import DECODER_ARGUMENTS, IMAGENET, Weights, decoder_heads, is_decoder, rename
 from util.pos_embed import sincos_pos_embed
 from util.video.transforms import MEAN, STD
 from util.weights import brief, read_weights, renormalise, some, with_our_normalisation
@@ -37,8 +37,8 @@ def drop_decoder(weights: Weights) -> Weights:
 def to_mae_st(weights: Weights) -> dict[str, Any]:
     """Return a checkpoint in the reference implementation's and our own layout.
 
-    Its encoder and head load in the reference implementation. Only this project reads `arguments`;
-    they rebuild the model, even with a decoder that the reference does not have.
+    Its encoder loads in the reference implementation, and its head if that reads the mean and the
+    model has a class token. Only this project reads `arguments`, which rebuild any model.
     """
     arguments = weights.arguments
     sizes = {"num_frames": arguments["num_frames"], "t_patch_size": arguments["t_patch_size"]}
@@ -60,10 +60,12 @@ def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
         frames, heads = arguments["num_frames"], arguments["decoder_num_heads"]
         if arguments["cls_embed"] and not arguments["cls_through_decoder"]:
             reasons.append("its decoder has a class token of its own, not the encoder's")
-        if heads != num_heads(arguments["decoder_embed_dim"]):
+        if heads != decoder_heads(arguments["decoder_embed_dim"], formats.PYSLOWFAST):
             reasons.append(f"its decoder has {heads} heads, not PySlowFast's 64 channels per head")
         if arguments["pred_t_dim"] not in (frames, frames // arguments["t_patch_size"]):
             reasons.append("it predicts neither one nor all frames of a patch")
+        elif arguments["pred_t_dim"] < frames and not arguments["strided_targets"]:
+            reasons.append("it predicts other frames than the first of every patch")
         if arguments["target"] == "channel" or arguments.get("target_norm"):
             reasons.append("its targets are normalised in another way")
     _refuse("PySlowFast", reasons, weights.has_decoder)
@@ -72,7 +74,7 @@ def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
     names["decoder_norm."] = f"pred_head.transforms.0.{arguments.get('decoder_depth')}."
     state = fuse_qkv(weights.as_stored(), "decoder_blocks." if separate else "")
     state = _own_storage({rename(name, names): tensor for name, tensor in state.items()})
-    rest = {k: v for k, v in arguments.items() if k in ("layer_norm_eps", "strided_targets")}
+    rest = {"layer_norm_eps": arguments["layer_norm_eps"]}
     cfg = _pyslowfast_cfg(weights, separate)
     return {"model_state": state, "cfg": cfg, "arguments": rest, "classes": weights.classes}
 
@@ -174,9 +176,6 @@ def _normalisation(weights: Weights) -> dict[str, Sequence[float]]:
 def write(weights: Weights, path: str, to: str) -> None:
     """Write a checkpoint in one of FORMATS; path is a folder for videomae-hf, else a file."""
     weights.refuse_doubt()
-    # records of a trusted file may be of any class, but only plain data can be read everywhere
-    records = {name: vars(weights)[name] for name in ("arguments", "flags", "classes")}
-    weights = replace(weights, **json.loads(json.dumps(records, default=str, skipkeys=True)))
     is_folder, separate = to == "videomae-hf", to == "pyslowfast-separate"
     arguments, is_theirs = weights.arguments, weights.predicts_unit_pixels
     if not is_folder:

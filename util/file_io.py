@@ -282,10 +282,18 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
                     f"python -m util.convert {path} OUT --to safetensors --trust"
                 ) from error
             reason = (str(error).splitlines() or ["empty file"])[0]
+            if trust:
+                raise UserError(
+                    f"{path} cannot be read, even if it is trusted: {reason}"
+                ) from error
             if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
                 reason = "PyTorch does not recognise it"  # its advice is to run the code
             reason += forget(path, local)
             raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
+    if trust:  # whole models
+        checkpoint = checkpoint if isinstance(checkpoint, dict) else {"model": checkpoint}
+        for name in [k for k, v in checkpoint.items() if isinstance(v, torch.nn.Module)]:
+            checkpoint[name] = checkpoint[name].state_dict()
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint

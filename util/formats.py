@@ -241,6 +241,11 @@ def num_heads(width: int) -> int:
     return HEADS_OF_WIDTH.get(width, max(1, width // 64))
 
 
+def decoder_heads(width: int, source: str) -> int:
+    """Return the number of heads of a decoder of this width; PySlowFast's have 64 channels each."""
+    return max(1, width // 64) if source == PYSLOWFAST else num_heads(width)
+
+
 def is_decoder(name: str) -> bool:
     """Return whether a parameter belongs to the decoder."""
     return name.startswith(("decoder", "mask_token", "pred_head."))
@@ -296,7 +301,7 @@ def unwrap(
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two tensors of one name, after the prefixes of wrappers")
     others = [k for k in state if k not in kept]
-    return dict(zip(names, map(state.get, kept), strict=True)), others
+    return dict(zip(names, [state[k] for k in kept], strict=True)), others
 
 
 def _without_prefixes(names: list[str]) -> list[str]:
@@ -371,31 +376,16 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
 # --- the model of a file --------------------------------------------------------------------------
 
 
-def check_tensors(weights: Weights) -> None:
-    """Raise UserError if a file lacks tensors that define its model, ValueError for odd shapes."""
-    state, path = weights.state, weights.path
-    needed = [KERNEL, KERNEL_BIAS, FC1]
-    if "pos_embed_class" in state or "decoder_cls_token" in state:
-        needed.append("cls_token")
-    if any(name.startswith("decoder_") for name in state):
-        needed.append("decoder_embed.weight")
-    if "pos_embed_spatial" in state or "pos_embed_temporal" in state:
-        needed += ["pos_embed_spatial", "pos_embed_temporal"]
-    elif "pos_embed" not in state and weights.source not in VIDEOMAES:
-        raise UserError(f"{path} has no position embeddings; without them it cannot be used")
-    if missing := [name for name in needed if name not in state]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: the checkpoint is incomplete")
-    for name, tensor in state.items():
-        shape = list(tensor.shape)
-        positions_fit = len(shape) == 3 and shape[0] == 1 and 0 not in shape
-        kernel_fits = len(shape) == 5 and shape[-1] == shape[-2]
-        if ("pos_embed" in name and not positions_fit) or (name == KERNEL and not kernel_fits):
-            raise ValueError(f"{name} has the shape {shape}")
-
-
 def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the flags that a checkpoint was trained with, or {} if it has none."""
     return _as_dict(checkpoint.get("args"))
+
+
+def plain(records: Any) -> Any:
+    """Turn records of a trusted file into what JSON can say: NumPy's numbers, text for the rest."""
+    records = vars(records) if isinstance(records, argparse.Namespace) else records
+    text = json.dumps(records, default=lambda x: getattr(x, "item", x.__str__)(), skipkeys=True)
+    return json.loads(text)
 
 
 def read_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -547,7 +537,7 @@ def find_arguments(weights: Weights, records: dict[str, Any]) -> None:
         raw_pixels = any(word in os.path.basename(weights.path) for word in ("nonorm", "visualize"))
         arguments |= {
             "decoder_embed_dim": width, "decoder_depth": _count_blocks(state, "decoder_blocks"),
-            "decoder_num_heads": 16 if has_sixteen else num_heads(width),
+            "decoder_num_heads": 16 if has_sixteen else decoder_heads(width, weights.source),
             "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
             "cls_through_decoder": cls_embed and usual.get("cls_through_decoder", False),
             "strided_targets": usual.get("strided_targets", False),

@@ -55,7 +55,10 @@ def read_weights(path: str, use_ema: bool = False, trust: bool = False) -> Weigh
     """
     if trust:
         path = _versioned(path)[0]
-        return interpret(read_checkpoint(path, mmap=True, trust=True), path, use_ema)
+        checkpoint = read_checkpoint(path, mmap=True, trust=True)
+        for name in checkpoint.keys() & {"args", "arguments", "classes"}:
+            checkpoint[name] = formats.plain(checkpoint[name])
+        return interpret(checkpoint, path, use_ema)
     weights = _read(*_versioned(path), use_ema)
     _read.cache_clear()  # the caller may change them
     return weights
@@ -142,7 +145,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
         weights.notes.append(note)
     if source == formats.IMAGE_MAE:
         video_layout(weights)
-    formats.check_tensors(weights)
+    _check_tensors(weights)
 
     # convert half precision to single here: rounding after every later conversion would add up
     weights.stored = {k: v.dtype for k, v in weights.state.items()}
@@ -232,6 +235,28 @@ def _keep_understood(weights: Weights, cfg: dict[str, Any], reads_mean: bool) ->
         known = (text for k, text in formats.SWITCHES.items() if re.search(k, unknown[0]))
         what = "".join(f" ({text})" for text in known)
         raise UserError(f"{path} has {unknown[0]}{what}, for which models here have no place")
+
+
+def _check_tensors(weights: Weights) -> None:
+    """Raise UserError if a file lacks tensors that define its model, ValueError for odd shapes."""
+    state, path = weights.state, weights.path
+    needed = [KERNEL, KERNEL_BIAS, formats.FC1]
+    if "pos_embed_class" in state or "decoder_cls_token" in state:
+        needed.append("cls_token")
+    if any(name.startswith("decoder_") for name in state):
+        needed.append("decoder_embed.weight")
+    if "pos_embed_spatial" in state or "pos_embed_temporal" in state:
+        needed += ["pos_embed_spatial", "pos_embed_temporal"]
+    elif "pos_embed" not in state and weights.source not in VIDEOMAES:
+        raise UserError(f"{path} has no position embeddings; without them it cannot be used")
+    if missing := [name for name in needed if name not in state]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: the checkpoint is incomplete")
+    for name, tensor in state.items():
+        shape = list(tensor.shape)
+        positions_fit = len(shape) == 3 and shape[0] == 1 and 0 not in shape
+        kernel_fits = len(shape) == 5 and shape[-1] == shape[-2]
+        if ("pos_embed" in name and not positions_fit) or (name == KERNEL and not kernel_fits):
+            raise ValueError(f"{name} has the shape {shape}")
 
 
 def _is_on(value: Any) -> bool:
