@@ -92,31 +92,23 @@ class MaskedAutoencoderViT(Encoder):
         target_norm: Sequence[Sequence[float]] | None = None,
     ):
         super().__init__()
-        if target is None:
-            target = "patch" if norm_pix_loss else "pixels"
         self.arguments = constructor_arguments(locals())
-        del self.arguments["norm_pix_loss"]  # target says it
-        self.in_chans = in_chans
-        self.target, self.target_norm = target, target_norm
-        check_target(target, target_norm, in_chans)
-        self.trunc_init = trunc_init
-        self.pos_embed_std = pos_embed_std
-        self.cls_embed = cls_embed
-        self.cls_through_decoder = cls_through_decoder
+        normalised = self.arguments.pop("norm_pix_loss")  # target says it
+        self.target = choose_target(target, normalised, target_norm, in_chans)
+        self.arguments["target"] = self.target
+        self.target_norm, self.in_chans = target_norm, in_chans
+        self.trunc_init, self.pos_embed_std = trunc_init, pos_embed_std
+        self.cls_embed, self.cls_through_decoder = cls_embed, cls_through_decoder
         self.pred_t_dim = pred_t_dim
 
         # Patches, and the targets: which frames are predicted, and how many of them per patch.
-        patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
-        )
+        sizes = img_size, patch_size, in_chans, embed_dim, num_frames, t_patch_size
+        patch_embed = PatchEmbed(*sizes)
         frames = choose_frames(num_frames, t_patch_size, pred_t_dim, strided_targets)
         self.predicted_frames = frames
         self.t_pred_patch_size = t_patch_size * pred_t_dim // num_frames
-        require_multiple(
-            decoder_embed_dim, decoder_num_heads, "decoder_embed_dim", "decoder_num_heads"
-        )
-        if cls_through_decoder and not cls_embed:
-            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
+        names = "decoder_embed_dim", "decoder_num_heads"
+        require_multiple(decoder_embed_dim, decoder_num_heads, *names)
 
         def blocks(count: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -127,6 +119,8 @@ class MaskedAutoencoderViT(Encoder):
         # Class tokens and positions. From here on parameters and modules are registered in the
         # order of the published state dicts.
         grid = patch_embed.input_size
+        if cls_through_decoder and not cls_embed:
+            raise ValueError("cls_through_decoder needs cls_embed: there is no class token to pass")
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             if not cls_through_decoder:
@@ -352,8 +346,15 @@ class MaskedAutoencoderViT(Encoder):
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 
-def check_target(target: str, target_norm: Sequence[Sequence[float]] | None, in_chans: int) -> None:
-    """Raise ValueError for a target that does not exist, or target_norm of another target."""
+def choose_target(
+    target: str | None,
+    norm_pix_loss: bool,
+    target_norm: Sequence[Sequence[float]] | None,
+    in_chans: int,
+) -> str:
+    """Return the name of the target; ValueError if there is none, or target_norm does not fit."""
+    if target is None:
+        target = "patch" if norm_pix_loss else "pixels"
     if target not in TARGETS:
         raise ValueError(f"target = {target!r} must be one of {', '.join(TARGETS)}")
     shape = torch.tensor(target_norm or 0).shape
@@ -362,6 +363,7 @@ def check_target(target: str, target_norm: Sequence[Sequence[float]] | None, in_
             f"target_norm needs target = 'patch' and in_chans = {in_chans} means and standard "
             f"deviations, not {target!r} and {target_norm!r}"
         )
+    return target
 
 
 def choose_frames(num_frames: int, t_patch_size: int, pred_t_dim: int, strided: bool) -> list[int]:
