@@ -1,4 +1,7 @@
-"""Files by path, address (http(s)://, cached; s3://, with boto3 installed) or released name."""
+"""Files by path, address (http(s)://, cached; s3://, with boto3 installed) or released name.
+
+Checkpoint files are read with weights_only, so that loading runs no code from them.
+"""
 
 import argparse
 import codecs

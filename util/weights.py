@@ -1,7 +1,7 @@
-"""Read checkpoints of any project, and load their weights into models.
+"""Understand checkpoints of any project, and load their weights into models.
 
-Files are read with weights_only, so that loading never runs code from them; util/formats.py knows
-their names. util/checkpoint.py writes the checkpoints of a run.
+util/file_io.py reads the files, util/formats.py knows their names. util/checkpoint.py writes the
+checkpoints of a run.
 """
 
 import functools
