@@ -48,7 +48,7 @@ def get_args_parser() -> flags.Parser:
     add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
     add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
     add("--norm_pix_loss", True, "predict normalised patches, not pixels; --target replaces it")
-    text = "what is predicted: normalised patches, normalised channels of patches (VideoMAE), or pixels"
+    text = "what is predicted: normalised patches, normalised channels (VideoMAE), or pixels"
     add("--target", None, text + "; not given: as --norm_pix_loss says", choices=models_mae.TARGETS)
     add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
