@@ -220,6 +220,15 @@ def test_a_decoder_that_is_not_understood_is_left_out(tmp_path, capsys, project,
     assert not read_weights(out).has_decoder
 
 
+def test_a_decoder_that_predicts_no_pixels_is_left_out():
+    checkpoint = formats.videomae("pretrain")
+    for name in ("decoder.head.weight", "decoder.head.bias"):
+        checkpoint["model"][name] = checkpoint["model"][name][:768]
+    weights = interpret(checkpoint, "in.pth")
+    assert not weights.has_decoder
+    assert any("768 outputs for 1536 values of a patch" in note for note in weights.notes)
+
+
 @pytest.mark.parametrize("lost", [(), ("head.",)])
 @pytest.mark.parametrize(
     "project, name",

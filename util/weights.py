@@ -221,6 +221,10 @@ def _keep_understood(weights: Weights, cfg: dict[str, Any], reads_mean: bool) ->
         odd_head.append("the norm before its mean")
     unknown = [k for k in state if not formats.OUR_NAMES.fullmatch(k)]
     odd_decoder = [k for k in formats.CFG_OF_DECODER if _is_on(cfg.get(k))]
+    if weights.source in VIDEOMAES and {PRED, KERNEL} <= state.keys():
+        outputs, values = len(state[PRED]), state[KERNEL][0].numel()
+        if outputs != values:  # it predicts features of another model, say
+            odd_decoder.append(f"{outputs} outputs for {values} values of a patch")
     parts = (("decoder", is_decoder, odd_decoder), ("head", is_head, odd_head))
     for part, belongs, more in parts:
         odd = [name for name in unknown if belongs(name)] + more
