@@ -997,6 +997,7 @@ def test_files_without_positions_or_transformers():
 
 def test_heads_of_the_published_sizes():
     assert [num_heads(w) for w in (384, 768, 1024, 1280, 512, 640)] == [6, 12, 16, 16, 8, 8]
+    assert [num_heads(w) for w in (1152, 1408, 1664)] == [16, 16, 16]
 
 
 @pytest.mark.parametrize("hidden, width", [(6144, 1408), (4096, 1024), (96, 48), (49 * 3, 49)])

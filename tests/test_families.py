@@ -431,6 +431,18 @@ def test_an_assumed_pool_can_be_corrected(tmp_path):
     )
     assert_close(model(ours(pixels())), expected)
     assert not any("--pool" in note for note in interpret(formats.pyslowfast(), "in.pyth").notes)
+    with pytest.raises(UserError, match="the file needs .* a --model with") as caught:
+        apply_weights(vit_small_patch16(pool="cls"), read_weights(path), keep_head=True)
+    assert "--pool" not in str(caught.value)  # the user has chosen
+
+
+def test_a_head_of_the_reference_without_a_class_token_is_told():
+    """Its head would leave the first patch out; ours, whose file says so, does not."""
+    model = vit_tiny_patch8(img_size=32, num_frames=4, cls_embed=False)
+    state = {"model": model.state_dict()}
+    for content, told in ((state, True), (state | {"arguments": model.arguments}, False)):
+        notes = interpret(content, "in.pth").notes
+        assert any("leave the first patch out" in note for note in notes) == told
 
 
 # --- targets
