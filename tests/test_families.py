@@ -431,7 +431,7 @@ def test_an_assumed_pool_can_be_corrected(tmp_path):
     )
     assert_close(model(ours(pixels())), expected)
     assert not any("--pool" in note for note in interpret(formats.pyslowfast(), "in.pyth").notes)
-    with pytest.raises(UserError, match="the file needs .* a --model with") as caught:
+    with pytest.raises(UserError, match=r"the file needs .* a --model with") as caught:
         apply_weights(vit_small_patch16(pool="cls"), read_weights(path), keep_head=True)
     assert "--pool" not in str(caught.value)  # the user has chosen
 
