@@ -22,7 +22,7 @@ from util.video_vit import (
 
 
 class VisionTransformer(Encoder):
-    """Classify clips by the mean of their tokens, or by one; wrong arguments raise ValueError.
+    """Classify clips by the mean of their patch tokens or by one; wrong arguments: ValueError.
 
     Args:
         num_frames, t_patch_size: frames of a clip, and of a patch.
@@ -86,7 +86,7 @@ class VisionTransformer(Encoder):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def check_mask_ratio(self, mask_ratio: float) -> None:
-        """Raise ValueError for a ratio that is negative, or keeps nothing or not what is read."""
+        """Raise ValueError for a ratio that is negative, keeps nothing or risks the patch read."""
         tokens = self.patch_embed.num_patches
         if mask_ratio < 0 or num_visible(tokens, mask_ratio) < 1:
             allowed = f"at least 0 and keep at least one of {tokens} tokens"

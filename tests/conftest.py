@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import http.server
+import os
 import threading
 from pathlib import Path
 
@@ -59,3 +60,9 @@ def server(tmp_path, monkeypatch):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield www / "pretrain", f"http://127.0.0.1:{httpd.server_port}/pretrain", requested
         httpd.shutdown()
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return pytest.importorskip("transformers")

@@ -28,11 +28,20 @@ from torch import Tensor
 
 import hubconf
 import main_test
-from models_mae import mae_vit_small_patch16, mae_vit_tiny_patch8
+from models_mae import MaskedAutoencoderViT, mae_vit_small_patch16, mae_vit_tiny_patch8
 from models_vit import VisionTransformer, vit_huge_patch14, vit_small_patch16, vit_tiny_patch8
 from tests import formats
 from tests.formats import IMAGENET, KINETICS, Maker, State
-from tests.test_convert import autoencoder, classifier, ours, pixels, predict, saved
+from tests.test_convert import (
+    autoencoder,
+    classifier,
+    hf_config,
+    ours,
+    pixels,
+    predict,
+    randomised,
+    saved,
+)  # fmt: skip
 from util import convert
 from util.errors import UserError
 from util.visualize import reconstruct
@@ -400,7 +409,7 @@ def test_configurations_that_say_nothing(cfg):
     "entry, value",
     [
         ("DATA.MEAN", "x"), ("DATA.MEAN", [0.45]), ("DATA.MEAN", None), ("DATA.STD", [0.0] * 3),
-        ("DATA.STD", [float("nan")] * 3), ("DATA.NUM_FRAMES", 7), ("DATA.NUM_FRAMES", None),
+        ("DATA.STD", [float("nan")] * 3), ("DATA.MEAN", [float("nan")] * 3), ("DATA.NUM_FRAMES", 7), ("DATA.NUM_FRAMES", None),
         ("DATA.TRAIN_CROP_SIZE", [64, 64]), ("MVIT.NUM_HEADS", "two"), ("MVIT.NUM_HEADS", 0),
         ("MVIT.NUM_HEADS", 3), ("MVIT.PATCH_STRIDE", None), ("MVIT.PATCH_STRIDE", 16),
         ("MVIT.DIM_MUL", None), ("MVIT.DIM_MUL", "x"), ("MVIT.POOL_Q_STRIDE", [None, []]),
@@ -440,6 +449,7 @@ def test_a_head_of_the_reference_without_a_class_token_is_told():
     """Its head would leave the first patch out; ours, whose file says so, does not."""
     model = vit_tiny_patch8(img_size=32, num_frames=4, cls_embed=False)
     state = {"model": model.state_dict()}
+    del model.arguments["pool"]  # as in a file of an older version
     for content, told in ((state, True), (state | {"arguments": model.arguments}, False)):
         notes = interpret(content, "in.pth").notes
         assert any("leave the first patch out" in note for note in notes) == told
@@ -599,28 +609,7 @@ def test_a_perfect_prediction_has_no_loss(tmp_path, name, content):
     assert_perfect(saved(tmp_path / case.file, checkpoint), clip, case, content)
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return pytest.importorskip("transformers")
-
-
-def hf_config(transformers, **changes):
-    return transformers.VideoMAEConfig(
-        image_size=64, patch_size=16, num_frames=8, hidden_size=48, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=96, decoder_hidden_size=32,
-        decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=64,
-        **changes,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def drawn(model: torch.nn.Module) -> torch.nn.Module:
-    """Draw all weights of a model, biases too."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+HF_SIZES = {"image_size": 64, "patch_size": 16, "num_frames": 8}
 
 
 @torch.no_grad()
@@ -628,8 +617,10 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_hugging_face_targets(tmp_path, transformers, norm_pix_loss, content):
     """The loss in transformers is 0, too, and of any other prediction the same as ours."""
-    config = hf_config(transformers, norm_pix_loss=norm_pix_loss, use_mean_pooling=False)
-    original = drawn(transformers.VideoMAEForPreTraining(config))
+    config = hf_config(
+        transformers, **HF_SIZES, norm_pix_loss=norm_pix_loss, use_mean_pooling=False
+    )
+    original = randomised(transformers.VideoMAEForPreTraining(config))
     original.save_pretrained(tmp_path / "drawn")
     clip = tiled(8, 64, content)
     masked = torch.ones(1, 64, dtype=torch.bool)
@@ -662,6 +653,18 @@ def test_records_of_targets(says, target):
     checkpoint = formats.videomae("pretrain")
     vars(checkpoint["args"]).update(says)
     assert interpret(checkpoint, "in.pth").arguments["target"] == target
+
+
+def test_norm_pix_loss_replaces_the_target_of_a_file(tmp_path):
+    """As torch.hub passes it on; a target of its own decides over both."""
+    weights = interpret(formats.image_mae("full"), "in.pth")
+    assert weights.autoencoder_arguments()["target_norm"]
+    for given, target in (
+        ({"norm_pix_loss": False}, "pixels"), ({"norm_pix_loss": True}, "patch"),
+        ({"norm_pix_loss": True, "target": "channel"}, "channel"),
+    ):  # fmt: skip
+        model = MaskedAutoencoderViT(**weights.autoencoder_arguments(**given))
+        assert model.target == target
 
 
 # --- heads that read one token
@@ -757,8 +760,8 @@ def test_heads_on_the_mean(tmp_path, project):
 @torch.no_grad()
 @pytest.mark.parametrize("use_mean_pooling", [True, False])
 def test_hugging_face_heads(tmp_path, transformers, use_mean_pooling):
-    config = hf_config(transformers, num_labels=7, use_mean_pooling=use_mean_pooling)
-    original = drawn(transformers.VideoMAEForVideoClassification(config))
+    config = hf_config(transformers, **HF_SIZES, num_labels=7, use_mean_pooling=use_mean_pooling)
+    original = randomised(transformers.VideoMAEForVideoClassification(config))
     original.save_pretrained(tmp_path)
     pool = "mean" if use_mean_pooling else "cls"
     assert f"--pool {pool} " in flags_of(str(tmp_path))
@@ -774,8 +777,10 @@ def test_hugging_face_heads(tmp_path, transformers, use_mean_pooling):
 def sharded(request, tmp_path_factory, transformers):
     """Write a Hugging Face folder in two files; returns it, the index's name and the model."""
     folder, name = tmp_path_factory.mktemp("sharded"), request.param
-    original = drawn(
-        transformers.VideoMAEForVideoClassification(hf_config(transformers, num_labels=7))
+    original = randomised(
+        transformers.VideoMAEForVideoClassification(
+            hf_config(transformers, **HF_SIZES, num_labels=7)
+        )
     )
     original.save_pretrained(folder)
     state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -1063,7 +1068,9 @@ def test_only_trust_runs_the_code_of_a_file(tmp_path, capsys, place):
 def test_a_trusted_file_may_hold_a_whole_model_and_numbers_of_numpy(tmp_path):
     model = vit_tiny_patch8(img_size=32, num_frames=4, num_heads=2)
     said = model.arguments | {"num_heads": np.int64(2)}
-    args = argparse.Namespace(sampling_rate=np.int64(8), output_dir=pathlib.PurePosixPath("/run"))
+    args = argparse.Namespace(
+        sampling_rate=np.int64(8), output_dir=pathlib.PurePosixPath("/run"), betas=np.ones(2)
+    )
     path = saved(tmp_path / "in.pth", {"model": model, "arguments": said, "args": args})
     out = str(tmp_path / "out")
     convert.main([path, out, "--to", "safetensors", "--trust"])

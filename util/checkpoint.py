@@ -388,9 +388,8 @@ class Checkpoints:
     def _changed_flags(self, checkpoint: dict[str, Any]) -> str:
         """List the flags that differ from the checkpoint's."""
         then, now = checkpoint_args(checkpoint), compared(self.args)
-        # flags that older runs lack
-        then = {"target": "patch" if then.get("norm_pix_loss", True) else "pixels"} | then
-        then = {"pool": "mean"} | then
+        target = "patch" if then.get("norm_pix_loss", True) else "pixels"
+        then = {"target": target, "pool": "mean"} | then  # older runs lack these flags
         names = (then.keys() & now.keys()) - {"path_to_data_dir", "path_prefix"}
 
         def plain(value: Any) -> Any:  # as it comes out of a file

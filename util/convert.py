@@ -113,7 +113,7 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
     softmax ignores. Raises ValueError when VideoMAE has no such model.
     """
     arguments, state = weights.arguments, weights.as_stored()
-    reasons = ["it has a class token and VideoMAE has none"] if arguments["cls_embed"] else []
+    reasons = ["VideoMAE has no class token"] if arguments["cls_embed"] else []
     widths = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_embed_dim"}
     for name, width in ((k, arguments[v]) for k, v in widths.items() if v in arguments):
         table = sincos_pos_embed(math.prod(formats.token_grid(arguments)), width)[None]
@@ -129,7 +129,7 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
         if arguments["target"] == "pixels" and arguments["in_chans"] != 3:
             reasons.append("it predicts other colours than red, green and blue")
         if state.pop("decoder_embed.bias").any():
-            reasons.append("its decoder_embed has a bias and VideoMAE's has none")
+            reasons.append("VideoMAE's decoder_embed has no bias")
         if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
             reasons.append("its encoder and decoder do not both have biases of q and v")
     _refuse("VideoMAE", reasons, weights.has_decoder)
@@ -226,7 +226,7 @@ def refuse_incomplete(weights: Weights, to: str) -> None:
     found = {name: list(tensor.shape) for name, tensor in weights.state.items()}
     optional = () if weights.has_head else ("head.",)
     if to == "videomae-hf" and optional and not found.keys() & {"norm.weight", "norm.bias"}:
-        optional = ("head.", "norm.")  # with use_mean_pooling, VideoMAE without a head has none
+        optional = ("head.", "norm.")  # a headless VideoMAE with use_mean_pooling lacks it
     needed = {k: list(v.shape) for k, v in model.items() if not k.startswith(optional)}
     if lacking := [name for name in needed if name not in found]:
         what = f"lacks {len(lacking)} weights of its model ({some(lacking)})"

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import sys
 import zlib
 from collections.abc import Callable
@@ -282,7 +283,7 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
                 raise UserError(
                     f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
                     "weights; if you trust the file, keep what is plain data: "
-                    f"python -m util.convert {path} OUT --to safetensors --trust"
+                    f"python -m util.convert {shlex.quote(path)} OUT --to safetensors --trust"
                 ) from error
             reason = (str(error).splitlines() or ["empty file"])[0]
             if trust:

@@ -192,6 +192,8 @@ class Weights:
         if "num_frames" in overrides and self.has_decoder:
             predicted = self.arguments["pred_t_dim"] * overrides["num_frames"]
             overrides = {"pred_t_dim": int(predicted / self.arguments["num_frames"])} | overrides
+        if "norm_pix_loss" in overrides:  # chooses a target if none is given
+            overrides = {"target": None, "target_norm": None} | overrides
         return self._without(HEAD_ARGUMENTS, overrides)
 
     def classifier_arguments(self, **overrides: Any) -> dict[str, Any]:
@@ -293,10 +295,9 @@ def unwrap(
             raise UserError(f"{path} has a tensor that is sparse, quantised or empty: {name}")
 
     # Lightning saves the model beside losses and metrics, PyTorch's average a counter
-    names = {k: WRAPPED.sub("", k) for k in state}
+    names = {k: WRAPPED.sub("", k) for k in state if k != "n_averaged"}
     start = "model." if any(name.startswith("model.") for name in names.values()) else ""
     kept = [k for k, v in names.items() if v.startswith(start) or is_head(v)]
-    kept = [k for k in kept if k != "n_averaged"]
     names = _without_prefixes([names[k] for k in kept])
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two tensors of one name, after the prefixes of wrappers")
@@ -346,7 +347,7 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         zeros["decoder_embed.bias"] = state["encoder_to_decoder.weight"][:, 0]
     for name in [k for k in zeros if k not in renamed]:
         renamed[name] = torch.zeros_like(zeros[name])
-        converted[name] = "zero: the file has none"
+        converted[name] = "zero: not in the file"
     return renamed, converted
 
 
@@ -377,14 +378,14 @@ def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:
 
 
 def checkpoint_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that a checkpoint was trained with, or {} if it has none."""
+    """Return the flags of the run that wrote a checkpoint, or {} if it does not record them."""
     return _as_dict(checkpoint.get("args"))
 
 
 def plain(records: Any) -> Any:
     """Turn records of a trusted file into what JSON can say: NumPy's numbers, text for the rest."""
     records = vars(records) if isinstance(records, argparse.Namespace) else records
-    text = json.dumps(records, default=lambda x: getattr(x, "item", x.__str__)(), skipkeys=True)
+    text = json.dumps(records, default=lambda x: getattr(x, "tolist", x.__str__)(), skipkeys=True)
     return json.loads(text)
 
 
@@ -456,8 +457,7 @@ def find_classes(weights: Weights, checkpoint: dict[str, Any], config: dict[str,
     if len(set(names)) == len(names) == count:
         weights.classes = names
     else:
-        note = f"its names of classes do not fit its head of {count} and are left out"
-        weights.notes.append(note)
+        weights.notes.append(f"its names of classes do not fit its head of {count}: left out")
 
 
 def _written(checkpoint: dict[str, Any]) -> dict[str, Any]:

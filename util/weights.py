@@ -141,8 +141,8 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     reads_mean = any(name.startswith("fc_norm.") for name in theirs)
     _keep_understood(weights, cfg, reads_mean)
     if not use_ema and (average := formats.find_average(checkpoint)):
-        note = f"it also has a moving average of its weights, {average}: see --use_ema"
-        weights.notes.append(note)
+        by = "which --use_ema of main_finetune.py, main_test.py and util.convert reads"
+        weights.notes.append(f"it also has a moving average of its weights, {average}, {by}")
     if source == formats.IMAGE_MAE:
         video_layout(weights)
     _check_tensors(weights)
@@ -191,7 +191,8 @@ def _settle_normalisation(weights: Weights, mean: Any, std: Any) -> None:
     is_ours = (mean, std) == ((MEAN,) * channels, (STD,) * channels)
     if not mean or not std or (is_ours and not weights.predicts_unit_pixels):
         return
-    if not len(mean) == len(std) == channels or not all(0 < x < math.inf for x in std):
+    is_finite = all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+    if not len(mean) == len(std) == channels or not is_finite:
         raise ValueError(f"mean {mean} and std {std} do not normalise {channels} channels")
     weights.mean, weights.std = mean, std
     if weights.arguments.get("target") == "patch":
@@ -231,8 +232,9 @@ def _keep_understood(weights: Weights, cfg: dict[str, Any], reads_mean: bool) ->
         unknown = [name for name in unknown if name not in odd]
         whole = [name for name in weights.state if belongs(name)]
         if odd and whole:
-            note = f"its {part} has {odd[0]}, which models here lack, and is left out"
-            weights.notes.append(note)
+            weights.notes.append(
+                f"its {part} has {odd[0]}, which models here lack, and is left out"
+            )
             weights.unused += whole
             weights.state = {k: v for k, v in weights.state.items() if k not in whole}
     if unknown:
@@ -285,8 +287,8 @@ def _assumptions(weights: Weights) -> Iterator[str]:
         yield f"it does not record its heads: {' and '.join(guessed)} is a guess from the width"
     if weights.source == formats.PYSLOWFAST and "pool" in arguments.keys() - stated:
         yield "it does not say what its head reads: here the mean of the tokens, unless --pool cls"
-    is_unsure = weights.source == formats.OURS and "pool" in arguments.keys() - stated
-    if is_unsure and not arguments["cls_embed"]:
+    is_theirs = weights.source == formats.OURS and "num_heads" not in stated  # ours state it
+    if is_theirs and weights.has_head and not arguments["cls_embed"]:
         yield "the reference implementation would leave the first patch out of the head's mean"
     if weights.mean is not None:
         clips = f"clips normalised by mean {weights.mean} and std {weights.std}"
