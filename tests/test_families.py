@@ -409,7 +409,8 @@ def test_configurations_that_say_nothing(cfg):
     "entry, value",
     [
         ("DATA.MEAN", "x"), ("DATA.MEAN", [0.45]), ("DATA.MEAN", None), ("DATA.STD", [0.0] * 3),
-        ("DATA.STD", [float("nan")] * 3), ("DATA.MEAN", [float("nan")] * 3), ("DATA.NUM_FRAMES", 7), ("DATA.NUM_FRAMES", None),
+        ("DATA.STD", [float("nan")] * 3), ("DATA.MEAN", [float("nan")] * 3),
+        ("DATA.NUM_FRAMES", 7), ("DATA.NUM_FRAMES", None),
         ("DATA.TRAIN_CROP_SIZE", [64, 64]), ("MVIT.NUM_HEADS", "two"), ("MVIT.NUM_HEADS", 0),
         ("MVIT.NUM_HEADS", 3), ("MVIT.PATCH_STRIDE", None), ("MVIT.PATCH_STRIDE", 16),
         ("MVIT.DIM_MUL", None), ("MVIT.DIM_MUL", "x"), ("MVIT.POOL_Q_STRIDE", [None, []]),

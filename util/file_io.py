@@ -54,6 +54,7 @@ OTHER_KINDS = {  # by the first bytes
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
 }
 PLAIN: list[Any] = [argparse.Namespace]  # loaded besides tensors, numbers and text
+MAX_CLASSES = 30  # that are looked for in a file that asks to run code
 CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's errors: what else a file asks for
 
 path_manager = PathManager()
@@ -270,16 +271,17 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
         start = file.read(64)
         file.seek(0)
         refuse_other_kinds(start, path)
+        mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
+        source = local if mmap else file
         try:
             if start[8:9] == b"{":
                 return _read_safetensors(local, file)
-            mmap = mmap and start.startswith(b"PK\x03\x04") and not is_remote(local)
-            source = local if mmap else file
             with torch.serialization.safe_globals(PLAIN):
                 checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
         except Exception as error:  # torch's readers raise errors of every kind for damaged files
             if code := CODE.search(str(error)):
-                entries = "".join(f", in its entry {name}" for name in _entries_with_code(file))
+                found = _entries_with_code(source, mmap)
+                entries = "".join(f", in its entry {name}" for name in found)
                 raise UserError(
                     f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
                     "weights; if you trust the file, keep what is plain data: "
@@ -312,16 +314,19 @@ class _Inert:
     __setstate__ = __init__
 
 
-def _entries_with_code(file: IO, inert: tuple[str, ...] = ()) -> list[str]:
+def _entries_with_code(source: Any, mmap: bool, inert: tuple[str, ...] = ()) -> list[str]:
     """Find the entries of a checkpoint with more than plain data; [] if they cannot be told."""
-    file.seek(0)
+    if not mmap:
+        source.seek(0)
     try:
         with torch.serialization.safe_globals(PLAIN + [(_Inert, name) for name in inert]):
-            content = torch.load(file, "cpu", weights_only=True)
+            content = torch.load(source, "cpu", weights_only=True, mmap=mmap)
         return [str(k) for k, value in content.items() if _Inert.__name__ in repr(value)]
     except Exception as error:
         code = CODE.search(str(error))
-        return _entries_with_code(file, (*inert, code[1])) if code and code[1] not in inert else []
+        if not code or code[1] in inert or len(inert) == MAX_CLASSES:
+            return []
+        return _entries_with_code(source, mmap, (*inert, code[1]))
 
 
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:

@@ -232,9 +232,8 @@ def _keep_understood(weights: Weights, cfg: dict[str, Any], reads_mean: bool) ->
         unknown = [name for name in unknown if name not in odd]
         whole = [name for name in weights.state if belongs(name)]
         if odd and whole:
-            weights.notes.append(
-                f"its {part} has {odd[0]}, which models here lack, and is left out"
-            )
+            note = f"its {part} has {odd[0]}, which models here lack, and is left out"
+            weights.notes.append(note)
             weights.unused += whole
             weights.state = {k: v for k, v in weights.state.items() if k not in whole}
     if unknown:
