@@ -140,9 +140,7 @@ def add_model_args(
     if classifier:
         text = "classes of the head; not given: as classes.txt or, in a test, the checkpoint says"
         add("--num_classes --nb_classes", None, text, between(int, 1, 20_000))
-        text = (
-            "what the head reads: the mean of the patch tokens, or the class token (else the first)"
-        )
+        text = "what the head reads: the mean of the patch tokens, or the first (class) token"
         add("--pool", "mean", text, choices=("mean", "cls"))
 
 
