@@ -85,7 +85,7 @@ def train_one_epoch(
             smoothing = 0.0
 
         # Forward and backward; gradients are averaged over ranks once per update.
-        mask_ratio = annealed_mask_ratio(done, args.mask_ratio, args.epochs)
+        mask_ratio = annealed_mask_ratio(done, args.mask_ratio, 0.0, args.epochs)
         with grad_sync(model, update):
             with autocast(device, args.precision):
                 logits = model(clips, mask_ratio)  # (N, classes)

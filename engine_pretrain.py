@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util.dist import rank, seed_step, world_size
-from util.lr_sched import learning_rate, set_learning_rate
+from util.lr_sched import annealed_mask_ratio, learning_rate, set_learning_rate
 from util.meters import RunLog
 from util.optim import autocast, grad_sync, optim_step
 from util.video.transforms import channels_first, flip_on_device
@@ -56,8 +56,8 @@ def train_one_epoch(
         seed_step(args.seed, progress.epoch, step, rank())  # masks depend on the step alone
 
         # Set the learning rate at the first micro-step of every update.
+        done = progress.epoch + step / steps  # fractional epochs
         if step % args.accum_iter == 0:
-            done = progress.epoch + step / steps  # fractional epochs
             lr = learning_rate(done, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
             set_learning_rate(optimizer, lr)
         update = (step + 1) % args.accum_iter == 0
@@ -68,9 +68,11 @@ def train_one_epoch(
         clips = channels_first(flip_clips(clips, flip))  # uint8 (N, C, T, H, W)
 
         # Forward and backward; gradients are averaged over ranks once per update.
+        mask_ratio = annealed_mask_ratio(done, args.mask_ratio, args.mask_ratio_end, args.epochs)
+        ratios = mask_ratio, args.decoder_mask_ratio
         with grad_sync(model, update):
             with autocast(device, args.precision):
-                loss, _, _ = model(clips, args.mask_ratio, args.decoder_mask_ratio)
+                loss, _, _ = model(clips, *ratios, args.mask_type)
             scaler.scale(loss / args.accum_iter).backward()
 
         # Clip the gradient and step, unless the guard rejects the update (--skip_nonfinite).

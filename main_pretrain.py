@@ -23,6 +23,7 @@ from util.flops import print_flops
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
+from util.masking import MASK_TYPES, num_kept, num_visible, unit_size
 from util.meters import last_x, open_log
 from util.optim import (
     NonFiniteError,
@@ -42,6 +43,10 @@ def get_args_parser() -> flags.Parser:
     flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
     add = flags.adder(parser, "masked autoencoder")
     add("--mask_ratio", 0.9, "share of patches that are removed", flags.share_below_1)
+    text = "share at the end of the run, approached along half a cosine; not given: --mask_ratio"
+    add("--mask_ratio_end", None, text, flags.share_below_1)
+    text = "what to remove: random patches, the same places at all times (tube), time steps, or "
+    add("--mask_type", "random", text + "cuboids (block)", choices=MASK_TYPES)
     text = "share of the removed patches that the decoder skips too: faster, but not in the paper"
     add("--decoder_mask_ratio", 0.0, text, flags.share_below_1)
     add("--decoder_embed_dim", 512, "decoder width", flags.small_int)
@@ -104,9 +109,26 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
             pred_t_dim=args.pred_t_dim,
             sincos_pos_embed=args.sincos_pos_embed,
         )
-        num_patches = model.patch_embed.num_patches
-        models_mae.check_mask_ratio(num_patches, args.mask_ratio, args.decoder_mask_ratio)
+        check_masks(model, args)
     return model
+
+
+def check_masks(model: models_mae.MaskedAutoencoderViT, args: argparse.Namespace) -> None:
+    """Raise ValueError for bad mask ratios; say if tubes or time steps keep fewer tokens."""
+    grid, L = model.patch_embed.input_size, model.patch_embed.num_patches
+    unit = unit_size(grid, args.mask_type)
+    units = f"{L // unit} {'places' if args.mask_type == 'tube' else 'time steps'}"
+    for flag in ("mask_ratio", "mask_ratio_end"):
+        ratio = getattr(args, flag)
+        if ratio is None:
+            continue
+        models_mae.check_mask_ratio(grid, ratio, args.decoder_mask_ratio, args.mask_type)
+        kept, asked = num_kept(grid, ratio, args.mask_type), num_visible(L, ratio)
+        if kept != asked:
+            print0(
+                f"--mask_type {args.mask_type} keeps {kept // unit} of {units}: "
+                f"{kept} of {L} tokens (--{flag} {ratio:g} asks for {asked})"
+            )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -126,8 +148,8 @@ def main(args: argparse.Namespace) -> None:
     # Learning rate: the published recipes count videos as the batch, not their repeated clips.
     args.lr = effective_lr(args, "videos", len(loader))
     if args.dry_run:
-        ratios = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio")}
-        return print_flops(model, args, **ratios)
+        options = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio", "mask_type")}
+        return print_flops(model, args, **options)
 
     # Optimiser.
     groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)
@@ -145,7 +167,8 @@ def main(args: argparse.Namespace) -> None:
     # Open the logs; compile the model and wrap it for several ranks.
     log = open_log(args, device, progress, len(loader), flags.compared(args))
     fixed_clips = FixedClips(Kinetics(index, "test", **flags.clip_options(args)), args, device)
-    ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing, dynamic=False)
+    dynamic = False if args.mask_ratio_end is None else None  # the number of tokens varies
+    ddp_model = prepare_model(model, device, args.compile, args.grad_checkpointing, dynamic)
 
     # Train.
     started = time.time()

@@ -3,6 +3,7 @@
 Shapes: N clips, C channels, T frames, H W pixels, L tokens, K visible tokens, D width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.masking import draw_masks, highest_ratio, num_kept, num_visible
+from util.pos_embed import Grid
 from util.video.transforms import MEAN, STD, normalize
 from util.video_vit import (
     TARGETS,
@@ -19,8 +22,6 @@ from util.video_vit import (
     constructor_arguments,
     get_pos_embed,
     make_pos_embed,
-    num_visible,
-    random_mask,
     require_multiple,
 )
 
@@ -195,7 +196,8 @@ class MaskedAutoencoderViT(Encoder):
             the K = int(L * (1 - mask_ratio)) kept tokens [N, K, D] in noise order, mask [N, L]
             (1 = removed), ids_restore [N, L] and ids_keep [N, K].
         """
-        mask, ids_restore, ids_keep = random_mask(len(x), x.shape[1], mask_ratio, x.device)
+        grid = 1, 1, x.shape[1]
+        mask, ids_restore, ids_keep = draw_masks(len(x), grid, mask_ratio, device=x.device)
         kept = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (N, K, D)
         return kept, mask, ids_restore, ids_keep
 
@@ -207,13 +209,16 @@ class MaskedAutoencoderViT(Encoder):
         """Encode clips without masking: [N, C, T, H, W] -> normalised patch tokens [N, L, D]."""
         return self.encode(imgs)[:, int(self.cls_embed) :]
 
-    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, mask_type: str = "random"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode visible patches: [N, C, T, H, W] -> latent [N, K, D], mask, ids_restore [N, L].
 
         With cls_through_decoder, latent has the class token in front: [N, 1 + K, D].
         """
-        N, L = len(imgs), self.patch_embed.num_patches
-        mask, ids_restore, ids_keep = random_mask(N, L, mask_ratio, imgs.device)
+        grid = self.patch_embed.input_size
+        masks = draw_masks(len(imgs), grid, mask_ratio, mask_type, imgs.device)
+        mask, ids_restore, ids_keep = masks
         latent = self.encode(imgs, ids_keep)  # (N, (1 +) K, D)
         if not self.cls_through_decoder:
             latent = latent[:, int(self.cls_embed) :]  # (N, K, D)
@@ -318,25 +323,30 @@ class MaskedAutoencoderViT(Encoder):
         self.forward_loss = torch.compile(self.forward_loss, dynamic=dynamic)
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.9, decoder_mask_ratio: float = 0.0
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.9,
+        decoder_mask_ratio: float = 0.0,
+        mask_type: str = "random",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct clips from a random part of their patches.
+        """Reconstruct clips from a part of their patches.
 
         Args:
             imgs: clips [N, C, T, H, W], normalised, or as uint8 pixels.
             decoder_mask_ratio: share of the removed patches that are not decoded either, for
                 speed; the loss is then the mean over the decoded patches.
+            mask_type: what is removed together, see util.masking.draw_masks.
 
         Returns:
             loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed, and decoded).
 
         Raises:
-            ValueError: the ratios keep, remove or decode nothing.
+            ValueError: the ratios keep, remove or decode nothing, or there is no such mask_type.
         """
-        L = self.patch_embed.num_patches
-        check_mask_ratio(L, mask_ratio, decoder_mask_ratio)
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
-        K = num_visible(L, mask_ratio)
+        grid, L = self.patch_embed.input_size, self.patch_embed.num_patches
+        check_mask_ratio(grid, mask_ratio, decoder_mask_ratio, mask_type)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, mask_type)
+        K = num_kept(grid, mask_ratio, mask_type)
         decoded = num_decoded(L - K, decoder_mask_ratio)
         if decoded < L - K:
             mask = mask * (ids_restore < K + decoded)  # the loss is over decoded patches
@@ -396,13 +406,16 @@ def num_decoded(num_removed: int, decoder_mask_ratio: float) -> int:
     return num_visible(num_removed, decoder_mask_ratio)
 
 
-def check_mask_ratio(num_tokens: int, mask_ratio: float, decoder_mask_ratio: float = 0.0) -> None:
-    """Raise ValueError for ratios that keep, remove or decode nothing."""
-    kept = num_visible(num_tokens, mask_ratio)
+def check_mask_ratio(
+    grid: Grid, mask_ratio: float, decoder_mask_ratio: float = 0.0, mask_type: str = "random"
+) -> None:
+    """Raise ValueError for ratios that keep, remove or decode nothing of a grid (t, h, w)."""
+    num_tokens, kept = math.prod(grid), num_kept(grid, mask_ratio, mask_type)
     if not 0 < kept < num_tokens:
         raise ValueError(
-            f"mask_ratio = {mask_ratio} keeps {kept} of {num_tokens} tokens; "
-            "it must keep at least one and remove at least one"
+            f"mask_ratio = {mask_ratio} keeps {kept} of {num_tokens} tokens; it must keep at least "
+            "one and remove at least one, and the highest that does with mask_type = "
+            f"{mask_type!r} is {highest_ratio(grid, mask_type):g}"
         )
     removed = num_tokens - kept
     if not (0 <= decoder_mask_ratio < 1 and num_decoded(removed, decoder_mask_ratio) > 0):

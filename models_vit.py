@@ -9,16 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from util.video_vit import (
-    POOLS,
-    Block,
-    Encoder,
-    PatchEmbed,
-    constructor_arguments,
-    make_pos_embed,
-    num_visible,
-    random_mask,
-)
+from util.masking import draw_masks, num_visible
+from util.video_vit import POOLS, Block, Encoder, PatchEmbed, constructor_arguments, make_pos_embed
 
 
 class VisionTransformer(Encoder):
@@ -106,7 +98,8 @@ class VisionTransformer(Encoder):
         ids_keep = None
         if mask_ratio:
             self.check_mask_ratio(mask_ratio)
-            _, _, ids_keep = random_mask(len(x), self.patch_embed.num_patches, mask_ratio, x.device)
+            grid = self.patch_embed.input_size
+            ids_keep = draw_masks(len(x), grid, mask_ratio, device=x.device).ids_keep
         return self.run_blocks(self.blocks, self.embed(x, ids_keep))
 
     def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:

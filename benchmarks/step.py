@@ -6,11 +6,12 @@ r"""Measure a step of our models against the same step written plainly, with the
     python -m benchmarks.step --check                 exit 1 below the targets of this device
 
 The plain step is what one writes first: a Conv3d over all patches, three products for q, k and v,
-softmax attention spelled out, .item() after every step, loops over the parameters. All variants
-must give the same loss, then take turns; times and ratios are medians. The share of the matrix rate
-compares the model FLOPs (backward counts twice) with the best of some large matrix products. Memory
-is the peak: of the allocator on a GPU, of a process of its own on a CPU. --profile FILE also shows
-where the last variant's step spends its time.
+softmax attention spelled out, .item() after every step, loops over the parameters. The variants
+tube, time and block are ours with masks of these types; all others must give the same loss. All
+take turns; times and ratios are medians. The share of the matrix rate compares the model FLOPs
+(backward counts twice) with the best of some large matrix products. Memory is the peak: of the
+allocator on a GPU, of a process of its own on a CPU. --profile FILE also shows where the last
+variant's step spends its time.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from util import optim
 from util.args import adder, positive_int, share_below_1
 from util.dist import get_device, print0
 from util.flops import count_flops
+from util.masking import MASK_TYPES
 from util.video.transforms import normalize
 from util.video_vit import Attention, Encoder, PatchEmbed
 
@@ -100,7 +102,7 @@ class PlainAttention(Attention):  # softmax(q k^T / sqrt(d)) v, spelled out
 
 
 class UnmaskedAutoencoder(models_mae.MaskedAutoencoderViT):  # encodes and predicts every patch
-    def forward(self, imgs: Tensor, *_: float, **__: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, imgs: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         latent = self.forward_features(imgs)
         everything = torch.arange(latent.shape[1], device=imgs.device).expand(len(imgs), -1)
         pred, mask = self.forward_decoder(latent, everything), torch.ones_like(everything)
@@ -149,6 +151,8 @@ def free_memory() -> None:
 class Step:  # of a row, plain or ours, on data that stays on the device
     def __init__(self, row: Row, variant: str, device: torch.device):
         self.row, self.plain, self.device = row, variant == "plain", device
+        types = {"mask_type": variant} if variant in MASK_TYPES else {}
+        self.options: dict[str, Any] = row.ratios | types
         self.model = make_model(row, device, self.plain)
         if variant == "compiled":  # as main_pretrain.py and main_finetune.py do
             self.model.compile_blocks(dynamic=False if row.task == "pretrain" else None)
@@ -171,7 +175,7 @@ class Step:  # of a row, plain or ours, on data that stays on the device
         with optim.autocast(self.device, row.precision), torch.set_grad_enabled(training):
             # the plain step normalises all pixels, ours those that it uses
             clips = normalize(self.clips) if self.plain else self.clips
-            output = self.model(clips, **row.ratios)
+            output = self.model(clips, **self.options)
             if row.task == "pretrain":
                 return output[0]
             if training:
@@ -290,8 +294,9 @@ def measure(
                     kept.pop(variant, None)
             if turn == 0 or variant not in times:
                 free_memory()
-        for variant, loss in losses.items():
-            first = next(iter(losses.values()))
+        alike = {variant: losses[variant] for variant in losses if variant not in MASK_TYPES}
+        for variant, loss in alike.items():
+            first = next(iter(alike.values()))
             if abs(loss - first) > tolerance * abs(first):
                 sys.exit(f"{row}: {variant} has loss {loss}, another {first}: nothing timed")
     if path and (turns := times.get(names[-1])):
@@ -354,7 +359,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--input_size", 224, "pixels", positive_int)
     add("--num_frames", 16, "frames of a clip", positive_int)
     add("--precision", None, "default: fp32, and bf16 where fast", nargs="+", choices=optim.DTYPES)
-    add("--variants", variants[:2], "compiled: ours by torch.compile", nargs="+", choices=variants)
+    add("--variants", variants[:2], "compiled: ours by torch.compile", nargs="+",
+        choices=[*variants, *MASK_TYPES[1:]])  # fmt: skip
     add("--device", "auto", "cuda, cpu or auto")
     add("--repeats", 5, "turns of every variant", positive_int)
     add("--profile", None, "show the last variant's kernels; append a longer table here", Path)
@@ -378,8 +384,9 @@ def main(argv: list[str] | None = None) -> None:
         for mask_ratio in ratios[task]:
             decoder = args.decoder_mask_ratio if task == "pretrain" and mask_ratio else 0.0
             row = Row(task, size, args.batch_size, mask_ratio, precision, decoder, clip)
-            rate = rates[precision]
-            results[row] = measure(row, args.variants, device, args.repeats, rate, args.profile)
+            rate, masked = rates[precision], task == "pretrain" and mask_ratio > 0
+            names = [name for name in args.variants if masked or name not in MASK_TYPES]
+            results[row] = measure(row, names, device, args.repeats, rate, args.profile)
             print(f"{row}: {gflops(row):.1f} GFLOPs forward per clip")
             for variant, r in results[row].items():
                 print0(

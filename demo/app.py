@@ -24,8 +24,9 @@ from demo.visualize import (
 )
 from util.args import between
 from util.errors import UserError
+from util.masking import MASK_TYPES
 from util.run import run
-from util.visualize import MASK_TYPES, encode_gif
+from util.visualize import encode_gif
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 TEXT = """# Masked autoencoder on video

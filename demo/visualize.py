@@ -27,11 +27,12 @@ from util.checkpoint import newest_checkpoint
 from util.errors import UserError
 from util.file_io import local_path, make_dirs, write_atomically
 from util.kinetics import cut_views, dense_frames
+from util.masking import MASK_TYPES
 from util.run import run, usage_errors
 from util.synthetic import write_dataset
 from util.video.decode import Video, VideoError
 from util.video.sampling import Box, uniform_crop_box
-from util.visualize import MASK_TYPES, WHITE, encode_gif, encode_mp4, enlarge, reconstruct, tile
+from util.visualize import WHITE, encode_gif, encode_mp4, enlarge, reconstruct, tile
 from util.weights import apply_weights, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,7 @@ def draw(
         clip: uint8 [1, T, H, W, C].
 
     Raises:
-        ValueError: util.visualize.draw_masks does not accept the ratio, the type or the seed.
+        ValueError: util.masking.fixed_masks does not accept the ratio, the type or the seed.
     """
     # A reconstruction for each ratio
     model = autoencoder.model

@@ -367,6 +367,9 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
         ({"norm_pix_loss": True}, {"target": "channel"}, "--target patch -> channel"),
         ({}, {"pool": "mean"}, ""),
         ({}, {"pool": "cls"}, "--pool mean -> cls"),
+        ({}, {"mask_type": "random", "mask_ratio_end": None}, ""),
+        ({}, {"mask_type": "tube"}, "--mask_type random -> tube"),
+        ({}, {"mask_ratio_end": 0.95}, "--mask_ratio_end None -> 0.95"),
     ],
 )
 def test_flags_that_older_runs_lack(tmp_path, capsys, then, now, told):

@@ -101,8 +101,8 @@ def make_fixed_clips(
 ) -> tuple[FixedClips, models_mae.MaskedAutoencoderViT]:
     dataset = Kinetics(VideoIndex(str(csv_path)), "test", 32, 16, 4)
     args = Namespace(
-        mask_ratio=0.75, vis_period=2, epochs=5, precision="fp32", repeat_aug=2, num_frames=16,
-        sampling_rate=4,
+        mask_ratio=0.75, mask_type="random", vis_period=2, epochs=5, precision="fp32",
+        repeat_aug=2, num_frames=16, sampling_rate=4,
     )  # fmt: skip
     vars(args).update(options)
     torch.manual_seed(0)

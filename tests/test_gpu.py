@@ -304,7 +304,8 @@ def train(task: str, precision: str, batches: Batches, warmup_epochs: float = 1)
     """Train for one of two epochs; return the losses of its steps and the loss scaler."""
     args = Namespace(
         batch_size=batches.batch_size, repeat_aug=2, accum_iter=1, seed=0, lr=1e-3, min_lr=0.0,
-        warmup_epochs=warmup_epochs, epochs=2, mask_ratio=0.5, decoder_mask_ratio=0.0, reprob=0.25,
+        warmup_epochs=warmup_epochs, epochs=2, mask_ratio=0.5, mask_ratio_end=None,
+        mask_type="random", decoder_mask_ratio=0.0, reprob=0.25,
         smoothing=0.1, precision=precision, clip_grad=0.02, checkpoint_minutes=0, dist_timeout=30,
         compile=False,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from util.signals import REQUEUE_STATUS
 
 EPOCHS = 4
 SCRIPTS = {
-    "main_pretrain.py": [*PRETRAIN, "--epochs", EPOCHS],
+    "main_pretrain.py": [*PRETRAIN, "--epochs", EPOCHS, "--mask_ratio_end", 0.5],
     "main_finetune.py": [*FINETUNE, "--epochs", EPOCHS],
 }
 LAST = f"checkpoint-{EPOCHS - 1:05d}.pth"

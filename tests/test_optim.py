@@ -167,7 +167,8 @@ def clips_as_given(monkeypatch):
 def engine_args(engine, schedule, **overrides):
     ratios = {"mask_ratio": 0.0}
     if engine is engine_pretrain:
-        ratios = {"mask_ratio": 0.9, "decoder_mask_ratio": 0.0}
+        ratios = {"mask_ratio": 0.9, "mask_ratio_end": None, "decoder_mask_ratio": 0.0}
+        ratios["mask_type"] = "random"
     defaults = {"seed": 0, "batch_size": 4, "repeat_aug": 1, "accum_iter": 1, "precision": "fp32"}
     defaults |= ratios | {"reprob": 0.0, "smoothing": 0.1, "checkpoint_minutes": 0}
     defaults |= {"dist_timeout": 30, "compile": False}

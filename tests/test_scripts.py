@@ -503,6 +503,9 @@ def pretrain_fails(capsys, videos, tmp_path, *argv: object) -> tuple[int, str]:
         (["--decoder_num_heads", "3"], ["num_heads = 3"]),
         (["--mask_ratio", "0"], ["mask_ratio", "32 of 32"]),
         (["--mask_ratio", "0.99"], ["mask_ratio", "0 of 32"]),
+        (["--mask_ratio_end", "0.99"], ["mask_ratio = 0.99", "0 of 32", "0.968"]),
+        (["--mask_type", "time"], ["mask_ratio = 0.9", "mask_type = 'time' is 0.5"]),
+        (["--mask_type", "cube"], ["--mask_type", "cube"]),
         (["--resume", "/nowhere.pth"], ["/nowhere.pth"]),
         (["--batch_size", "7"], ["6 videos", "--batch_size 7"]),
         (["--batch_size", "0"], ["--batch_size", "0"]),
@@ -643,7 +646,8 @@ def test_values_out_of_range_are_refused_where_they_are_given(flags, capsys):
 @pytest.mark.parametrize(
     "flags",
     ["--decoder_embed_dim 0", "--decoder_depth -1", "--decoder_num_heads 0", "--pred_t_dim 0",
-     "--mask_ratio nan", "--mask_ratio 1.5", "--decoder_mask_ratio nan", "--decoder_mask_ratio 1"],
+     "--mask_ratio nan", "--mask_ratio 1.5", "--decoder_mask_ratio nan", "--decoder_mask_ratio 1",
+     "--mask_ratio_end nan", "--mask_ratio_end 1"],
 )  # fmt: skip
 def test_values_of_the_autoencoder_are_refused_where_they_are_given(flags, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -725,7 +729,8 @@ def test_defaults_are_the_recipe():
     args = main_pretrain.parse_args(["--path_to_data_dir", "X"])
     expected = {
         "model": "mae_vit_large_patch16", "input_size": 224, "num_frames": 16, "sampling_rate": 4,
-        "t_patch_size": 2, "mask_ratio": 0.9, "decoder_embed_dim": 512, "decoder_depth": 4,
+        "t_patch_size": 2, "mask_ratio": 0.9, "mask_ratio_end": None, "mask_type": "random",
+        "decoder_embed_dim": 512, "decoder_depth": 4,
         "decoder_num_heads": 16, "norm_pix_loss": True, "target": "patch", "pred_t_dim": 8,
         "blr": 1.6e-3, "beta": (0.9, 0.95), "weight_decay": 0.05, "clip_grad": 0.02,
         "jitter_scales_relative": (0.5, 1.0), "sep_pos_embed": True, "cls_embed": True,

@@ -25,6 +25,7 @@ from tests.test_models import RULES, plain_targets, target_clips
 from tests.test_scripts import FINETUNE, PRETRAIN, ROOT, call, finish, spawn
 from util.flops import count_flops
 from util.lr_sched import annealed_mask_ratio
+from util.masking import MASK_TYPES
 from util.report import count_confusions, topk_correct
 from util.video.mixup import Mixup
 from util.video.transforms import augment_on_device, channels_first
@@ -80,9 +81,9 @@ def test_a_step_on_a_gpu_reads_nothing_back():
         flip = torch.empty(4, dtype=torch.bool, device=gpu)
         boxes = torch.empty(4, 4, dtype=torch.int64, device=gpu)
         labels = torch.empty(4, dtype=torch.int64, device=gpu)
-        for target, ratio in itertools.product(TARGETS, (0.0, 0.5)):
+        for target, ratio, mask_type in itertools.product(TARGETS, (0.0, 0.5), MASK_TYPES):
             mae.target = target
-            loss, pred, mask = mae(augment_on_device(pixels, flip, None), 0.75, ratio)
+            loss, pred, mask = mae(augment_on_device(pixels, flip, None), 0.5, ratio, mask_type)
             assert loss.device == pred.device == mask.device == gpu
         for draw, ratio in itertools.product(range(8), (0.0, 0.5)):
             x = augment_on_device(pixels, flip, boxes)
@@ -375,7 +376,7 @@ def test_masked_classification_at_zero_is_the_classifier():
 
 def test_the_mask_ratio_of_fine_tuning_ends_at_zero():
     exact = [0.8 * 0.5 * (1 + math.cos(math.pi * step / 1000)) for step in range(1001)]
-    values = [annealed_mask_ratio(step / 100, 0.8, 10) for step in range(1001)]
+    values = [annealed_mask_ratio(step / 100, 0.8, 0.0, 10) for step in range(1001)]
     assert values == pytest.approx(exact, abs=0.005 + 1e-9)
     assert values == sorted(values, reverse=True)
     assert (values[0], values[500], values[-1]) == (0.8, 0.4, 0.0)

@@ -1,4 +1,4 @@
-"""Tests of masks, reconstructions and pictures (util/visualize.py, demo/visualize.py)."""
+"""Tests of reconstructions and pictures (util/visualize.py, demo/visualize.py)."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from demo import visualize
-from models_mae import check_mask_ratio, mae_vit_tiny_patch8, num_visible
+from models_mae import mae_vit_tiny_patch8
 from models_vit import vit_tiny_patch8
 from tests import golden
 from tests.conftest import numbered_frame, read_number
@@ -17,19 +17,11 @@ from tests.test_models import RULES, plain_targets, target_clips
 from tests.video_files import write_video
 from util import file_io
 from util.errors import UserError
+from util.masking import fixed_masks
 from util.video.decode import Video
 from util.video.transforms import channels_first, normalize
-from util.visualize import (
-    MASK_TYPES,
-    draw_masks,
-    encode_gif,
-    encode_mp4,
-    enlarge,
-    reconstruct,
-    tile,
-)
+from util.visualize import encode_gif, encode_mp4, enlarge, reconstruct, tile
 
-GRID = (8, 14, 14)  # of the paper's models
 UNSAID = {"pos_embed_std": None, "decoder_sep_pos_embed": None}  # in files: from the shapes
 SIZES = {"img_size": 32, "num_frames": 8, "pred_t_dim": 4}
 
@@ -52,73 +44,6 @@ def saved(path, model, **others) -> str:
     return str(path)
 
 
-# --- masks
-
-
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
-@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.75, 0.9, 0.95, 0.98, 0.9999])
-def test_masks_are_consistent(mask_type, ratio):
-    masks = draw_masks(5, GRID, ratio, mask_type, seed=5)
-    L = 8 * 14 * 14
-    for mask, ids_restore, ids_keep in zip(*masks, strict=True):
-        assert sorted(ids_restore.tolist()) == list(range(L))
-        assert torch.equal(ids_restore[ids_keep], torch.arange(len(ids_keep)))  # kept come first
-        assert torch.equal(mask == 0, torch.zeros(L).index_fill(0, ids_keep, 1).bool())
-        assert 0 < len(ids_keep) < L
-    assert not (masks.mask == masks.mask[0]).all()
-
-
-def test_random_masks_keep_as_many_as_training():
-    for ratio in np.linspace(0.01, 0.99, 50):
-        check_mask_ratio(1568, ratio)
-        assert draw_masks(1, GRID, ratio).ids_keep.shape == (1, num_visible(1568, ratio))
-
-
-def test_shapes_of_masks():
-    def mask(ratio, mask_type):
-        return draw_masks(1, GRID, ratio, mask_type).mask.view(GRID)
-
-    tube = mask(0.9, "tube")
-    assert (tube == tube[:1]).all()
-    assert (tube[0] == 0).sum() == 19
-    steps = mask(0.75, "time").flatten(1)
-    assert (steps == steps[:, :1]).all()
-    assert (steps[:, 0] == 0).sum() == 2
-    assert (mask(0.98, "time") == 0).sum() == 196  # at least one step
-
-    def share_of_like_neighbours(mask_type):
-        drawn = draw_masks(20, GRID, 0.5, mask_type).mask.view(20, *GRID)
-        return sum((drawn.diff(dim=dim) == 0).float().mean() for dim in (1, 2, 3)) / 3
-
-    assert share_of_like_neighbours("random") < 0.52
-    assert share_of_like_neighbours("block") > 0.8
-    # little that is removed is a part of one cuboid, unless that sticks out
-    removed = [m.nonzero() for m in draw_masks(20, GRID, 0.05, "block").mask.view(20, *GRID)]
-    extents = torch.stack([m.amax(0) - m.amin(0) + 1 for m in removed])
-    assert (extents <= torch.tensor([4, 7, 7])).all(dim=1).sum() >= 5
-
-
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
-def test_masks_depend_on_seed_and_clip_and_are_nested(mask_type):
-    few, many = (draw_masks(2, GRID, ratio, mask_type, seed=3).mask for ratio in (0.95, 0.5))
-    assert (few >= many).all()
-    assert torch.equal(draw_masks(1, GRID, 0.5, mask_type, seed=3).mask, many[:1])
-    assert not torch.equal(draw_masks(1, GRID, 0.5, mask_type, seed=4).mask, many[:1])
-
-
-@pytest.mark.parametrize("ratio", [0, 1, -0.1, 95, float("nan")])
-def test_bad_ratio_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"mask_ratio = .* must be above 0 and below 1"):
-        draw_masks(1, GRID, ratio)
-
-
-def test_unknown_mask_type_and_negative_seed_are_refused():
-    with pytest.raises(ValueError, match="mask_type 'cube' is none of random, tube, time, block"):
-        draw_masks(1, GRID, 0.9, "cube")
-    with pytest.raises(ValueError, match="seed = -1 is negative"):
-        draw_masks(1, GRID, 0.9, seed=-1)
-
-
 # --- reconstructions
 
 
@@ -135,7 +60,7 @@ def test_reconstruction_is_the_models_own(arguments):
     """The same mask in training gives the same loss, and the same pixels where it is raw."""
     model = small_model(**arguments)
     result = reconstruct(model, clips(), 0.75, seed=2)
-    order = draw_masks(2, model.patch_embed.input_size, 0.75, seed=2).ids_restore.float()
+    order = fixed_masks(2, model.patch_embed.input_size, 0.75, seed=2).ids_restore.float()
     imgs = normalize(channels_first(clips()))
     with torch.no_grad(), golden.masking_noise(order):
         loss, pred, mask = model(imgs, 0.75)

@@ -389,7 +389,8 @@ class Checkpoints:
         """List the flags that differ from the checkpoint's."""
         then, now = checkpoint_args(checkpoint), compared(self.args)
         target = "patch" if then.get("norm_pix_loss", True) else "pixels"
-        then = {"target": target, "pool": "mean"} | then  # older runs lack these flags
+        older = {"target": target, "pool": "mean", "mask_type": "random", "mask_ratio_end": None}
+        then = older | then  # older runs lack these flags
         names = (then.keys() & now.keys()) - {"path_to_data_dir", "path_prefix"}
 
         def plain(value: Any) -> Any:  # as it comes out of a file

@@ -49,8 +49,10 @@ def count_flops(model: nn.Module, clip_shape: tuple[int, ...], **options: Any) -
         return count.total() / 1e9
 
 
-def print_flops(model: nn.Module, args: Namespace, **options: float) -> None:
+def print_flops(model: nn.Module, args: Namespace, **options: Any) -> None:
     """Print the cost of one clip at the end of a --dry_run; the model's weights are lost."""
     shape = (3, args.num_frames, args.input_size, args.input_size)
     gflops = count_flops(model, shape, **options)
-    print0(f"{gflops:.1f} GFLOPs per clip forward (multiply-adds counted once); dry run: stopping")
+    ratio = f" at --mask_ratio {options['mask_ratio']:g}" if options else ""
+    counted = "(multiply-adds counted once)"
+    print0(f"{gflops:.1f} GFLOPs per clip forward{ratio} {counted}; dry run: stopping")

@@ -80,10 +80,11 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def annealed_mask_ratio(progress: float, mask_ratio: float, epochs: int) -> float:
-    """Return the share of tokens that fine-tuning leaves out, falling to 0 along half a cosine.
+def annealed_mask_ratio(progress: float, start: float, end: float | None, epochs: int) -> float:
+    """Return the share of tokens to leave out, from start to end (None: start) by half a cosine.
 
-    It falls in steps of 0.01: a GPU plans its kernels anew for every number of tokens.
+    It changes in steps of 0.01: a GPU plans its kernels anew for every number of tokens.
     """
-    exact = mask_ratio * 0.5 * (1 + math.cos(math.pi * progress / epochs))
-    return min(round(exact, 2), mask_ratio)
+    end = start if end is None else end
+    exact = end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress / epochs))
+    return min(max(round(exact, 2), min(start, end)), max(start, end))

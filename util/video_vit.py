@@ -209,28 +209,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
-def num_visible(num_tokens: int, mask_ratio: float) -> int:
-    """Count the tokens that masking keeps, truncated by definition: 1568 and 0.9 give 156."""
-    return int(num_tokens * (1 - mask_ratio))
-
-
-def random_mask(
-    num_clips: int, num_tokens: int, mask_ratio: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one noise value per token; keep those with the smallest values, in noise order.
-
-    Returns:
-        mask [N, L] (1 = removed), ids_restore [N, L], ids_keep [N, K].
-    """
-    noise = torch.rand(num_clips, num_tokens, device=device)
-    ids_shuffle = noise.argsort(dim=1)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    K = num_visible(num_tokens, mask_ratio)
-    if not 0 < K <= num_tokens:
-        raise ValueError(f"mask_ratio = {mask_ratio} keeps {K} of {num_tokens} tokens")
-    return (ids_restore >= K).to(noise.dtype), ids_restore, ids_shuffle[:, :K]
-
-
 def make_pos_embed(
     module: nn.Module, prefix: str, grid: Grid, dim: int, sep: bool, cls_embed: bool, sincos: bool
 ) -> None:

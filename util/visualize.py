@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from util.dist import print0
 from util.file_io import printable
+from util.masking import fixed_masks
 from util.meters import last_x
 from util.optim import autocast
 from util.report import draw_confusion, report_classes, warned, worst_classes
@@ -27,9 +28,7 @@ from util.video.transforms import MEAN, STD, channels_first, normalize
 if TYPE_CHECKING:
     from util.kinetics import Kinetics
     from util.meters import RunLog
-    from util.pos_embed import Grid
 
-MASK_TYPES = ("random", "tube", "time", "block")
 REMOVED = 128  # grey level of removed patches
 GAP, WHITE = 4, 255  # pixels between pictures, and their grey level
 
@@ -38,63 +37,6 @@ NUM_CLIPS = 4
 MAX_READS = 4 * NUM_CLIPS  # videos to try
 STRIP_FRAMES = 4  # frames of a still picture
 MIN_SIDE = 96  # pixels; smaller frames are enlarged
-
-
-class Masks(NamedTuple):
-    """Which patches of every clip are removed, as the autoencoder takes it."""
-
-    mask: Tensor  # float32 [N, L], 1 = removed
-    ids_restore: Tensor  # int64 [N, L]
-    ids_keep: Tensor  # int64 [N, K]
-
-
-def draw_masks(
-    num_clips: int, grid: "Grid", mask_ratio: float, mask_type: str = "random", seed: int = 0
-) -> Masks:
-    """Draw masks of a kind that the paper compares; that of clip i depends only on (seed, i).
-
-    With the same seed, patches that are visible at a high ratio stay visible at a lower one.
-
-    Args:
-        grid: tokens along t, h, w.
-        mask_ratio: share to remove; at least one patch, tube or step stays.
-        mask_type: "random": single patches, as in pre-training; "tube": the same places at all
-            times; "time": whole time steps; "block": cuboids half as long as the clip in every
-            direction, until enough is removed.
-    """
-    if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio = {mask_ratio:g} must be above 0 and below 1")
-    if mask_type not in MASK_TYPES:
-        raise ValueError(f"mask_type {mask_type!r} is none of {', '.join(MASK_TYPES)}")
-    if seed < 0:
-        raise ValueError(f"seed = {seed} is negative")
-    t, h, w = grid
-    unit = {"tube": t, "time": h * w}.get(mask_type, 1)  # tokens removed or kept together
-    K = max(1, int(t * h * w // unit * (1 - mask_ratio))) * unit  # truncated, as in pre-training
-    rngs = [np.random.default_rng((seed, i)) for i in range(num_clips)]
-    noise = torch.stack([torch.from_numpy(_noise(rng, grid, mask_type)) for rng in rngs])
-    # a stable sort keeps the tokens of a tube or step, which have equal noise, together
-    ids_shuffle = noise.flatten(1).argsort(dim=1, stable=True)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    return Masks((ids_restore >= K).float(), ids_restore, ids_shuffle[:, :K])
-
-
-def _noise(rng: np.random.Generator, grid: "Grid", mask_type: str) -> np.ndarray:
-    """Return float64 [t, h, w]; the tokens with the smallest values stay visible."""
-    t, h, w = grid
-    if mask_type != "block":
-        shape = {"random": (t, h, w), "tube": (1, h, w), "time": (t, 1, 1)}[mask_type]
-        return np.broadcast_to(rng.random(shape), grid).copy()
-
-    # Cover the grid with one cuboid after another; tokens covered first get the most noise.
-    half = (np.array(grid) + 1) // 2
-    noise = np.zeros(grid)
-    while not noise.all():
-        start = rng.integers(1 - half, grid)  # cuboids may stick out: no place is favoured
-        place = tuple(slice(max(a, 0), a + n) for a, n in zip(start, half, strict=True))
-        covered = noise[place]
-        covered[covered == 0] = noise.min() - 1
-    return noise
 
 
 # --- reconstructions ----------------------------------------------------------------------------
@@ -128,7 +70,7 @@ def reconstruct(
         model: a MaskedAutoencoderViT on any device. Its training mode and the global random state
             stay as they are. For another precision, call this under autocast.
         clips: uint8 [N, T, H, W, C], of the model's size, on any device.
-        mask_ratio, mask_type, seed: see draw_masks.
+        mask_ratio, mask_type, seed: see util.masking.fixed_masks.
         paste_visible: show visible patches' true pixels, not predictions that no loss has trained.
     """
     embed = model.patch_embed
@@ -138,7 +80,7 @@ def reconstruct(
     # Predict the removed patches.
     device = next(model.parameters()).device
     imgs = channels_first(clips.to(device))  # (N, C, T, H, W)
-    masks = draw_masks(len(imgs), embed.input_size, mask_ratio, mask_type, seed)
+    masks = fixed_masks(len(imgs), embed.input_size, mask_ratio, mask_type, seed)
     mask, ids_restore, ids_keep = (tensor.to(device) for tensor in masks)
     latent = model.encode(imgs, ids_keep)
     if model.cls_embed and not model.cls_through_decoder:
@@ -224,10 +166,11 @@ def encode_mp4(video: Tensor, fps: float) -> bytes:
 class FixedClips:
     """Show reconstructions of the same clips with the same masks, epoch after epoch.
 
-    The clips are the centres of the first readable videos of the csv. Only the main process draws;
-    the other ranks wait for it at their next exchange. Training is not affected: the random state
-    and the model's mode stay as they are, and the loader is not used. `dataset` is one in mode
-    "test" with one view per video, and `args` are the flags of pre-training.
+    The clips are the centres of the first readable videos of the csv, and the masks have the run's
+    --mask_type and --mask_ratio, even with --mask_ratio_end. Only the main process draws; the other
+    ranks wait for it at their next exchange. Training is not affected: the random state and the
+    model's mode stay as they are, and the loader is not used. `dataset` is one in mode "test" with
+    one view per video, and `args` are the flags of pre-training.
     """
 
     def __init__(self, dataset: "Kinetics", args: Namespace, device: torch.device):
@@ -251,7 +194,7 @@ class FixedClips:
         # Compiled blocks would be compiled again for this number of clips.
         eager = torch.compiler.set_stance("force_eager")
         with eager, autocast(self.device, self.args.precision):
-            result = reconstruct(model, clips, self.args.mask_ratio)
+            result = reconstruct(model, clips, self.args.mask_ratio, self.args.mask_type)
 
         # Log the losses of the removed patches.
         x = last_x(epoch, self.args.repeat_aug)
