@@ -20,6 +20,7 @@ from util.checkpoint import Checkpoints, load_latest
 from util.dist import print0, seed_step
 from util.errors import UserError
 from util.flops import print_flops
+from util.formats import DECODER_ARGUMENTS, Weights, is_decoder
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
@@ -34,6 +35,7 @@ from util.optim import (
 )
 from util.synthetic import data_dir, synthetic_recipe
 from util.visualize import FixedClips
+from util.weights import apply_weights, read_weights
 
 
 def get_args_parser() -> flags.Parser:
@@ -41,6 +43,11 @@ def get_args_parser() -> flags.Parser:
     parser = flags.Parser("Masked-autoencoder pre-training on videos")
     flags.add_data_args(parser, jitter_scales=(0.5, 1.0))
     flags.add_model_args(parser, list(models_mae.MODELS), "mae_vit_large_patch16")
+    add = flags.adder(parser, "augmentation")
+    text = "cut clips at random (--jitter_*), or the square in the middle"
+    add("--crop", "random", text, choices=("random", "center"))
+    text = "change brightness, contrast and saturation of a clip by factors from 1 - S to 1 + S"
+    add("--color_jitter", 0.0, text, flags.share, metavar="S")
     add = flags.adder(parser, "masked autoencoder")
     add("--mask_ratio", 0.9, "share of patches that are removed", flags.share_below_1)
     text = "share at the end of the run, approached along half a cosine; not given: --mask_ratio"
@@ -61,6 +68,9 @@ def get_args_parser() -> flags.Parser:
     add = flags.adder(parser)
     add("--bias_wd", False, "apply weight decay to norm weights too")
     flags.add_checkpoint_args(parser)
+    text = "checkpoint to continue pre-training from, also from other projects: path, address or "
+    add("--finetune", "", text + "released name (k400/vit_large); empty: start from fresh weights")
+    add("--use_ema", False, "load the weights' moving average in --finetune")
     flags.add_run_args(parser, output_dir="./output/pretrain")
     text = "epochs between reconstructions of fixed clips in TensorBoard; 0: none"
     add("--vis_period", 10, text, flags.natural_int)
@@ -86,6 +96,11 @@ def parse_args(
     if not args.norm_pix_loss and args.target != "pixels":
         raise UserError(f"--no-norm_pix_loss and --target {args.target} exclude each other")
     args.norm_pix_loss = args.target != "pixels"
+    for name in ("jitter_scales_relative", "jitter_aspect_relative"):
+        if args.crop == "center" and tuple(getattr(args, name)) != parser.get_default(name):
+            raise UserError(f"--{name} has no effect with --crop center")
+    if args.use_ema and not args.finetune:
+        raise UserError("--use_ema needs --finetune")
     return args
 
 
@@ -131,18 +146,49 @@ def check_masks(model: models_mae.MaskedAutoencoderViT, args: argparse.Namespace
             )
 
 
+def decoder_problem(weights: Weights, model: models_mae.MaskedAutoencoderViT) -> str:
+    """Return why the decoder of a file cannot go on as that of the model, or an empty string."""
+    if not weights.has_decoder:
+        return "the file has none"
+    skipped = {"decoder_sep_pos_embed", "pred_t_dim"}  # converted; seen in the shapes
+    skipped |= {"decoder_num_heads"} - weights.stated  # else only a guess from the width
+    names = [k for k in DECODER_ARGUMENTS if k not in skipped]
+    pairs = [(k, weights.arguments[k], model.arguments[k]) for k in names]
+    for name, tensor in model.state_dict().items():
+        if is_decoder(name) and "pos_embed" not in name:  # positions are resized
+            theirs = weights.state.get(name)
+            shape = "missing" if theirs is None else list(theirs.shape)
+            pairs.append((name, shape, list(tensor.shape)))
+    return next((f"{k} is {a} in the file and {b} here" for k, a, b in pairs if a != b), "")
+
+
+def load_pretrained(model: models_mae.MaskedAutoencoderViT, args: argparse.Namespace) -> None:
+    """Load the weights of --finetune; a decoder that does not fit the flags stays as drawn."""
+    weights = read_weights(args.finetune, args.use_ema)
+    problem = decoder_problem(weights, model)
+    apply_weights(model, weights, keep_head=False, keep_decoder=not problem)
+    if problem:
+        print0(f"the decoder starts afresh: {problem}")
+
+
 def main(args: argparse.Namespace) -> None:
     """Build data, model and optimiser in this order, then train."""
     device = run.start(args)
 
     # Data: the videos of train.csv, repeat_aug random clips of each.
     index = VideoIndex(os.path.join(data_dir(args, "pretrain"), "train.csv"), args.path_prefix)
-    dataset = Kinetics(index, "pretrain", **flags.clip_options(args, training=True))
+    options = flags.clip_options(args, training=True)
+    options |= {"crop": args.crop, "color_jitter": args.color_jitter}
+    dataset = Kinetics(index, "pretrain", **options)
     loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
     print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
 
-    # Model.
-    model = build_model(args).to(device)
+    # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
+    model = build_model(args)
+    latest = None if args.dry_run else load_latest(args)
+    if args.finetune and not latest:
+        load_pretrained(model, args)
+    model.to(device)
     print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Learning rate: the published recipes count videos as the batch, not their repeated clips.
@@ -158,7 +204,6 @@ def main(args: argparse.Namespace) -> None:
 
     # Resume from the newest checkpoint, if there is one.
     checkpoints = Checkpoints(args, model, optimizer, scaler, index.fingerprint())
-    latest = load_latest(args)
     if latest:
         checkpoints.resume(*latest)
         del latest  # frees its memory

@@ -196,7 +196,7 @@ def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor)
             usual = {"PIL": partial(lists_of_images, dataset, path, numbers, rngs)}
         else:
             numbers = np.stack([dataset._random_frames(video, rng) for rng in rngs])
-            boxes = dataset._random_boxes(rngs, video.height, video.width)
+            boxes = dataset._training_boxes(rngs, video.height, video.width)
             usual = {"textbook": partial(textbook, path, numbers, boxes)}
         wanted = {video._shown[number] for number in np.unique(numbers)}
         bare = partial(bare_decode, path, video._runs(sorted(wanted)), wanted)

@@ -370,6 +370,10 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
         ({}, {"mask_type": "random", "mask_ratio_end": None}, ""),
         ({}, {"mask_type": "tube"}, "--mask_type random -> tube"),
         ({}, {"mask_ratio_end": 0.95}, "--mask_ratio_end None -> 0.95"),
+        ({}, {"crop": "random", "color_jitter": 0.0, "finetune": "", "use_ema": False}, ""),
+        ({}, {"crop": "center"}, "--crop random -> center"),
+        ({}, {"color_jitter": 0.4}, "--color_jitter 0.0 -> 0.4"),
+        ({}, {"finetune": "a.pth"}, "--finetune  -> a.pth"),
     ],
 )
 def test_flags_that_older_runs_lack(tmp_path, capsys, then, now, told):

@@ -23,6 +23,7 @@ from tests.video_files import counter_frame, moving_frames, read_counter, write_
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex, cut_views
 from util.loader import EpochSampler, VideoLoader, default_num_workers
+from util.video.clip_ops import color_jitter
 from util.video.decode import Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.sampling import clip_length, frame_indices, random_resized_crop_box, random_start
@@ -198,6 +199,34 @@ def test_pretraining_sample_is_the_definition(videos):
     assert len(starts) > 1  # repeats are different clips of the video
 
 
+def test_central_crops_of_random_times(videos):
+    sample = data_set(videos, seed=7, repeat_aug=3, crop="center")[5, 2]
+    with Video(str(videos / "v2.mp4")) as video:
+        everything = np.stack([frame.copy() for _, frame in video.frames(range(video.num_frames))])
+        for r in range(3):
+            rng = np.random.default_rng((7, 5, 2, r))
+            length = clip_length(4, 4, video.fps)
+            frames = frame_indices(random_start(60, length, rng), length, 4, 60)
+            small = resize(torch.from_numpy(everything[frames]), (32, 42))  # short side 32
+            assert torch.equal(sample.clips[r], small[:, :, 5:37])
+            assert bool(sample.flip[r]) == (rng.random() < 0.5)
+
+
+def test_colours_are_drawn_after_everything_else_once_per_clip(videos):
+    plain = data_set(videos, seed=7, repeat_aug=3)[5, 2]
+    sample = data_set(videos, seed=7, repeat_aug=3, color_jitter=0.8)[5, 2]
+    assert torch.equal(sample.flip, plain.flip)
+    for r in range(3):
+        rng = np.random.default_rng((7, 5, 2, r))
+        random_start(60, 16, rng)
+        random_resized_crop_box(48, 64, (0.5, 1.0), (3 / 4, 4 / 3), rng)
+        rng.random()
+        expected = color_jitter(plain.clips[r].numpy(), 0.8, rng)
+        np.testing.assert_array_equal(sample.clips[r].numpy(), expected)
+    levels = sample.clips.float().mean((1, 2, 3, 4)) / plain.clips.float().mean((1, 2, 3, 4))
+    assert len(set((levels * 20).round().tolist())) == 3  # every repeat has other colours
+
+
 def test_finetuning_repeats_share_the_clip_and_differ_in_augmentation(videos):
     sample = data_set(videos, "finetune", repeat_aug=4, reprob=1.0, scales=(0.9, 1.0))[0, 0]
     counters = [[read_number(frame) for frame in clip] for clip in sample.clips]
@@ -316,8 +345,9 @@ def epoch_of(dataset: Kinetics, workers: int, epoch: int) -> list:
     return [(b.clips, b.flip, b.row) for b in loader]
 
 
-def test_same_clips_with_any_number_of_workers_and_other_clips_next_epoch(videos):
-    dataset = data_set(videos, repeat_aug=2)
+@pytest.mark.parametrize("options", [{}, {"crop": "center", "color_jitter": 0.4}])
+def test_same_clips_with_any_number_of_workers_and_other_clips_next_epoch(videos, options):
+    dataset = data_set(videos, repeat_aug=2, **options)
     runs = [epoch_of(dataset, workers, 3) for workers in (0, 1, 2)]
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):

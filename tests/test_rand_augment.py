@@ -6,11 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import auto_augment
+from torchvision.transforms import functional
 
 from tests import golden
 from util.errors import UserError
+from util.video import clip_ops
 from util.video.clip_ops import crop
 from util.video.rand_augment import (
     OPERATIONS,
@@ -235,6 +238,40 @@ def test_computing_only_the_crop_gives_the_same_crop(clips, config):
         np.testing.assert_array_equal(cropped, crop(apply(clip, drawn), box), f"{drawn} {box}")
         np.testing.assert_array_equal(clip, before)
     assert seen == set(augment.names)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 1.4, 2.0])
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [(clip_ops.brightness, "brightness"), (clip_ops.clip_contrast, "contrast"),
+     (clip_ops.color, "saturation")],
+)  # fmt: skip
+def test_colours_of_a_clip_are_those_of_torchvision(operation, name, factor):
+    """For torchvision, the frames one above the other are one picture, with one mean grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 24, 31, 3))
+    clip = (noise * np.linspace(0.2, 1, 5)[:, None, None, None]).astype(np.uint8)  # brightens
+    found = operation(clip, factor)
+    picture = torch.from_numpy(clip).flatten(0, 1).permute(2, 0, 1)
+    expected = getattr(functional, f"adjust_{name}")(picture, factor).permute(1, 2, 0).numpy()
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found.reshape(expected.shape).astype(int), expected, atol=1, rtol=0)
+
+
+def test_draws_of_colour_jitter(monkeypatch):
+    """Each of the three once, in every order, by factors that fill the range evenly."""
+    calls = []
+    for name in ("brightness", "clip_contrast", "color"):
+        monkeypatch.setattr(clip_ops, name, lambda clip, x, name=name: calls.append((name, x)))
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        clip_ops.color_jitter(np.zeros((1, 1, 1, 3), np.uint8), 0.4, rng)
+    orders = Counter(tuple(name for name, _ in calls[i : i + 3]) for i in range(0, 1800, 3))
+    assert len(orders) == 6 and min(orders.values()) > 60
+    assert all(len(set(order)) == 3 for order in orders)
+    for name in orders.popitem()[0]:
+        factors = np.array([x for other, x in calls if other == name])
+        assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
+        assert factors.mean() == pytest.approx(1, abs=0.03)
 
 
 def test_warps_of_only_the_outside_are_filled(clips):

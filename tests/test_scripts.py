@@ -269,6 +269,16 @@ def test_pretraining_on_channels_resumes_and_draws(videos, tmp_path, capsys):
     assert "--target channel -> patch" in capsys.readouterr().out
 
 
+def test_crop_and_colours_change_what_is_learnt(videos, tmp_path):
+    """Without learning, the loss of an epoch depends only on the clips."""
+    losses = []
+    for i, flags in enumerate(["", "--crop center", "--color_jitter 0.4"]):
+        call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", tmp_path / str(i),
+             *PRETRAIN, "--epochs", 1, "--lr", 0, "--min_lr", 0, *flags.split())  # fmt: skip
+        losses.append(simplejson.loads((tmp_path / str(i) / "log.txt").read_text())["train_loss"])
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("cls_embed", ["--cls_embed", "--no-cls_embed"])
 def test_a_classifier_that_reads_one_token_is_validated_and_tested_as_trained(
     videos, tmp_path, capsys, cls_embed
@@ -497,6 +507,11 @@ def pretrain_fails(capsys, videos, tmp_path, *argv: object) -> tuple[int, str]:
         (["--device", "abacus"], ["abacus", "cpu"]),
         (["--no-norm_pix_loss", "--target", "channel"], ["--no-norm_pix_loss", "--target channel"]),
         (["--target", "patches"], ["--target", "patches"]),
+        (["--crop", "center", "--jitter_scales_relative", "0.08", "1"],
+         ["--jitter_scales_relative has no effect with --crop center"]),
+        (["--crop", "center", "--jitter_aspect_relative", "1", "1"],
+         ["--jitter_aspect_relative has no effect with --crop center"]),
+        (["--use_ema"], ["--use_ema needs --finetune"]),
         (["--num_frames", "5"], ["num_frames = 5", "t_patch_size = 2"]),
         (["--input_size", "36"], ["img_size = 36", "patch_size = 8"]),
         (["--pred_t_dim", "3"], ["pred_t_dim", "num_frames"]),
@@ -512,7 +527,7 @@ def pretrain_fails(capsys, videos, tmp_path, *argv: object) -> tuple[int, str]:
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--learning_rate", "1"], ["--learning_rate"]),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_end_in_one_sentence(capsys, videos, tmp_path, argv, words):
     status, text = pretrain_fails(capsys, videos, tmp_path, *argv)
     assert status == 2
@@ -647,7 +662,8 @@ def test_values_out_of_range_are_refused_where_they_are_given(flags, capsys):
     "flags",
     ["--decoder_embed_dim 0", "--decoder_depth -1", "--decoder_num_heads 0", "--pred_t_dim 0",
      "--mask_ratio nan", "--mask_ratio 1.5", "--decoder_mask_ratio nan", "--decoder_mask_ratio 1",
-     "--mask_ratio_end nan", "--mask_ratio_end 1"],
+     "--mask_ratio_end nan", "--mask_ratio_end 1",
+     "--color_jitter 1.5", "--color_jitter -0.1"],
 )  # fmt: skip
 def test_values_of_the_autoencoder_are_refused_where_they_are_given(flags, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -724,6 +740,17 @@ def test_documented_command_lines_of_the_reference_parse(capsys):
     assert "--dist_eval" in args.notice
 
 
+def test_color_jitter_is_a_flag_of_pretraining_and_ignored_elsewhere(monkeypatch):
+    argv = ["--path_to_data_dir", "X", "--color_jitter", "0.4"]
+    args = main_pretrain.parse_args(argv)
+    assert (args.color_jitter, args.notice) == (0.4, "")
+    monkeypatch.setattr(main_test, "checkpoint_flags", lambda path, **_: [])
+    for module in (main_finetune, main_test):
+        args = module.parse_args([*argv, "--finetune", "x.pth"])
+        assert args.notice == "no longer needed, ignored: --color_jitter"
+        assert not hasattr(args, "color_jitter")
+
+
 def test_defaults_are_the_recipe():
     """This is the paper's recipe for ViT-L on Kinetics-400; a change here changes that recipe."""
     args = main_pretrain.parse_args(["--path_to_data_dir", "X"])
@@ -734,7 +761,7 @@ def test_defaults_are_the_recipe():
         "decoder_num_heads": 16, "norm_pix_loss": True, "target": "patch", "pred_t_dim": 8,
         "blr": 1.6e-3, "beta": (0.9, 0.95), "weight_decay": 0.05, "clip_grad": 0.02,
         "jitter_scales_relative": (0.5, 1.0), "sep_pos_embed": True, "cls_embed": True,
-        "repeat_aug": 4,
+        "repeat_aug": 4, "crop": "random", "color_jitter": 0.0, "finetune": "",
     }  # fmt: skip
     assert {k: getattr(args, k) for k in expected} == expected
     assert args.epochs * args.repeat_aug == 800

@@ -389,7 +389,8 @@ class Checkpoints:
         """List the flags that differ from the checkpoint's."""
         then, now = checkpoint_args(checkpoint), compared(self.args)
         target = "patch" if then.get("norm_pix_loss", True) else "pixels"
-        older = {"target": target, "pool": "mean", "mask_type": "random", "mask_ratio_end": None}
+        older = {"target": target, "pool": "mean", "crop": "random", "color_jitter": 0.0}
+        older |= {"mask_type": "random", "mask_ratio_end": None, "finetune": "", "use_ema": False}
         then = older | then  # older runs lack these flags
         names = (then.keys() & now.keys()) - {"path_to_data_dir", "path_prefix"}
 
@@ -435,7 +436,7 @@ class Checkpoints:
         if then["data"] != now["data"]:
             raise UserError(
                 f"{path} was trained on other videos than train.csv lists now; "
-                "use another --output_dir, or fine-tune from its weights with --finetune"
+                "use another --output_dir, or start from its weights with --finetune"
             )
         if checkpoint.get("progress", {}).get("step") and then != now:
             raise UserError(

@@ -22,7 +22,7 @@ from util.classes import ClassNames, match_labels
 from util.dist import print0
 from util.errors import UserError
 from util.file_io import ADDRESSES, is_remote, local_path, path_to_text, printable, read_text
-from util.video import sampling
+from util.video import clip_ops, sampling
 from util.video.decode import MAX_PIXELS, ROUNDING, Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.rand_augment import apply as augment
@@ -269,7 +269,9 @@ class Kinetics(Dataset):
     repeat_aug: int = 1
     scales: tuple[float, float] = (0.5, 1.0)  # area of the random crop, as a share of the frame
     ratios: tuple[float, float] = (3 / 4, 4 / 3)  # its aspect, width / height
+    crop: str = "random"  # or "center": pre-training clips are the square in the middle
     hflip: bool = True  # mirror half of the training clips
+    color_jitter: float = 0.0  # factors of pre-training clips' colours are 1 +- this at most
     rand_augment: RandAugment | None = None  # applied to fine-tuning clips, before the crop
     reprob: float = 0.0  # probability of random erasing in fine-tuning
     num_clips: int = 1
@@ -332,6 +334,9 @@ class Kinetics(Dataset):
             flip = [bool(rng.random() < 0.5) and self.hflip for rng in rngs]
         if self.mode == "finetune":
             erase = [sampling.random_erasing_box(size, size, rng, self.reprob) for rng in rngs]
+        if self.color_jitter:
+            for rng, clip in zip(rngs, clips.numpy(), strict=True):
+                clip[...] = clip_ops.color_jitter(clip, self.color_jitter, rng)
         return torch.tensor(flip), torch.tensor(erase)
 
     def _cut_random_clips(self, video: Video, rngs: Generators, clips: Tensor) -> None:
@@ -340,7 +345,8 @@ class Kinetics(Dataset):
         else:
             frames = [self._random_frames(video, rngs[0])] * len(rngs)
         if self.mode == "pretrain" or self.rand_augment is None:
-            cut_views(video, np.stack(frames), partial(self._random_boxes, rngs), clips)
+            side = self.input_size if self.crop == "center" else None
+            cut_views(video, np.stack(frames), partial(self._training_boxes, rngs), clips, side)
             return
         whole = read_clip(video, frames[0], AUGMENT_SIDE)
         for rng, out in zip(rngs, clips.numpy(), strict=True):
@@ -378,5 +384,7 @@ class Kinetics(Dataset):
     def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         return sampling.random_resized_crop_box(height, width, self.scales, self.ratios, rng)
 
-    def _random_boxes(self, rngs: Generators, height: int, width: int) -> list[Box]:
+    def _training_boxes(self, rngs: Generators, height: int, width: int) -> list[Box]:
+        if self.crop == "center":
+            return [sampling.uniform_crop_box(height, width, self.input_size, 0, 1)] * len(rngs)
         return [self._random_box(height, width, rng) for rng in rngs]

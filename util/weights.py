@@ -141,7 +141,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     reads_mean = any(name.startswith("fc_norm.") for name in theirs)
     _keep_understood(weights, cfg, reads_mean)
     if not use_ema and (average := formats.find_average(checkpoint)):
-        by = "which --use_ema of main_finetune.py, main_test.py and util.convert reads"
+        by = "which --use_ema of the main_*.py scripts and of util.convert reads"
         weights.notes.append(f"it also has a moving average of its weights, {average}, {by}")
     if source == formats.IMAGE_MAE:
         video_layout(weights)
@@ -375,7 +375,11 @@ def renormalise(weights: Weights, clips: Sequence, pixels: Sequence) -> Weights:
 
 
 def apply_weights(
-    model: nn.Module, weights: Weights, keep_head: bool, allow_missing: bool = False
+    model: nn.Module,
+    weights: Weights,
+    keep_head: bool,
+    allow_missing: bool = False,
+    keep_decoder: bool = True,
 ) -> None:
     """Load a checkpoint into a classifier or an autoencoder and print a loading report.
 
@@ -388,6 +392,7 @@ def apply_weights(
             for a large model this is seconds faster than drawing weights first.
         keep_head: load the classification head too; otherwise it stays as drawn.
         allow_missing: leave weights that the file lacks as drawn, with a warning.
+        keep_decoder: load an autoencoder's decoder too; otherwise it stays as drawn.
 
     Raises:
         UserError: weights are missing or have another shape, or the file is of another model.
@@ -395,6 +400,9 @@ def apply_weights(
     weights, here = with_our_normalisation(weights), vars(model)["arguments"]
     own = model.state_dict()
     wanted = {k: v for k, v in own.items() if keep_head or not is_head(k)}
+    if not keep_decoder:
+        wanted = {k: v for k, v in wanted.items() if not is_decoder(k)}
+        here = {k: v for k, v in here.items() if k not in formats.DECODER_ARGUMENTS}
     needs = _needs(weights, model, keep_head)
     try:
         state, how, used = fit_state(weights, wanted, here)

@@ -65,7 +65,8 @@ def solarize_add(clip: np.ndarray, amount: int) -> np.ndarray:
     return _look_up(clip, np.where(_levels < 128, _levels + np.uint8(amount), _levels))
 
 
-# In the next four, factor 1 changes nothing; 0 gives grey frames, their mean, black, or a blur.
+# In the next five, factor 1 changes nothing; 0 gives grey frames, their mean, black, the mean of
+# all frames, or a blur.
 def color(clip: np.ndarray, factor: float) -> np.ndarray:
     return _blend((cv2.cvtColor(_gray(x), cv2.COLOR_GRAY2RGB) for x in clip), clip, factor)
 
@@ -80,12 +81,29 @@ def brightness(clip: np.ndarray, factor: float) -> np.ndarray:
     return _look_up(clip, _blend_table(0, factor))
 
 
+def clip_contrast(clip: np.ndarray, factor: float) -> np.ndarray:
+    """Change the contrast about the mean grey of the whole clip, so that its frames stay alike."""
+    red, green, blue, _ = cv2.mean(clip.reshape(-1, *clip.shape[2:]))
+    return _look_up(clip, _blend_table(red * 0.299 + green * 0.587 + blue * 0.114, factor))
+
+
 def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
     _, H, W, _ = clip.shape
     top, left, h, w = box or (0, 0, H, W)
     y, x = max(top - 1, 0), max(left - 1, 0)  # the filter needs a pixel around the box
     clip = clip[:, y : top + h + 1, x : left + w + 1]
     return crop(_blend(map(_smooth, clip), clip, factor), (top - y, left - x, h, w))
+
+
+def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Change brightness, contrast and saturation of a clip, in random order.
+
+    The factors are uniform in [1 - strength, 1 + strength], and the same for all frames.
+    """
+    factors = rng.uniform(1 - strength, 1 + strength, 3)
+    for i in rng.permutation(3):
+        clip = (brightness, clip_contrast, color)[i](clip, factors[i])
+    return clip
 
 
 def shear_x(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
@@ -292,6 +310,6 @@ def _blend(start: Iterable[np.ndarray], end: np.ndarray, factor: float) -> np.nd
     return out
 
 
-def _blend_table(start: int, factor: float) -> np.ndarray:
+def _blend_table(start: float, factor: float) -> np.ndarray:
     mixed = np.float32(start) + (_levels - np.float32(start)) * np.float32(factor)
     return np.clip(mixed, 0, 255).astype(np.uint8)
