@@ -32,6 +32,7 @@ from util.optim import (
     prepare_model,
 )
 from util.synthetic import data_dir, synthetic_recipe
+from util.targets import NORMALISED, TARGETS
 from util.visualize import FixedClips
 
 
@@ -48,8 +49,9 @@ def get_args_parser() -> flags.Parser:
     add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
     add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
     add("--norm_pix_loss", True, "predict normalised patches, not pixels; --target replaces it")
-    text = "what is predicted: normalised patches, normalised channels (VideoMAE), or pixels"
-    add("--target", None, text + "; not given: as --norm_pix_loss says", choices=models_mae.TARGETS)
+    text = "what is predicted: normalised patches, normalised channels (VideoMAE), pixels, "
+    text += "histograms of gradients, or the difference to the frame before"
+    add("--target", None, text + "; not given: as --norm_pix_loss says", choices=TARGETS)
     add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
@@ -78,9 +80,9 @@ def parse_args(
     default_flags = synthetic_recipe("synthetic_pretrain.args")
     args = flags.parse(parser, argv, default_flags)
     args.target = args.target or ("patch" if args.norm_pix_loss else "pixels")
-    if not args.norm_pix_loss and args.target != "pixels":
+    if not args.norm_pix_loss and args.target in NORMALISED:
         raise UserError(f"--no-norm_pix_loss and --target {args.target} exclude each other")
-    args.norm_pix_loss = args.target != "pixels"
+    args.norm_pix_loss = args.target in NORMALISED
     return args
 
 
