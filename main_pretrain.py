@@ -34,6 +34,7 @@ from util.optim import (
     prepare_model,
 )
 from util.synthetic import data_dir, synthetic_recipe
+from util.targets import NORMALISED, TARGETS
 from util.visualize import FixedClips
 from util.weights import apply_weights, read_weights
 
@@ -60,8 +61,9 @@ def get_args_parser() -> flags.Parser:
     add("--decoder_depth", 4, "decoder blocks", flags.up_to_1000)
     add("--decoder_num_heads", 16, "attention heads of a decoder block", flags.small_int)
     add("--norm_pix_loss", True, "predict normalised patches, not pixels; --target replaces it")
-    text = "what is predicted: normalised patches, normalised channels (VideoMAE), or pixels"
-    add("--target", None, text + "; not given: as --norm_pix_loss says", choices=models_mae.TARGETS)
+    text = "what is predicted: normalised patches, normalised channels (VideoMAE), pixels, "
+    text += "histograms of gradients, or the difference to the frame before"
+    add("--target", None, text + "; not given: as --norm_pix_loss says", choices=TARGETS)
     add("--pred_t_dim", 8, "frames to predict per clip", flags.small_int)
     add("--trunc_init", False, "draw initial weights from a truncated normal, not Xavier's uniform")
     flags.add_optim_args(parser)
@@ -93,9 +95,9 @@ def parse_args(
     default_flags = synthetic_recipe("synthetic_pretrain.args")
     args = flags.parse(parser, argv, default_flags)
     args.target = args.target or ("patch" if args.norm_pix_loss else "pixels")
-    if not args.norm_pix_loss and args.target != "pixels":
+    if not args.norm_pix_loss and args.target in NORMALISED:
         raise UserError(f"--no-norm_pix_loss and --target {args.target} exclude each other")
-    args.norm_pix_loss = args.target != "pixels"
+    args.norm_pix_loss = args.target in NORMALISED
     for name in ("jitter_scales_relative", "jitter_aspect_relative"):
         if args.crop == "center" and tuple(getattr(args, name)) != parser.get_default(name):
             raise UserError(f"--{name} has no effect with --crop center")

@@ -1,6 +1,7 @@
 """Masked autoencoder for video (Masked Autoencoders As Spatiotemporal Learners, arXiv 2205.09113).
 
-Shapes: N clips, C channels, T frames, H W pixels, L tokens, K visible tokens, D width.
+Shapes: N clips, C channels, T frames, H W pixels, L tokens, K visible tokens, D width, P predicted
+values of a patch (u*p*p*C pixels of u frames, or histograms).
 """
 
 import math
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from util.masking import draw_masks, highest_ratio, num_kept, num_visible
 from util.pos_embed import Grid
-from util.video.transforms import MEAN, STD, normalize
+from util.targets import choose_target, hog, motion, target_statistics, values_per_frame
+from util.video.transforms import normalize
 from util.video_vit import (
-    TARGETS,
     Block,
     Encoder,
     PatchEmbed,
@@ -27,7 +28,7 @@ from util.video_vit import (
 
 
 class MaskedAutoencoderViT(Encoder):
-    """Encode the visible space-time patches, decode all, predict the pixels of the removed ones.
+    """Encode the visible space-time patches, decode all, predict what the removed ones show.
 
     Args:
         img_size: height and width of a clip, pixels.
@@ -52,7 +53,9 @@ class MaskedAutoencoderViT(Encoder):
         pos_embed_std: standard deviation of fresh position embeddings. With the paper's 0.02 a
             small model needs thousands of updates to tell places apart; a larger value needs fewer.
         target: "patch": each patch, normalised by its mean and standard deviation (the paper's);
-            "channel": each channel of a patch, by its own (VideoMAE's); "pixels": as the input is.
+            "channel": each channel of a patch, by its own (VideoMAE's); "pixels": as the input is;
+            "hog": histograms of oriented gradients of each channel's cells of 8 x 8 pixels;
+            "motion": the difference to the frame before.
         target_norm: means and standard deviations of the channels that normalise the pixels of
             target "patch" first, in place of (0.45, 0.225): ImageNet's for image MAE.
 
@@ -95,8 +98,8 @@ class MaskedAutoencoderViT(Encoder):
         super().__init__()
         self.arguments = constructor_arguments(locals())
         normalised = self.arguments.pop("norm_pix_loss")  # target says it
-        self.target = choose_target(target, normalised, target_norm, in_chans)
-        self.arguments["target"] = self.target
+        target = choose_target(target, normalised, target_norm, in_chans, patch_size, num_frames)
+        self.target = self.arguments["target"] = target
         self.target_norm, self.in_chans = target_norm, in_chans
         self.trunc_init, self.pos_embed_std = trunc_init, pos_embed_std
         self.cls_embed, self.cls_through_decoder = cls_embed, cls_through_decoder
@@ -140,7 +143,7 @@ class MaskedAutoencoderViT(Encoder):
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads)
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        target_dim = self.t_pred_patch_size * patch_size**2 * in_chans
+        target_dim = self.t_pred_patch_size * values_per_frame(target, patch_size, in_chans)
         self.decoder_pred = nn.Linear(decoder_embed_dim, target_dim)
         self.initialize_weights()
 
@@ -167,9 +170,10 @@ class MaskedAutoencoderViT(Encoder):
         """Cut frames into target vectors: [N, C, pred_t_dim, H, W] -> [N, L, u*p*p*C].
 
         u is the number of predicted frames per patch. A vector runs over (frame, row, column, C).
+        The frames may also be maps with one pixel per cell, as hog's are.
         """
         N, C, T, H, W = imgs.shape
-        p, u = self.patch_embed.patch_size, self.t_pred_patch_size
+        p, u = W // self.patch_embed.input_size[2], self.t_pred_patch_size
         x = imgs.reshape(N, C, T // u, u, H // p, p, W // p, p)  # (N, C, t, u, h, p, w, p)
         x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (N, t, h, w, u, p, p, C)
         return x.reshape(N, -1, u * p * p * C)  # (N, L, u*p*p*C)
@@ -225,7 +229,7 @@ class MaskedAutoencoderViT(Encoder):
         return latent, mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch: latent [N, K, D] of forward_encoder -> pred [N, L, u*p*p*C]."""
+        """Predict every patch: latent [N, K, D] of forward_encoder -> pred [N, L, P]."""
         first, x, pos = self._embed_latent(x)
         N, K, D = x.shape
 
@@ -239,7 +243,7 @@ class MaskedAutoencoderViT(Encoder):
 
         # Decode and predict; the class token predicts nothing.
         x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
-        return self.decoder_pred(x)[:, len(first) :]  # (N, L, u*p*p*C)
+        return self.decoder_pred(x)[:, len(first) :]  # (N, L, P)
 
     def forward_part_of_decoder(
         self, x: Tensor, ids_restore: Tensor, decoder_mask_ratio: float
@@ -261,7 +265,7 @@ class MaskedAutoencoderViT(Encoder):
         x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
 
         # Put the M predictions in their places.
-        pred = self.decoder_pred(x[:, x.shape[1] - M :])  # (N, M, u*p*p*C)
+        pred = self.decoder_pred(x[:, x.shape[1] - M :])  # (N, M, P)
         ids = ids[:, K:].unsqueeze(-1).expand_as(pred)
         return pred.new_zeros(N, L, pred.shape[-1]).scatter(1, ids, pred)
 
@@ -280,35 +284,24 @@ class MaskedAutoencoderViT(Encoder):
             return [x[:, :1] + cls_pos], x[:, 1:], pos
         return [(self.decoder_cls_token + cls_pos).expand(len(x), -1, -1)], x, pos
 
-    def target_statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and scale that turn pixels into targets, and predictions into pixels.
+    def target_patches(self, imgs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Cut the targets from clips [N, C, T, H, W], without the statistics -> [N, L, P]."""
+        if self.target == "motion":
+            return self.patchify(motion(imgs, self.predicted_frames, dtype))
+        frames = self.target_frames(imgs)
+        if self.target == "hog":
+            return self.patchify(hog(normalize(frames).to(dtype)))
+        return normalize(self.patchify(frames)).to(dtype)
 
-        Patches [N, L, u*p*p*C] are of clips normalised by (0.45, 0.225). A target is (patches -
-        mean) / scale, and a picture of a prediction is pred * scale + mean. Both broadcast to
-        patches: [N, L, 1], [N, L, u*p*p*C] if channels differ, or scalars 0 and 1 for "pixels".
-        """
-        if self.target == "pixels":
-            return patches.new_zeros(()), patches.new_ones(())
-        C = self.in_chans  # the fastest index of a patch
-        repeats = patches.shape[-1] // C
-        if self.target == "channel":  # VideoMAE adds 1e-6 to the deviation of pixels in [0, 1]
-            x = patches.unflatten(-1, (-1, C))  # (N, L, u*p*p, C)
-            std, mean = torch.std_mean(x - x[..., :1, :], dim=-2)  # of flat patches: exactly 0
-            mean, scale = mean + x[..., 0, :], std + 1e-6 / STD  # (N, L, C)
-            return mean.repeat(1, 1, repeats), scale.repeat(1, 1, repeats)
-        if not self.target_norm:
-            var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
-            return mean, (var + 1e-6).sqrt()
-        m, s = patches.new_tensor(self.target_norm).repeat(1, repeats)  # in [0, 1]
-        m, s = (m - MEAN) / STD, s / STD  # in our normalisation
-        var, mean = torch.var_mean((patches - m) / s, dim=-1, keepdim=True)
-        return mean * s + m, (var + 1e-6).sqrt() * s
+    def target_statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and scale of target_patches; see util/targets.py."""
+        return target_statistics(patches, self.target, self.in_chans, self.target_norm)
 
     def patch_losses(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Return each patch's mean squared error, in float32: pred [N, L, u*p*p*C] -> [N, L]."""
+        """Return each patch's mean squared error, in float32: pred [N, L, P] -> [N, L]."""
         exact = torch.promote_types(pred.dtype, torch.float32)
-        target = normalize(self.patchify(self.target_frames(imgs))).to(exact)  # (N, L, u*p*p*C)
-        if self.target != "pixels":
+        target = self.target_patches(imgs, exact)  # (N, L, P)
+        if self.target not in ("pixels", "hog"):
             mean, scale = self.target_statistics(target)
             target = (target - mean) / scale
         return (pred.to(exact) - target).square().mean(dim=-1)  # (N, L)
@@ -338,7 +331,7 @@ class MaskedAutoencoderViT(Encoder):
             mask_type: what is removed together, see util.masking.draw_masks.
 
         Returns:
-            loss (scalar), pred [N, L, u*p*p*C], mask [N, L] (1 = removed, and decoded).
+            loss (scalar), pred [N, L, P], mask [N, L] (1 = removed, and decoded).
 
         Raises:
             ValueError: the ratios keep, remove or decode nothing, or there is no such mask_type.
@@ -354,26 +347,6 @@ class MaskedAutoencoderViT(Encoder):
         else:
             pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
-
-
-def choose_target(
-    target: str | None,
-    norm_pix_loss: bool,
-    target_norm: Sequence[Sequence[float]] | None,
-    in_chans: int,
-) -> str:
-    """Return the name of the target; ValueError if there is none, or target_norm does not fit."""
-    if target is None:
-        target = "patch" if norm_pix_loss else "pixels"
-    if target not in TARGETS:
-        raise ValueError(f"target = {target!r} must be one of {', '.join(TARGETS)}")
-    shape = torch.tensor(target_norm or 0).shape
-    if target_norm is not None and (target != "patch" or shape != (2, in_chans)):
-        raise ValueError(
-            f"target_norm needs target = 'patch' and in_chans = {in_chans} means and standard "
-            f"deviations, not {target!r} and {target_norm!r}"
-        )
-    return target
 
 
 def choose_frames(num_frames: int, t_patch_size: int, pred_t_dim: int, strided: bool) -> list[int]:

@@ -32,7 +32,15 @@ from util.run import run, usage_errors
 from util.synthetic import write_dataset
 from util.video.decode import Video, VideoError
 from util.video.sampling import Box, uniform_crop_box
-from util.visualize import WHITE, encode_gif, encode_mp4, enlarge, reconstruct, tile
+from util.visualize import (
+    WHITE,
+    encode_gif,
+    encode_mp4,
+    enlarge,
+    reconstruct,
+    require_pictures,
+    tile,
+)
 from util.weights import apply_weights, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +52,7 @@ ROWS = ("original", "masked", "reconstruction")  # fields of a Reconstruction
 NOTE = {
     "patch": "mean and contrast of every patch are the original's",
     "channel": "mean and contrast of every patch's colours are the original's",
+    "motion": "differences to the frame before; grey: no change",
 }
 mask_ratio = flags.number(
     float, "a share above 0 and below 1, such as 0.95", lambda value: 0 < value < 1
@@ -74,7 +83,8 @@ def load_autoencoder(checkpoint: str | None = None) -> Autoencoder:
         checkpoint: path, address or name of a released one; None: default_checkpoint.
 
     Raises:
-        UserError: the checkpoint cannot be found, downloaded or read, or it has no decoder.
+        UserError: the checkpoint cannot be found, downloaded or read, it has no decoder, or its
+            predictions have no pictures.
     """
     path = checkpoint or default_checkpoint()
     try:
@@ -89,6 +99,7 @@ def load_autoencoder(checkpoint: str | None = None) -> Autoencoder:
         raise weights.lacks("decoder", "to reconstruct, give a pre-trained checkpoint")
     with torch.device("meta"), usage_errors():  # random weights would take seconds
         model = MaskedAutoencoderViT(**weights.autoencoder_arguments())
+        require_pictures(model)
     apply_weights(model, weights, keep_head=False)
     return Autoencoder(model.eval(), int(weights.flags.get("sampling_rate", SAMPLING_RATE)))
 

@@ -686,6 +686,8 @@ WITHOUT_CLASS = SEPARABLE | {"cls_embed": False, "decoder_num_heads": 1}
         ("pyslowfast", SEPARABLE, "class token of its own"),
         ("pyslowfast", SEPARABLE | {"cls_through_decoder": True}, "64 channels per head"),
         ("pyslowfast", WITHOUT_CLASS | {"target": "channel"}, "normalised in another way.*--drop"),
+        ("pyslowfast", WITHOUT_CLASS | {"target": "hog"}, "its target is 'hog', not pix.*--drop"),
+        ("videomae-hf", SINCOS | {"target": "motion"}, "target is 'motion', not pix.*--drop"),
         ("pyslowfast-separate", WITHOUT_CLASS | {"target": "patch", "target_norm": IMAGENET},
          "normalised in another way"),
         ("pyslowfast", WITHOUT_CLASS | {"t_patch_size": 4, "pred_t_dim": 2},

@@ -279,6 +279,11 @@ def test_the_target_is_the_papers_with_norm_pix_loss_and_else_pixels():
     [
         ({"target": "patches"}, "target = 'patches' must be one of patch, channel, pixels"),
         ({"target": ""}, "target = '' must be one of"),
+        ({"target": "hog", "patch_size": 4}, "'hog' needs a patch_size that is a multiple of 8"),
+        (
+            {"target": "motion", "num_frames": 1, "t_patch_size": 1, "pred_t_dim": 1},
+            "target = 'motion' needs num_frames of at least 2, not 1",
+        ),
         (
             {"target": "channel", "target_norm": IMAGENET},
             "target_norm needs target = 'patch' .* not 'channel'",

@@ -247,26 +247,31 @@ def test_eval_needs_no_training_videos(videos, finetuned, tmp_path, capsys):
     ("flags", "target"),
     [([], "patch"), (["--no-norm_pix_loss"], "pixels"), (["--target", "pixels"], "pixels"),
      (["--target", "channel"], "channel"), (["--norm_pix_loss", "--target", "patch"], "patch"),
-     (["--no-norm_pix_loss", "--target", "pixels"], "pixels")],
+     (["--no-norm_pix_loss", "--target", "pixels"], "pixels"),
+     (["--no-norm_pix_loss", "--target", "motion"], "motion"), (["--target", "hog"], "hog")],
 )  # fmt: skip
 def test_the_target_that_the_flags_choose(flags, target):
     args = main_pretrain.parse_args([*PRETRAIN, *flags])
     assert args.target == main_pretrain.build_model(args).target == target
 
 
-def test_pretraining_on_channels_resumes_and_draws(videos, tmp_path, capsys):
+@pytest.mark.parametrize("target", ["channel", "hog", "motion"])
+def test_pretraining_on_other_targets_resumes_and_draws(videos, tmp_path, capsys, target):
     flags = ["--path_to_data_dir", videos, "--output_dir", tmp_path, *PRETRAIN, "--vis_period", 1]
-    call(main_pretrain, *flags, "--target", "channel", "--epochs", 1)
-    call(main_pretrain, *flags, "--target", "channel", "--epochs", 2)
-    assert "--target channel ->" not in capsys.readouterr().out
+    call(main_pretrain, *flags, "--target", target, "--epochs", 1)
+    call(main_pretrain, *flags, "--target", target, "--epochs", 2)
+    out = capsys.readouterr().out
+    assert "some flags differ" in out and "--epochs 1 -> 2\n" in out  # and no others
+    assert out.count("hog has no pictures") == 2 * (target == "hog")  # once in each run
     content = torch.load(tmp_path / "checkpoint-00001.pth", weights_only=True)
-    assert content["arguments"]["target"] == content["args"]["target"] == "channel"
+    assert content["arguments"]["target"] == content["args"]["target"] == target
     log = [simplejson.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert all(0 < record["train_loss"] < 3 for record in log) and len(log) == 2
     shown = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload().Tags()
-    assert "fixed_clips/frames_0" in shown["images"]
-    call(main_pretrain, *flags, "--epochs", 2)
-    assert "--target channel -> patch" in capsys.readouterr().out
+    assert ("fixed_clips/frames_0" in shown["images"]) == (target != "hog")
+    if target != "hog":  # of its own width
+        call(main_pretrain, *flags, "--epochs", 2)
+        assert f"--target {target} -> patch" in capsys.readouterr().out
 
 
 def test_crop_and_colours_change_what_is_learnt(videos, tmp_path):

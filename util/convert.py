@@ -68,6 +68,7 @@ def to_pyslowfast(weights: Weights, separate: bool) -> dict[str, Any]:
             reasons.append("it predicts other frames than the first of every patch")
         if arguments["target"] == "channel" or arguments.get("target_norm"):
             reasons.append("its targets are normalised in another way")
+        reasons += _unknown_target(arguments)
     _refuse("PySlowFast", reasons, weights.has_decoder)
 
     names = {ours: theirs for theirs, ours in formats.PYSLOWFAST_NAMES.items()}
@@ -128,6 +129,7 @@ def to_videomae_hf(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any],
             reasons.append("its targets are normalised over all channels and VideoMAE's in each")
         if arguments["target"] == "pixels" and arguments["in_chans"] != 3:
             reasons.append("it predicts other colours than red, green and blue")
+        reasons += _unknown_target(arguments)
         if state.pop("decoder_embed.bias").any():
             reasons.append("VideoMAE's decoder_embed has no bias")
         if arguments["no_qkv_bias"] != ("decoder_blocks.0.attn.q.bias" not in state):
@@ -205,6 +207,11 @@ def write(weights: Weights, path: str, to: str) -> None:
 def _own_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors: some share memory, and of a view a file would store all that it views."""
     return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+
+
+def _unknown_target(arguments: dict[str, Any]) -> list[str]:
+    target = arguments["target"]
+    return [f"its target is {target!r}, not pixels"] if target in ("hog", "motion") else []
 
 
 def _refuse(project: str, reasons: list[str], has_decoder: bool) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 from util.pos_embed import Grid
-from util.video_vit import POOLS, TARGETS
+from util.targets import TARGETS, values_per_frame
+from util.video_vit import POOLS
 
 OURS = "MAE"  # names of this project and of the reference implementation
 PYSLOWFAST = "PySlowFast"
@@ -534,6 +535,7 @@ def find_arguments(weights: Weights, records: dict[str, Any]) -> None:
         width = len(state["decoder_embed.weight"])
         has_sixteen = usual.get("decoder_num_heads") == 16 and width % 16 == 0
         pred = len(state.get("decoder_pred.weight", state.get("decoder_pred.bias", ())))
+        values = max(1, values_per_frame(records.get("target"), p, C))  # no cells: refused later
         raw_pixels = any(word in os.path.basename(weights.path) for word in ("nonorm", "visualize"))
         arguments |= {
             "decoder_embed_dim": width, "decoder_depth": _count_blocks(state, "decoder_blocks"),
@@ -541,7 +543,7 @@ def find_arguments(weights: Weights, records: dict[str, Any]) -> None:
             "decoder_sep_pos_embed": any(k.startswith("decoder_pos_embed_") for k in state),
             "cls_through_decoder": cls_embed and usual.get("cls_through_decoder", False),
             "strided_targets": usual.get("strided_targets", False),
-            "pred_t_dim": max(1, pred // (p * p * C)) * t,
+            "pred_t_dim": max(1, pred // values) * t,
             "target": "pixels" if raw_pixels else usual.get("target", "patch"),
             "target_norm": records.get("target_norm"),
         }  # fmt: skip

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from util.pos_embed import Grid, join, sincos_pos_embed
 from util.video.transforms import normalize
 
-TARGETS = ("patch", "channel", "pixels")  # what a masked autoencoder predicts
 POOLS = ("mean", "cls")  # what the head of a classifier reads
 
 attention = None

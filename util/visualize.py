@@ -23,7 +23,7 @@ from util.meters import last_x
 from util.optim import autocast
 from util.report import draw_confusion, report_classes, warned, worst_classes
 from util.synthetic import write_video
-from util.video.transforms import MEAN, STD, channels_first, normalize
+from util.video.transforms import MEAN, STD, channels_first
 
 if TYPE_CHECKING:
     from util.kinetics import Kinetics
@@ -52,6 +52,12 @@ class Reconstruction(NamedTuple):
     mask: Tensor  # float32 [N, L], 1 = removed
 
 
+def require_pictures(model: Any) -> None:
+    """Raise ValueError if what a masked autoencoder predicts cannot be shown as pixels."""
+    if model.target == "hog":
+        raise ValueError("a model of target 'hog' predicts histograms of gradients, not pictures")
+
+
 @torch.inference_mode()
 def reconstruct(
     model: Any,
@@ -72,6 +78,36 @@ def reconstruct(
         clips: uint8 [N, T, H, W, C], of the model's size, on any device.
         mask_ratio, mask_type, seed: see util.masking.fixed_masks.
         paste_visible: show visible patches' true pixels, not predictions that no loss has trained.
+
+    With target "motion", all versions show differences to the frame before, and grey is none.
+
+    Raises:
+        ValueError: see draw_masks and require_pictures; or the clips have another size.
+    """
+    require_pictures(model)
+    imgs, pred, loss, mask = _predict(model, clips, mask_ratio, mask_type, seed)
+
+    # Turn targets and predictions back into pixels.
+    target = model.target_patches(imgs)
+    mean, scale = model.target_statistics(target)
+    pred = pred * scale + mean
+    grey = (REMOVED / 255 - MEAN) / STD
+    if model.target == "motion":
+        target, pred = target + grey, pred + grey
+    removed = mask.bool().unsqueeze(-1)
+    masked = torch.where(removed, grey, target)
+    reconstruction = torch.where(removed, pred, target) if paste_visible else pred
+    versions = [_to_uint8(model.unpatchify(x)) for x in (target, masked, reconstruction)]
+    return Reconstruction(*versions, loss=loss.cpu(), mask=mask.cpu())
+
+
+@torch.inference_mode()
+def _predict(
+    model: Any, clips: Tensor, mask_ratio: float, mask_type: str = "random", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return clips as imgs [N, C, T, H, W], pred [N, L, P], loss and mask [N, L]: see reconstruct.
+
+    P values are predicted of a patch, before the statistics of its target are applied.
     """
     embed = model.patch_embed
     size = [len(clips), embed.num_frames, embed.img_size, embed.img_size, 3]
@@ -85,19 +121,8 @@ def reconstruct(
     latent = model.encode(imgs, ids_keep)
     if model.cls_embed and not model.cls_through_decoder:
         latent = latent[:, 1:]
-    pred = model.forward_decoder(latent, ids_restore).float()  # (N, L, u*p*p*C)
-    loss = model.patch_losses(imgs, pred)  # (N, L)
-
-    # Turn targets and predictions back into pixels.
-    target = normalize(model.patchify(model.target_frames(imgs)))
-    mean, scale = model.target_statistics(target)
-    pred = pred * scale + mean
-    removed = mask.bool().unsqueeze(-1)
-    grey = torch.full_like(target, (REMOVED / 255 - MEAN) / STD)
-    masked = torch.where(removed, grey, target)
-    reconstruction = torch.where(removed, pred, target) if paste_visible else pred
-    versions = [_to_uint8(model.unpatchify(x)) for x in (target, masked, reconstruction)]
-    return Reconstruction(*versions, loss=loss.cpu(), mask=mask.cpu())
+    pred = model.forward_decoder(latent, ids_restore).float()  # (N, L, P)
+    return imgs, pred, model.patch_losses(imgs, pred), mask
 
 
 def _to_uint8(imgs: Tensor) -> Tensor:
@@ -185,6 +210,8 @@ class FixedClips:
             return
         if self.clips is None:
             self.clips = self._read()
+            if model.target == "hog":
+                print0("--target hog has no pictures: TensorBoard only shows the clips' losses")
         if not len(self.clips):
             return
         with warned("reconstructions are not shown in TensorBoard"):
@@ -194,15 +221,22 @@ class FixedClips:
         # Compiled blocks would be compiled again for this number of clips.
         eager = torch.compiler.set_stance("force_eager")
         with eager, autocast(self.device, self.args.precision):
-            result = reconstruct(model, clips, self.args.mask_ratio, self.args.mask_type)
+            masks = self.args.mask_ratio, self.args.mask_type
+            if model.target == "hog":
+                result, (*_, loss, mask) = None, _predict(model, clips, *masks)
+            else:
+                result = reconstruct(model, clips, *masks)
+                loss, mask = result.loss, result.mask
 
         # Log the losses of the removed patches.
         x = last_x(epoch, self.args.repeat_aug)
-        losses = result.loss[result.mask.bool()]
+        losses = loss[mask.bool()].cpu()
         log.scalar("fixed_clips/loss", losses.mean().item(), x)
         log.histogram("fixed_clips/patch_loss", losses.numpy(), x)
 
         # Log original, masked and reconstruction side by side: a GIF and some frames as a picture.
+        if result is None:
+            return
         versions = zip(result.original, result.masked, result.reconstruction, strict=True)
         factor = max(1, MIN_SIDE // clips.shape[2])
         t = result.original.shape[1]
