@@ -55,7 +55,7 @@ class MaskedAutoencoderViT(Encoder):
         target: "patch": each patch, normalised by its mean and standard deviation (the paper's);
             "channel": each channel of a patch, by its own (VideoMAE's); "pixels": as the input is;
             "hog": histograms of oriented gradients of each channel's cells of 8 x 8 pixels;
-            "motion": the difference to the frame before.
+            "motion": the difference to the frame before, over the root mean square of the clip's.
         target_norm: means and standard deviations of the channels that normalise the pixels of
             target "patch" first, in place of (0.45, 0.225): ImageNet's for image MAE.
 

@@ -16,7 +16,6 @@ from util.video.transforms import MEAN, STD, normalize
 TARGETS = ("patch", "channel", "pixels", "hog", "motion")
 NORMALISED = ("patch", "channel")  # by statistics of each patch
 CELL, BINS = 8, 9  # of a histogram: side in pixels, orientations
-MOTION_SCALE = 1.0  # differences of normalised pixels are divided by it
 
 
 def choose_target(
@@ -61,12 +60,16 @@ def target_statistics(
 
     Patches [N, L, u*p*p*C] are of clips normalised by (0.45, 0.225), or for "motion" of their
     differences. A target is (patches - mean) / scale, and a prediction shows pred * scale + mean.
-    Both broadcast to patches: [N, L, 1], [N, L, u*p*p*C] if channels differ, or scalars if no
-    patch is normalised by itself.
+    Both broadcast to patches: [N, L, 1], [N, L, u*p*p*C] if channels differ, or scalars. The scale
+    of "motion" is the root mean square of the clip's differences, [N, 1, 1].
     """
     if target not in NORMALISED:
-        scale = MOTION_SCALE if target == "motion" else 1.0
-        return patches.new_zeros(()), patches.new_full((), scale)
+        scale = patches.new_ones(())
+        if (
+            target == "motion"
+        ):  # per clip: still patches stay 0, but slow clips count like fast ones
+            scale = (patches.square().mean(dim=(1, 2), keepdim=True) + 1e-6).sqrt()  # (N, 1, 1)
+        return patches.new_zeros(()), scale
     C = in_chans  # the fastest index of a patch
     repeats = patches.shape[-1] // C
     if target == "channel":  # VideoMAE adds 1e-6 to the deviation of pixels in [0, 1]
@@ -86,9 +89,7 @@ def target_statistics(
 def motion(imgs: Tensor, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Subtract from each of the frames the one before it; frame 0 counts as frame 1.
 
-    Clips [N, C, T, H, W] become differences of normalised pixels [N, C, t, H, W]. They have no
-    statistics of their own, only MOTION_SCALE: a still patch stays 0, and a strong movement counts
-    more than noise.
+    Clips [N, C, T, H, W] become differences of normalised pixels [N, C, t, H, W].
     """
     later = [max(t, 1) for t in frames]
     now, before = (torch.stack([imgs[:, :, t - i] for t in later], dim=2) for i in (0, 1))
