@@ -16,6 +16,7 @@ from util.video.transforms import MEAN, STD, normalize
 TARGETS = ("patch", "channel", "pixels", "hog", "motion")
 NORMALISED = ("patch", "channel")  # by statistics of each patch
 CELL, BINS = 8, 9  # of a histogram: side in pixels, orientations
+LEVEL = 1 / 255 / STD  # one level of uint8 pixels: less motion than this is taken for noise
 
 
 def choose_target(
@@ -65,10 +66,8 @@ def target_statistics(
     """
     if target not in NORMALISED:
         scale = patches.new_ones(())
-        if (
-            target == "motion"
-        ):  # per clip: still patches stay 0, but slow clips count like fast ones
-            scale = (patches.square().mean(dim=(1, 2), keepdim=True) + 1e-6).sqrt()  # (N, 1, 1)
+        if target == "motion":  # of the clip: still patches stay 0, slow clips count like fast ones
+            scale = (patches.square().mean(dim=(1, 2), keepdim=True) + LEVEL**2).sqrt()
         return patches.new_zeros(()), scale
     C = in_chans  # the fastest index of a patch
     repeats = patches.shape[-1] // C
