@@ -78,6 +78,10 @@ QUESTIONS: dict[str, tuple[str, list[Setting]]] = {
                 each("--repeat_aug", 1, 2, 4, more=SAME)),
     "epochs": ("Epochs of pre-training, relative to the recipe's",
                [Setting(n, f"--epochs {n} --warmup_epochs {n}") for n in ("x0.25", "x1", "x2")]),
+    "frame_distance": ("Distance between the frames of a clip", [
+        Setting(f"{rate}, {name}", flags if flags is None else rate, rate)
+        for rate in ("--sampling_rate 2", "--sampling_rate 4", "--sampling_rate 6")
+        for name, flags in BOTH.items()]),
     "labels": ("Labelled videos", [
         Setting(f"{n}, {name}", flags, "", n)
         for n in (32, 128, 512, 2048) for name, flags in BOTH.items()]),
@@ -243,8 +247,10 @@ class Plan:
             trial["pretrain"] = parent
         if how is not None:
             trial["finetune"] = self.add("finetune", how, seed, lists, folder, parent)
-        start = "--finetune START" if "START" in (how or "") else ""
-        return trial | {"probe": self.add("probe", start, seed, lists, folder, parent)}
+        how = (
+            how if re.search("START|--sampling_rate", how or "") else ""
+        )  # what a probe depends on
+        return trial | {"probe": self.add("probe", how or "", seed, lists, folder, parent)}
 
     def add(
         self, kind: str, flags: str, seed: int, lists: dict[str, Rows], folder: str = "",
