@@ -51,7 +51,7 @@ def get_args_parser() -> flags.Parser:
     add("--color_jitter", 0.0, text, flags.share, metavar="S")
     add = flags.adder(parser, "masked autoencoder")
     add("--mask_ratio", 0.9, "share of patches that are removed", flags.share_below_1)
-    text = "share at the end of the run, approached along half a cosine; not given: --mask_ratio"
+    text = "share at the end of the run, reached along half a cosine; not given: the share stays"
     add("--mask_ratio_end", None, text, flags.share_below_1)
     text = "what to remove: random patches, the same places at all times (tube), time steps, or "
     add("--mask_type", "random", text + "cuboids (block)", choices=MASK_TYPES)

@@ -5,8 +5,9 @@
 
 A run is a subprocess: main_pretrain.py, main_finetune.py with main_test.py, or a probe (ridge
 regression on the frozen encoder). It writes to OUT/runs/NAME and, once finished, adds a line to
-OUT/runs.jsonl. Questions share runs that have the same flags, data and seed. The same command
-continues after any kind of stop. OUT/QUESTION.md and .png show the runs that are finished so far.
+OUT/runs.jsonl. Questions share runs that have the same flags, lists of videos and seed; if the
+videos themselves change, give another --out. The same command continues after any kind of stop.
+OUT/QUESTION.md and .png show the runs that are finished so far.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def each(flags: str, *values: object, more: str = "") -> list[Setting]:
 
 # In these flags, xN is N times the recipe's value, same_clips the value that keeps the product with
 # --repeat_aug as it is in the recipe, and START the checkpoint of --start.
-SAME = "--epochs same_clips --warmup_epochs same_clips --batch_size same_clips"
+SAME = "--epochs same_clips --warmup_epochs same_clips --batch_size same_clips --lr x1"
 RATES = ("--layer_decay 1", "--layer_decay 0.75", "--layer_decay 0.5", "--lr x0.5", "--lr x2")
 BOTH = {"pre-trained": "", "scratch": None}
 SCRATCH = Setting("scratch", None)  # every question without a setting from scratch gets this one
@@ -188,7 +189,7 @@ class Run:
         if self.kind == "finetune":
             val = [line["val_acc1"] for line in log]
             test = read_lines(self.folder / "test/log.txt")[-1]["test_acc1"]
-            found |= {"val_acc1": val[-1], "val_acc1_best": max(val), "test_acc1": test}
+            found |= {"val_acc1": val[-1], "test_acc1": test}
         return found
 
 
@@ -197,6 +198,8 @@ class Plan:
 
     def __init__(self, args: Namespace):
         self.out, self.start = Path(args.out).absolute(), args.start and os.path.abspath(args.start)
+        if self.start and not os.path.isfile(self.start):
+            raise UserError(f"--start {args.start} is no file")
         paths = {"pretrain": args.pretrain_recipe, "finetune": args.finetune_recipe}
         self.recipes = {kind: f"@{os.path.abspath(path)}" for kind, path in paths.items()}
         self.recipes["probe"] = self.recipes["finetune"]
@@ -213,13 +216,17 @@ class Plan:
         self.skipped: dict[str, None] = {}  # sentences
         self.trials: dict[str, Trials] = {name: {} for name in args.questions}
         # One seed of all questions before the next, so that a short night has results for each.
-        for seed, name in [(seed, name) for seed in args.seeds for name in args.questions]:
+        for seed, name in product(dict.fromkeys(args.seeds), dict.fromkeys(args.questions)):
             settings = QUESTIONS[name][1]
             scratch = [] if any(s.pretrain is None for s in settings) else [SCRATCH]
             for setting in settings + scratch:
                 if trial := self.trial(name, setting, seed):
                     self.trials[name].setdefault(setting, []).append(trial)
-        self.records: list[Any] = read_lines(self.out / "runs.jsonl")
+        self.records: list[Any] = []
+
+    def read_records(self) -> None:
+        """Find out which runs are finished."""
+        self.records = read_lines(self.out / "runs.jsonl")
         for record in self.records:
             if record["key"] in self.runs:
                 self.runs[record["key"]].record = record
@@ -261,16 +268,14 @@ class Plan:
         words = expand(flags, base, self.start)
         words += ["--seed", str(seed), "--path_to_data_dir", folder or self.pool_dir]
         words += ["--num_classes", str(self.num_classes)] if folder else []
-        args, usual = self.parse(kind, self.recipes[kind], *words), self.parse(kind)
+        args = self.parse(kind, self.recipes[kind], *words)
         named = {"model", *MODEL_FLAGS} if kind == "probe" else compared(args).keys() - UNNAMED
         values = {flag: vars(args)[flag] for flag in sorted({"seed", *named})}
-        # The key leaves defaults out, so that it stays the same when a script gets a new flag.
-        told = {flag: value for flag, value in values.items() if value != vars(usual)[flag]}
         start = getattr(args, "finetune", "") and Path(args.finetune).read_bytes()
         start = start and hashlib.sha256(start).hexdigest()
-        identity = [kind, told, lists, start, parent and parent.key, VIEWS]
+        identity = [kind, values, lists, start, parent and parent.key, VIEWS]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
-        source = os.path.basename(self.start) if start else parent.key if parent else "scratch"
+        source = os.path.basename(args.finetune) if start else parent.key if parent else "scratch"
         source = f" from {source}" if start or kind != "pretrain" else ""
         new = [(k, v) for k, v in values.items() if k != "num_classes" and v != vars(base)[k]]
         name = f"{kind} {key}{source}, {len(lists['train'])} videos"
@@ -421,7 +426,8 @@ def report(plan: Plan, run: Run | None = None) -> None:
             tests = results(trials, "finetune", "test_acc1")
             probes = results(trials, "probe", "probe_test")
             points[setting.label] = probes if setting.finetune is None else tests
-            times = [[r.record["seconds"] / 60 for r in x.values() if r.record] for x in trials]
+            done = [[r.record for r in x.values() if r.record] for x in trials]
+            times = [[r["seconds"] / 60 for r in x if not r["resumed"]] for x in done]
             minutes = spread([sum(x) for x in times if x])
             mark = " (best)" if setting is best else ""
             cells = [setting.label, str(len(points[setting.label])), spread(val[setting]) + mark]
@@ -432,9 +438,10 @@ def report(plan: Plan, run: Run | None = None) -> None:
         se = 100 * math.sqrt(p * (1 - p) / num_test)
         note = (
             f"Top-1 is in percent, on {num_test} test videos. The standard error of a run is about "
-            f"sqrt(p (1 - p) / n), {se:.1f} points at {100 * p:.0f} %. Within two of {error:.1f} "
-            f"points from {100 * chance:.3g} %, the table says: at chance. The best setting is "
-            "chosen by the last validation alone. Losses compare only for equal targets and masks."
+            f"sqrt(p (1 - p) / n), {se:.1f} points at {100 * p:.0f} %. A mean within "
+            f"{2 * error:.1f} points of {100 * chance:.3g} % is at chance. The best setting is "
+            "chosen by the last validation alone. All seeds have the same labelled videos. "
+            "Losses compare only for equal targets and masks. Minutes leave out resumed runs."
         )
         lines += ["", note]
         write(f"{plan.out}/{name}.md", [f"{line}\n" for line in lines])
@@ -526,7 +533,7 @@ def get_args_parser() -> ArgumentParser:
     add("--data", None, "folder of labelled train.csv, val.csv and test.csv", required=True)
     add("--pretrain_data", "", "folder of the train.csv for pre-training; empty: --data")
     add("--out", "output/ablations", "folder of runs, tables and plots")
-    add("--start", "", "a pre-trained checkpoint, for the question initialisation")
+    add("--start", "", "file of a pre-trained model, for the question initialisation")
     for task in ("pretrain", "finetune"):
         add(f"--{task}_recipe", f"{ROOT}/recipes/ablation_{task}.args", "flags of all such runs")
     add("--questions", list(QUESTIONS), "what to ask", nargs="+", choices=list(QUESTIONS))
@@ -544,6 +551,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ending("ablations"):
         args = get_args_parser().parse_args(argv)
         plan = Plan(args)
+        if not args.list:
+            os.makedirs(plan.out, exist_ok=True)
+            lock_folder(str(plan.out), 10)
+        plan.read_records()  # another harness may have written some until now
         for line in plan.skipped:
             print(line)
         if args.list:
@@ -552,8 +563,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{state:8} {run.updates:7} updates  {run.name}")
             total = sum(run.updates for run in plan.runs.values() if not run.record)
             return print(f"{len(plan.runs)} runs, {total} updates to do")
-        os.makedirs(plan.out, exist_ok=True)
-        lock_folder(str(plan.out), 10)
         report(plan)
         sys.exit(execute(plan, args.jobs))
 

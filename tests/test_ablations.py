@@ -69,9 +69,9 @@ def call(argv: list[str]) -> int:
         ("--epochs x0.25 --lr x2", "--epochs 4 --lr 0.004"),
         ("--epochs x0.001", "--epochs 1"),
         (f"--repeat_aug 1 {ablations.SAME}",
-         "--repeat_aug 1 --epochs 32 --warmup_epochs 4 --batch_size 64"),
+         "--repeat_aug 1 --epochs 32 --warmup_epochs 4 --batch_size 64 --lr 0.002"),
         (f"--repeat_aug 4 {ablations.SAME}",
-         "--repeat_aug 4 --epochs 8 --warmup_epochs 1 --batch_size 16"),
+         "--repeat_aug 4 --epochs 8 --warmup_epochs 1 --batch_size 16 --lr 0.002"),
         ("--finetune START", "--finetune a.pth"),
     ],
 )  # fmt: skip
@@ -117,6 +117,11 @@ def test_a_key_depends_on_what_changes_the_result(argv, tmp_path, change):
     assert len(before) == len(shared)
     # a probe on scratch does not depend on the rate or decay of fine-tuning
     assert len(before & shared) == (1 if change == "recipe" else 0)
+
+
+def test_a_seed_or_question_that_is_given_twice_counts_once(argv):
+    plan = Plan(parse(argv, "decoder_depth", "decoder_depth", "--seeds", "0", "0"))
+    assert {len(trials) for trials in plan.trials["decoder_depth"].values()} == {1}
 
 
 def test_workers_and_printing_do_not_change_a_key(argv, tmp_path):
@@ -335,7 +340,7 @@ def test_best_is_chosen_by_validation(argv):
             val, test = {"2": (70, 40), "4": (60, 90)}.get(depth, (50, 30))
             scores = {"val_acc1": val, "test_acc1": test + 10 * seed, "probe_test": 80}
             for run in trial.values():
-                run.record = scores | {"train_loss": 0.5, "seconds": 60}
+                run.record = scores | {"train_loss": 0.5, "seconds": 60, "resumed": False}
     plan.out.mkdir()
     ablations.report(plan)
     table = (plan.out / "decoder_depth.md").read_text()

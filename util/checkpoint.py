@@ -412,9 +412,11 @@ class Checkpoints:
                     "start from its weights with --finetune instead of --resume"
                 )
         flags = checkpoint_args(checkpoint)
-        trained, started_from = flags.get("model"), flags.get("finetune")
+        trained = flags.get("model")
+        # older pre-training had no --finetune
+        started_from = flags.get("finetune", "" if "mask_ratio_end" in vars(self.args) else None)
         if trained not in (None, self.args.model):
-            way_out = "--finetune (main_finetune.py) to start from its weights"
+            way_out = "--finetune to start from its weights"
             way_out = way_out if self.args.resume else "another --output_dir"
             raise UserError(f"{path} is of --model {trained}, not {self.args.model}; use {way_out}")
         # the user has chosen the file of --resume; one found in the folder may be another run's

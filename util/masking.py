@@ -68,7 +68,7 @@ def draw_masks(
     K, L = num_kept(grid, mask_ratio, mask_type), math.prod(grid)
     if not 0 < K <= L:
         raise ValueError(f"mask_ratio = {mask_ratio} keeps {K} of {L} tokens")
-    return _keep_smallest(_draw_noise(num_clips, grid, mask_type, device=device), K, mask_type)
+    return _keep_first(_draw_order(num_clips, grid, mask_type, device=device), K)
 
 
 def fixed_masks(
@@ -84,36 +84,39 @@ def fixed_masks(
     if seed < 0:
         raise ValueError(f"seed = {seed} is negative")
     K = max(unit_size(grid, mask_type), num_kept(grid, mask_ratio, mask_type))
-    noise = []
+    orders = []
     for i in range(num_clips):
         state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
-        noise.append(_draw_noise(1, grid, mask_type, device="cpu", generator=generator))
-    return _keep_smallest(torch.cat(noise), K, mask_type)
+        orders.append(_draw_order(1, grid, mask_type, device="cpu", generator=generator))
+    return _keep_first(torch.cat(orders), K)
 
 
-def _draw_noise(num_clips: int, grid: Grid, mask_type: str, **options: Any) -> Tensor:
-    """Return noise [N, L], of which masks keep the smallest; options are those of torch.rand."""
+def _draw_order(num_clips: int, grid: Grid, mask_type: str, **options: Any) -> Tensor:
+    """Draw the order of the tokens [N, L] of which masks keep the first; options of torch.rand."""
     t, h, w = grid
     if mask_type == "random":
-        return torch.rand(num_clips, t * h * w, **options)
-    if mask_type != "block":
+        return torch.rand(num_clips, t * h * w, **options).argsort(dim=1)
+
+    if mask_type == "block":
+        # Every possible cuboid draws a value, and a token takes the largest of those that cover it:
+        # this removes one cuboid after another. They may stick out, or borders would be favoured.
+        half = [(n + 1) // 2 for n in grid]
+        places = (n + length - 1 for n, length in zip(grid, half, strict=True))
+        noise = torch.rand(num_clips, *places, **options)
+        for dim, length in enumerate(half, start=1):
+            noise = noise.unfold(dim, length, 1).amax(dim=-1)
+    else:
         shape = (1, h, w) if mask_type == "tube" else (t, 1, 1)
-        return torch.rand(num_clips, *shape, **options).expand(-1, t, h, w).flatten(1)
+        noise = torch.rand(num_clips, *shape, **options).expand(-1, t, h, w)
 
-    # Every possible cuboid draws a value, and a token takes the largest of those that cover it:
-    # this removes one cuboid after another. They may stick out, so that no place is favoured.
-    half = [(n + 1) // 2 for n in grid]
-    places = (n + length - 1 for n, length in zip(grid, half, strict=True))
-    noise = torch.rand(num_clips, *places, **options)
-    for dim, length in enumerate(half, start=1):
-        noise = noise.unfold(dim, length, 1).amax(dim=-1)
-    return noise.flatten(1)
+    # Tokens of a tube, step or cuboid have equal noise: they stay together, in random order.
+    order = torch.rand(num_clips, t * h * w, **options).argsort(dim=1)
+    return order.gather(1, noise.flatten(1).gather(1, order).argsort(dim=1, stable=True))
 
 
-def _keep_smallest(noise: Tensor, K: int, mask_type: str) -> Masks:
-    """Keep the K tokens with the smallest noise [N, L] of each clip, in noise order."""
-    # a stable sort keeps the tokens of a tube, step or cuboid, which have equal noise, together
-    ids_shuffle = noise.argsort(dim=1, stable=mask_type != "random")
-    ids_restore = ids_shuffle.argsort(dim=1)
-    return Masks((ids_restore >= K).to(noise.dtype), ids_restore, ids_shuffle[:, :K])
+def _keep_first(order: Tensor, K: int) -> Masks:
+    """Keep the first K tokens of each clip's order [N, L]."""
+    ids_restore = order.argsort(dim=1)
+    mask = (ids_restore >= K).to(torch.get_default_dtype())
+    return Masks(mask, ids_restore, order[:, :K])

@@ -82,7 +82,7 @@ def reconstruct(
     With target "motion", all versions show differences to the frame before, and grey is none.
 
     Raises:
-        ValueError: see draw_masks and require_pictures; or the clips have another size.
+        ValueError: see fixed_masks and require_pictures; or the clips have another size.
     """
     require_pictures(model)
     imgs, pred, loss, mask = _predict(model, clips, mask_ratio, mask_type, seed)

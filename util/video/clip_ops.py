@@ -65,8 +65,8 @@ def solarize_add(clip: np.ndarray, amount: int) -> np.ndarray:
     return _look_up(clip, np.where(_levels < 128, _levels + np.uint8(amount), _levels))
 
 
-# In the next five, factor 1 changes nothing; 0 gives grey frames, their mean, black, the mean of
-# all frames, or a blur.
+# In the next five, factor 1 changes nothing, and factor 0 gives: grey frames, the mean grey of each
+# frame, black, the mean grey of the clip, a blur.
 def color(clip: np.ndarray, factor: float) -> np.ndarray:
     return _blend((cv2.cvtColor(_gray(x), cv2.COLOR_GRAY2RGB) for x in clip), clip, factor)
 
