@@ -241,7 +241,9 @@ class Plan:
         if not self.start and "START" in f"{setting.pretrain} {how}":
             why = "--start is not given"
         if count := setting.labels:
-            known, sources = range(self.num_classes), (lists["train"], self.pool)
+            held_out = {path for path, _ in lists["val"] + lists["test"]}
+            pool = [row for row in self.pool if row[0] not in held_out]
+            known, sources = range(self.num_classes), (lists["train"], pool)
             fit = [x for x in sources if len(x) >= count and all(n in known for _, n in x)]
             lists = lists | {"train": choose_labelled(fit[0], count) if fit else []}
             why = why if fit else f"there are fewer than {count} labelled videos"

@@ -155,6 +155,8 @@ def test_labels_beyond_those_of_data_come_from_the_pool(argv, monkeypatch):
     trained = [run.lists["train"] for run in plan.runs.values() if run.kind == "finetune"]
     assert [sum(label for _, label in rows) for rows in trained] == [2, 8]
     assert [*plan.skipped] == ["skipped: labels, 17: there are fewer than 17 labelled videos"]
+    plan.pool = plan.pool + plan.labelled["test"]  # from which no label is taken
+    assert plan.trial("labels", settings[2], seed=0) == {}
 
 
 def test_start_changes_the_key_and_is_needed(argv, tmp_path, monkeypatch):
