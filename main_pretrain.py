@@ -151,7 +151,7 @@ def check_masks(model: models_mae.MaskedAutoencoderViT, args: argparse.Namespace
 def decoder_problem(weights: Weights, model: models_mae.MaskedAutoencoderViT) -> str:
     """Return why the decoder of a file cannot go on as that of the model, or an empty string."""
     if not weights.has_decoder:
-        return "the file has none"
+        return "the file has no decoder"
     skipped = {"decoder_sep_pos_embed", "pred_t_dim"}  # converted; seen in the shapes
     skipped |= {"decoder_num_heads"} - weights.stated  # else only a guess from the width
     names = [k for k in DECODER_ARGUMENTS if k not in skipped]

@@ -373,7 +373,7 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
         ({}, {"crop": "random", "color_jitter": 0.0, "finetune": "", "use_ema": False}, ""),
         ({}, {"crop": "center"}, "--crop random -> center"),
         ({}, {"color_jitter": 0.4}, "--color_jitter 0.0 -> 0.4"),
-        ({}, {"finetune": "a.pth"}, "--finetune  -> a.pth"),
+        ({}, {"finetune": "a.pth", "resume": "b.pth"}, "--finetune  -> a.pth"),  # else refused
     ],
 )
 def test_flags_that_older_runs_lack(tmp_path, capsys, then, now, told):

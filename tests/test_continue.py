@@ -83,7 +83,7 @@ def test_a_classifier_has_no_decoder_to_go_on_with(videos, tmp_path, capsys):
     torch.save({"model": model.state_dict(), "arguments": model.arguments}, file)
     found, _ = pretrain(videos, tmp_path / "out", "--finetune", file)
     assert_started_from(found, model.state_dict(), drawn, keeps_decoder=False)
-    assert "the decoder starts afresh: the file has none\n" in capsys.readouterr().out
+    assert "the decoder starts afresh: the file has no decoder\n" in capsys.readouterr().out
 
 
 OF_VIDEOMAE = "--pred_t_dim 8 --no-cls_embed --no-sep_pos_embed --sincos_pos_embed"
@@ -94,7 +94,7 @@ OF_VIDEOMAE = "--pred_t_dim 8 --no-cls_embed --no-sep_pos_embed --sincos_pos_emb
     [
         (formats.reference(), "", ""),
         (formats.pyslowfast(d=64), "", "cls_through_decoder is True in the file and False here"),
-        (formats.image_mae("encoder"), "", "the file has none"),
+        (formats.image_mae("encoder"), "", "the file has no decoder"),
         (formats.videomae("pretrain"), f"{OF_VIDEOMAE} --target channel", ""),
         (formats.videomae("pretrain"), OF_VIDEOMAE, "target is channel in the file and patch here"),
     ],
@@ -158,7 +158,12 @@ def test_a_file_that_does_not_fit_is_refused(capsys, videos, start, tmp_path, fl
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_another_start_in_the_folder_of_a_run_is_refused(capsys, videos, start):
-    common = ["--path_to_data_dir", videos, "--output_dir", start.parent, *PRETRAIN]
+@pytest.mark.parametrize("older", [False, True])  # without a record of --finetune
+def test_another_start_in_the_folder_of_a_run_is_refused(capsys, videos, start, tmp_path, older):
+    checkpoint = torch.load(start, weights_only=False)
+    if older:
+        del checkpoint["args"]["finetune"]
+    torch.save(checkpoint, tmp_path / start.name)
+    common = ["--path_to_data_dir", videos, "--output_dir", tmp_path, *PRETRAIN]
     status, text = fails(capsys, main_pretrain, *common, "--finetune", "k400/vit_large")
     assert status == 2 and "started from --finetune (nothing), not from k400/vit_large" in text

@@ -129,6 +129,16 @@ def test_a_ratio_that_a_type_cannot_keep_is_refused_with_the_highest(
         draw_masks(1, grid, ratio, mask_type)
 
 
+@pytest.mark.parametrize("mask_type", ["random", "tube", "time"])
+def test_a_decoder_that_skips_patches_favours_no_place(mask_type):
+    """It decodes the first of the removed patches, as in MaskedAutoencoderViT.forward."""
+    torch.manual_seed(0)
+    masks = draw_masks(4000, (4, 4, 4), 0.5, mask_type)
+    decoded = (masks.ids_restore >= 32) & (masks.ids_restore < 44)  # 12 of 32
+    shares = decoded.float().mean(dim=0)
+    assert 0.14 < shares.min() < 12 / 64 < shares.max() < 0.24
+
+
 # --- training
 
 
@@ -216,13 +226,3 @@ def test_runs_take_the_mask_ratio_of_their_progress(videos, tmp_path, drawn):
     call(main_pretrain, *flags, "--mask_ratio", 0.5, "--mask_ratio_end", 0.9)
     expected = [0.9 - 0.4 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert [ratio for ratio, _ in drawn["training"]] == pytest.approx(expected, abs=0.0051)
-
-
-@pytest.mark.parametrize("mask_type", ["random", "tube", "time"])
-def test_a_decoder_that_skips_patches_favours_no_place(mask_type):
-    """It decodes the first of the removed patches, as in MaskedAutoencoderViT.forward."""
-    torch.manual_seed(0)
-    masks = draw_masks(4000, (4, 4, 4), 0.5, mask_type)
-    decoded = (masks.ids_restore >= 32) & (masks.ids_restore < 44)  # 12 of 32
-    shares = decoded.float().mean(dim=0)
-    assert 0.14 < shares.min() < 12 / 64 < shares.max() < 0.24

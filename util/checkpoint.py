@@ -413,8 +413,7 @@ class Checkpoints:
                 )
         flags = checkpoint_args(checkpoint)
         trained = flags.get("model")
-        # older pre-training had no --finetune
-        started_from = flags.get("finetune", "" if "mask_ratio_end" in vars(self.args) else None)
+        started_from = flags.get("finetune", "" if flags else None)  # older pre-training had none
         if trained not in (None, self.args.model):
             way_out = "--finetune to start from its weights"
             way_out = way_out if self.args.resume else "another --output_dir"
