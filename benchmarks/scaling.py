@@ -71,7 +71,7 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Plan a run", formatter_class=ArgumentDefaultsHelpFormatter)
     add = adder(parser)
     kinds = {"nargs": 2, "metavar": ("PRETRAIN", "FINETUNE")}
-    add("--gpu_clips", 727.0, "clips/s of one GPU, ViT-L", positive_float)
+    add("--gpu_clips", 753.0, "clips/s of one GPU, ViT-L", positive_float)
     add("--loader_clips", (46.0, 28.0), "clips/s of one CPU core", positive_float, **kinds)
     add("--cores", 10, "CPU cores per GPU that load videos", positive_int)
     add("--node_gpus", 8, "GPUs of a machine", positive_int)

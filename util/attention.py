@@ -11,7 +11,7 @@ tokens 1.6 times (benchmarks/RESULTS.md): tiles are small, and gradients are wri
 product for q, k and v needs them.
 
 Shapes: N clips, L tokens, nh heads, hd channels of a head. Exponentials are powers of 2: `scale` is
-log2(e) / sqrt(hd).
+log2(e) / sqrt(hd), a constant of the kernels (compiled callers would pass it in double precision).
 """
 
 import math
@@ -51,58 +51,38 @@ def fits(qkv: Tensor) -> bool:
 
 def attention(qkv: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(hd)) v, [N, L, nh, hd], of bf16 or fp16 qkv [N, L, 3, nh, hd]."""
-    return _forward_op(qkv)[0]
+    return _Attention.apply(qkv)
 
 
-@torch.library.custom_op("mae_video::attention", mutates_args=())
-def _forward_op(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    N, L, _, nh, hd = qkv.shape
-    output = qkv.new_empty(N, L, nh, hd)
-    norm = qkv.new_empty(N * nh, L, dtype=torch.float32)  # log2 of the sum of exponentials
-    M, K, warps, stages = TILES[hd][0]
-    tensors, sizes, grid = (qkv, output, norm), (L, nh, _scale(hd), hd), triton.cdiv(L, M) * N * nh
-    with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        _attention_forward[(grid,)](*tensors, *sizes, M, K, stages, num_warps=warps)
-    return output, norm
+class _Attention(torch.autograd.Function):  # torch.compile looks into it and calls the kernels
+    @staticmethod
+    def forward(ctx, qkv: Tensor) -> Tensor:
+        N, L, _, nh, hd = qkv.shape
+        output = qkv.new_empty(N, L, nh, hd)
+        norm = qkv.new_empty(N * nh, L, dtype=torch.float32)  # log2 of the sum of exponentials
+        M, K, warps, stages = TILES[hd][0]
+        tensors, sizes, grid = (qkv, output, norm), (L, nh, _scale(hd), hd), -(-L // M) * N * nh
+        with torch.cuda.device(qkv.get_device()):  # Triton launches on the current device
+            _attention_forward[(grid,)](*tensors, *sizes, M, K, stages, num_warps=warps)
+        ctx.save_for_backward(qkv, output, norm)
+        return output
 
-
-@torch.library.custom_op("mae_video::attention_backward", mutates_args=())
-def _backward_op(qkv: Tensor, output: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
-    N, L, _, nh, hd = qkv.shape
-    result, gradient = torch.empty_like(qkv), gradient.contiguous()
-    inner = torch.empty_like(norm)  # products of output and gradient; the first kernel writes them
-    sizes = L, nh, _scale(hd), hd**-0.5, hd
-    _, (M, K, warps, stages), (M2, K2, warps2, stages2) = TILES[hd]
-    with torch.cuda.device_of(qkv):
-        grid = (triton.cdiv(L, M) * N * nh,)
-        tensors = qkv, output, gradient, norm, inner, result
-        _attention_gradient_of_q[grid](*tensors, *sizes, M, K, stages, num_warps=warps)
-        grid = (triton.cdiv(L, K2) * N * nh,)
-        tensors = qkv, gradient, norm, inner, result
-        _attention_gradients_of_kv[grid](*tensors, *sizes, M2, K2, stages2, num_warps=warps2)
-    return result
-
-
-@_forward_op.register_fake
-def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    N, L, _, nh, hd = qkv.shape
-    return qkv.new_empty(N, L, nh, hd), qkv.new_empty(N * nh, L, dtype=torch.float32)
-
-
-@_backward_op.register_fake
-def _(qkv: Tensor, output: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(qkv)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _backward(ctx, gradient, _) -> Tensor:
-    return _backward_op(*ctx.saved_tensors, gradient)
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        qkv, output, norm = ctx.saved_tensors
+        N, L, _, nh, hd = qkv.shape
+        result, gradient = torch.empty_like(qkv), gradient.contiguous()
+        inner = torch.empty_like(norm)  # products of output and gradient, by the first kernel
+        sizes = L, nh, _scale(hd), hd**-0.5, hd
+        _, (M, K, warps, stages), (M2, K2, warps2, stages2) = TILES[hd]
+        with torch.cuda.device(qkv.get_device()):
+            grid = (-(-L // M) * N * nh,)
+            tensors = qkv, output, gradient, norm, inner, result
+            _attention_gradient_of_q[grid](*tensors, *sizes, M, K, stages, num_warps=warps)
+            grid = (-(-L // K2) * N * nh,)
+            tensors = qkv, gradient, norm, inner, result
+            _attention_gradients_of_kv[grid](*tensors, *sizes, M2, K2, stages2, num_warps=warps2)
+        return result
 
 
 def _scale(hd: int) -> float:
@@ -145,7 +125,7 @@ def _attend(q, ks, vs, inside, top, total, acc, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def _attention_forward(
-    qkv, output, norm, L, nh, scale,
+    qkv, output, norm, L, nh, scale: tl.constexpr,
     HD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     start, clip, head = _place(L, nh, M)
@@ -182,7 +162,7 @@ def _add_to_queries(q, g, ks, vs, norm, inner, inside, dq, scale, MASKED: tl.con
 
 @triton.jit
 def _attention_gradient_of_q(
-    qkv, output, gradient, norm, inner, result, L, nh, scale, unit,
+    qkv, output, gradient, norm, inner, result, L, nh, scale: tl.constexpr, unit: tl.constexpr,
     HD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     start, clip, head = _place(L, nh, M)
@@ -222,7 +202,7 @@ def _add_to_keys(k, v, qs, gs, norms, inners, inside, dk, dv, scale, MASKED: tl.
 
 @triton.jit
 def _attention_gradients_of_kv(
-    qkv, gradient, norm, inner, result, L, nh, scale, unit,
+    qkv, gradient, norm, inner, result, L, nh, scale: tl.constexpr, unit: tl.constexpr,
     HD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     start, clip, head = _place(L, nh, K)
