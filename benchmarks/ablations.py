@@ -173,8 +173,8 @@ class Run:
         flags = [*self.flags, *start, *more, str(self.folder)]
         if self.kind == "probe":
             return [["-c", PROBE, *flags]]
-        train = [f"main_{self.kind}.py", *flags, "--keep_last", "1"]
-        test = ["main_test.py", "--finetune", self.checkpoint, *more, f"{self.folder}/test"]
+        train = [f"{ROOT}/main_{self.kind}.py", *flags, "--keep_last", "1"]
+        test = [f"{ROOT}/main_test.py", "--finetune", self.checkpoint, *more, f"{self.folder}/test"]
         test += ["--path_to_data_dir", self.args.path_to_data_dir, "--device", self.args.device]
         test += ["--precision", self.args.precision] if self.args.precision else []
         test += [word for name, n in VIEWS.items() for word in (f"--{name}", str(n))]
@@ -213,7 +213,8 @@ class Plan:
         self.pool_dir = os.path.abspath(args.pretrain_data or args.data)
         self.pool = read_rows(self.pool_dir, "train", self.base["pretrain"].path_prefix)
         self.runs: dict[str, Run] = {}
-        self.skipped: dict[str, None] = {}  # sentences
+        self.notes: dict[str, None] = {}  # sentences
+        self.find_test_videos_elsewhere(args.data)
         self.trials: dict[str, Trials] = {name: {} for name in args.questions}
         # One seed of all questions before the next, so that a short night has results for each.
         for seed, name in product(dict.fromkeys(args.seeds), dict.fromkeys(args.questions)):
@@ -223,6 +224,14 @@ class Plan:
                 if trial := self.trial(name, setting, seed):
                     self.trials[name].setdefault(setting, []).append(trial)
         self.records: list[Any] = []
+
+    def find_test_videos_elsewhere(self, folder: str) -> None:
+        """Refuse test videos with labels in train.csv; note those that are pre-trained on."""
+        test, train, pool = map(dict, (self.labelled["test"], self.labelled["train"], self.pool))
+        if twice := test.keys() & train:
+            raise UserError(f"{len(twice)} videos of {folder}/test.csv are in its train.csv, too")
+        if seen := test.keys() & pool:
+            self.notes[f"{len(seen)} of {len(test)} test videos are pre-trained on"] = None
 
     def read_records(self) -> None:
         """Find out which runs are finished."""
@@ -236,7 +245,7 @@ class Plan:
         return SCRIPTS[kind].parse_args(["--path_to_data_dir", "-", *words])
 
     def trial(self, question: str, setting: Setting, seed: int) -> dict[str, Run]:
-        """Plan the runs of a setting; if something is missing, say so in `skipped`, return {}."""
+        """Plan the runs of a setting; if something is missing, say so in `notes`, return {}."""
         lists, how, trial, parent, why = self.labelled, setting.finetune, {}, None, ""
         if not self.start and "START" in f"{setting.pretrain} {how}":
             why = "--start is not given"
@@ -248,7 +257,7 @@ class Plan:
             lists = lists | {"train": choose_labelled(fit[0], count) if fit else []}
             why = why if fit else f"there are fewer than {count} labelled videos"
         if why:
-            self.skipped[f"skipped: {question}, {setting.label}: {why}"] = None
+            self.notes[f"skipped: {question}, {setting.label}: {why}"] = None
             return {}
         folder = f"{self.out}/labels_{setting.labels or 'all'}"
         if setting.pretrain is not None:
@@ -256,10 +265,9 @@ class Plan:
             trial["pretrain"] = parent
         if how is not None:
             trial["finetune"] = self.add("finetune", how, seed, lists, folder, parent)
-        how = (
-            how if re.search("START|--sampling_rate", how or "") else ""
-        )  # what a probe depends on
-        return trial | {"probe": self.add("probe", how or "", seed, lists, folder, parent)}
+        if not re.search("START|--sampling_rate", how or ""):  # nothing else matters to a probe
+            how = ""
+        return trial | {"probe": self.add("probe", how, seed, lists, folder, parent)}
 
     def add(
         self, kind: str, flags: str, seed: int, lists: dict[str, Rows], folder: str = "",
@@ -319,10 +327,10 @@ def work(run: Run, cores: int) -> Iterator[None]:
     began, printed = time.time(), run.folder / "printed.txt"
     resumed = printed.exists()
     run.folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": str(cores)}
+    env = os.environ | {"OMP_NUM_THREADS": str(cores), "PYTHONPATH": str(ROOT)}  # for the probe
     for command in run.commands(cores):
         with open(printed, "ab") as out:
-            start = {"cwd": ROOT, "env": env, "stdin": subprocess.DEVNULL, "stdout": out}
+            start = {"env": env, "stdin": subprocess.DEVNULL, "stdout": out}
             start |= {"stderr": subprocess.STDOUT, "preexec_fn": die_with_parent}
             process = subprocess.Popen([sys.executable, "-u", *command], **start)
         try:
@@ -333,7 +341,8 @@ def work(run: Run, cores: int) -> Iterator[None]:
             process.wait()
         if process.returncode:
             end = "\n  ".join(printed.read_text(errors="replace").splitlines()[-5:])
-            status = f"{command[0]} ended with status {process.returncode}"
+            script = os.path.basename(command[0])
+            status = f"{script} ended with status {process.returncode}"
             raise UserError(f"{status}; {printed} ends with:\n  {end}")
     run.record = {"key": run.key, "run": run.name, "seed": run.args.seed, **run.metrics()}
     run.record |= {"seconds": time.time() - began, "updates": run.updates, "resumed": resumed}
@@ -557,7 +566,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.makedirs(plan.out, exist_ok=True)
             lock_folder(str(plan.out), 10)
         plan.read_records()  # another harness may have written some until now
-        for line in plan.skipped:
+        for line in plan.notes:
             print(line)
         if args.list:
             for run in plan.runs.values():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,16 +155,32 @@ def test_labels_beyond_those_of_data_come_from_the_pool(argv, monkeypatch):
     plan = Plan(parse(argv, "labels"))
     trained = [run.lists["train"] for run in plan.runs.values() if run.kind == "finetune"]
     assert [sum(label for _, label in rows) for rows in trained] == [2, 8]
-    assert [*plan.skipped] == ["skipped: labels, 17: there are fewer than 17 labelled videos"]
+    assert [*plan.notes] == ["skipped: labels, 17: there are fewer than 17 labelled videos"]
     plan.pool = plan.pool + plan.labelled["test"]  # from which no label is taken
     assert plan.trial("labels", settings[2], seed=0) == {}
+
+
+def test_test_videos_among_those_for_training(argv, dataset, tmp_path):
+    """With their labels they are refused, without it is said."""
+    shutil.copytree(dataset, tmp_path / "set")
+    argv[1], argv[3] = f"{tmp_path}/set/finetune", f"{tmp_path}/set/pretrain"
+    test = (tmp_path / "set/finetune/test.csv").read_text().splitlines(keepends=True)
+    for folder, count in (("pretrain", 3), ("finetune", 2)):
+        with open(tmp_path / f"set/{folder}/train.csv", "a") as file:
+            file.writelines(test[:count])
+        if folder == "pretrain":
+            assert [*Plan(parse(argv, "decoder_depth")).notes] == [
+                "3 of 8 test videos are pre-trained on"
+            ]
+    with pytest.raises(UserError, match=r"2 videos of .*/test.csv are in its train.csv, too"):
+        Plan(parse(argv, "decoder_depth"))
 
 
 def test_start_changes_the_key_and_is_needed(argv, tmp_path, monkeypatch):
     settings = [Setting("start", None, "--finetune START")]
     monkeypatch.setitem(ablations.QUESTIONS, "initialisation", ("", settings))
     plan = Plan(parse(argv, "initialisation"))
-    assert not plan.runs and "--start is not given" in next(iter(plan.skipped))
+    assert not plan.runs and "--start is not given" in next(iter(plan.notes))
     found = []
     for content in (b"a", b"b"):
         (tmp_path / "a.pth").write_bytes(content)
@@ -273,24 +290,29 @@ def test_list_writes_nothing(argv, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def start_harness(argv: list[str]) -> subprocess.Popen:
-    """Ask for two settings: a decoder of two blocks and scratch."""
+def start_harness(argv: list[str], folder: Path) -> subprocess.Popen:
+    """Ask for two settings: a decoder of two blocks and scratch. Run it in the folder."""
     code = "from benchmarks import ablations as a; a.QUESTIONS['decoder_depth'] = "
     code += "'', a.each('--decoder_depth', 2); a.main()"
     command = [sys.executable, "-u", "-c", code, *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipe)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_real_runs_survive_kills(argv, tmp_path):
-    """Kill the harness in its first pre-training, stop it by SIGTERM, then let it end."""
+def test_real_runs_survive_kills(argv, dataset, tmp_path):
+    """Kill the harness in its first pre-training, stop it by SIGTERM, then let it end.
+
+    A path in a recipe is relative to where the harness runs.
+    """
     out, flags = tmp_path / "out", [*argv, "decoder_depth"]
-    (tmp_path / "pretrain.args").write_text(f"{PRETRAIN} {CLIPS} --epochs 8 --print_freq 1")
+    prefix = os.path.relpath(dataset / "finetune", tmp_path)
+    recipe = f"{PRETRAIN} {CLIPS} --epochs 8 --print_freq 1 --path_prefix {prefix}"
+    (tmp_path / "pretrain.args").write_text(recipe)
     for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        harness, printed = start_harness(flags), ""
+        harness, printed = start_harness(flags, tmp_path), ""
         before = "".join(path.read_text() for path in out.glob("runs/*/printed.txt"))
         while "loss" not in printed:  # of the first step
             assert harness.poll() is None, harness.communicate()[0]
@@ -309,7 +331,7 @@ def test_real_runs_survive_kills(argv, tmp_path):
             raise AssertionError(file.read_text())
         assert not (out / "runs.jsonl").exists()
 
-    harness = start_harness(flags)
+    harness = start_harness(flags, tmp_path)
     text, _ = harness.communicate(timeout=400)
     assert harness.returncode == 0, text
     assert "resumed from" in file.read_text()
@@ -325,7 +347,7 @@ def test_real_runs_survive_kills(argv, tmp_path):
             tested = json.loads((folder / "test/log.txt").read_text())
             assert (tested["num_clips"], tested["num_crops"]) == (5, 1)
             assert tested["test_acc1"] == record["test_acc1"]
-    again = start_harness(flags)
+    again = start_harness(flags, tmp_path)
     text, _ = again.communicate(timeout=60)
     assert again.returncode == 0 and "minutes passed" not in text and records(out) == found
 
