@@ -265,7 +265,7 @@ class Plan:
             trial["pretrain"] = parent
         if how is not None:
             trial["finetune"] = self.add("finetune", how, seed, lists, folder, parent)
-        if not re.search("START|--sampling_rate", how or ""):  # nothing else matters to a probe
+        if how is None or not re.search("START|--sampling_rate", how):  # what matters to it
             how = ""
         return trial | {"probe": self.add("probe", how, seed, lists, folder, parent)}
 

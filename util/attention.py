@@ -1,5 +1,6 @@
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIncompatibleMethodOverride=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleMethodOverride=false
 """Attention of packed queries, keys and values on a GPU, written in Triton.
 
 The scores never leave the chip (FlashAttention-2, arXiv 2307.08691): the forward pass goes through
