@@ -8,7 +8,6 @@ The same command resumes from the newest checkpoint of --output_dir. See PRETRAI
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -143,7 +142,7 @@ def check_masks(model: models_mae.MaskedAutoencoderViT, args: argparse.Namespace
         try:
             models_mae.check_mask_ratio(grid, ratio, args.decoder_mask_ratio, args.mask_type)
         except ValueError as error:
-            raise ValueError(re.sub("^mask_ratio", flag, str(error))) from None
+            raise ValueError(f"--{flag} {ratio:g}: {error}") from None
         kept, asked = num_kept(grid, ratio, args.mask_type), num_visible(L, ratio)
         if kept != asked:
             print0(

@@ -95,7 +95,8 @@ QUESTIONS: dict[str, tuple[str, list[Setting]]] = {
 }  # fmt: skip
 SCRIPTS = {"pretrain": main_pretrain, "finetune": main_finetune, "probe": main_finetune}
 VIEWS = {"num_clips": 5, "num_crops": 1}  # of a test and a probe
-PROBE = "import sys; from benchmarks.ablations import probe; probe(sys.argv[1:])"
+PROBE = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+PROBE += "from benchmarks.ablations import probe; probe(sys.argv[1:])"
 Array = np.ndarray
 UNNAMED = {"path_to_data_dir", "path_prefix", "finetune"}  # a key has what they lead to
 Rows = list[tuple[str, int]]  # paths and labels
@@ -129,6 +130,11 @@ def read_rows(folder: str, split: str, prefix: str) -> Rows:
     paths = [index.path(i) for i in range(len(index))]
     paths = [path if is_remote(path) else os.path.abspath(path) for path in paths]
     return list(zip(paths, index.labels.tolist(), strict=True))
+
+
+def real(path: str) -> str:
+    """Return where a local path leads."""
+    return path if is_remote(path) else os.path.realpath(path)
 
 
 def choose_labelled(rows: Rows, count: int) -> Rows:
@@ -213,8 +219,9 @@ class Plan:
         self.pool_dir = os.path.abspath(args.pretrain_data or args.data)
         self.pool = read_rows(self.pool_dir, "train", self.base["pretrain"].path_prefix)
         self.runs: dict[str, Run] = {}
-        self.notes: dict[str, None] = {}  # sentences
-        self.find_test_videos_elsewhere(args.data)
+        self.skipped: dict[str, None] = {}  # sentences
+        self.overlaps: list[str] = []  # sentences, for the tables, too
+        self.compare_lists(args.data)
         self.trials: dict[str, Trials] = {name: {} for name in args.questions}
         # One seed of all questions before the next, so that a short night has results for each.
         for seed, name in product(dict.fromkeys(args.seeds), dict.fromkeys(args.questions)):
@@ -225,13 +232,17 @@ class Plan:
                     self.trials[name].setdefault(setting, []).append(trial)
         self.records: list[Any] = []
 
-    def find_test_videos_elsewhere(self, folder: str) -> None:
-        """Refuse test videos with labels in train.csv; note those that are pre-trained on."""
-        test, train, pool = map(dict, (self.labelled["test"], self.labelled["train"], self.pool))
-        if twice := test.keys() & train:
+    def compare_lists(self, folder: str) -> None:
+        """Refuse test videos that train.csv labels; note other overlaps."""
+        rows = {"pre-trained on": self.pool, **self.labelled}
+        found = {name: {real(path) for path, _ in x} for name, x in rows.items()}
+        test = found.pop("test")
+        if twice := test & found.pop("train"):
             raise UserError(f"{len(twice)} videos of {folder}/test.csv are in its train.csv, too")
-        if seen := test.keys() & pool:
-            self.notes[f"{len(seen)} of {len(test)} test videos are pre-trained on"] = None
+        for name, paths in found.items():
+            if both := test & paths:
+                use = "used for validation" if name == "val" else name
+                self.overlaps.append(f"{len(both)} of {len(test)} test videos are {use}, too.")
 
     def read_records(self) -> None:
         """Find out which runs are finished."""
@@ -245,19 +256,19 @@ class Plan:
         return SCRIPTS[kind].parse_args(["--path_to_data_dir", "-", *words])
 
     def trial(self, question: str, setting: Setting, seed: int) -> dict[str, Run]:
-        """Plan the runs of a setting; if something is missing, say so in `notes`, return {}."""
+        """Plan the runs of a setting; if something is missing, say so in `skipped`, return {}."""
         lists, how, trial, parent, why = self.labelled, setting.finetune, {}, None, ""
         if not self.start and "START" in f"{setting.pretrain} {how}":
             why = "--start is not given"
         if count := setting.labels:
-            held_out = {path for path, _ in lists["val"] + lists["test"]}
-            pool = [row for row in self.pool if row[0] not in held_out]
+            held_out = {real(path) for path, _ in lists["val"] + lists["test"]}
+            pool = [row for row in self.pool if real(row[0]) not in held_out]
             known, sources = range(self.num_classes), (lists["train"], pool)
             fit = [x for x in sources if len(x) >= count and all(n in known for _, n in x)]
             lists = lists | {"train": choose_labelled(fit[0], count) if fit else []}
             why = why if fit else f"there are fewer than {count} labelled videos"
         if why:
-            self.notes[f"skipped: {question}, {setting.label}: {why}"] = None
+            self.skipped[f"skipped: {question}, {setting.label}: {why}"] = None
             return {}
         folder = f"{self.out}/labels_{setting.labels or 'all'}"
         if setting.pretrain is not None:
@@ -327,7 +338,7 @@ def work(run: Run, cores: int) -> Iterator[None]:
     began, printed = time.time(), run.folder / "printed.txt"
     resumed = printed.exists()
     run.folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": str(cores), "PYTHONPATH": str(ROOT)}  # for the probe
+    env = os.environ | {"OMP_NUM_THREADS": str(cores)}
     for command in run.commands(cores):
         with open(printed, "ab") as out:
             start = {"env": env, "stdin": subprocess.DEVNULL, "stdout": out}
@@ -454,7 +465,7 @@ def report(plan: Plan, run: Run | None = None) -> None:
             "chosen by the last validation alone. All seeds have the same labelled videos. "
             "Losses compare only for equal targets and masks. Minutes leave out resumed runs."
         )
-        lines += ["", note]
+        lines += ["", " ".join([note, *plan.overlaps])]
         write(f"{plan.out}/{name}.md", [f"{line}\n" for line in lines])
         plot(f"{plan.out}/{name}.png", QUESTIONS[name][0], points)
 
@@ -566,7 +577,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.makedirs(plan.out, exist_ok=True)
             lock_folder(str(plan.out), 10)
         plan.read_records()  # another harness may have written some until now
-        for line in plan.notes:
+        for line in (*plan.skipped, *plan.overlaps):
             print(line)
         if args.list:
             for run in plan.runs.values():

@@ -155,23 +155,32 @@ def test_labels_beyond_those_of_data_come_from_the_pool(argv, monkeypatch):
     plan = Plan(parse(argv, "labels"))
     trained = [run.lists["train"] for run in plan.runs.values() if run.kind == "finetune"]
     assert [sum(label for _, label in rows) for rows in trained] == [2, 8]
-    assert [*plan.notes] == ["skipped: labels, 17: there are fewer than 17 labelled videos"]
+    assert [*plan.skipped] == ["skipped: labels, 17: there are fewer than 17 labelled videos"]
     plan.pool = plan.pool + plan.labelled["test"]  # from which no label is taken
     assert plan.trial("labels", settings[2], seed=0) == {}
 
 
-def test_test_videos_among_those_for_training(argv, dataset, tmp_path):
-    """With their labels they are refused, without it is said."""
-    shutil.copytree(dataset, tmp_path / "set")
+def test_test_videos_in_other_lists(argv, dataset, tmp_path, failing):
+    """With labels for training they are refused; else every table says so. Links do not hide."""
+    (tmp_path / "link").symlink_to(dataset / "videos")
+    shutil.copytree(dataset, tmp_path / "set", ignore=shutil.ignore_patterns("*.mp4"))
     argv[1], argv[3] = f"{tmp_path}/set/finetune", f"{tmp_path}/set/pretrain"
-    test = (tmp_path / "set/finetune/test.csv").read_text().splitlines(keepends=True)
-    for folder, count in (("pretrain", 3), ("finetune", 2)):
-        with open(tmp_path / f"set/{folder}/train.csv", "a") as file:
-            file.writelines(test[:count])
-        if folder == "pretrain":
-            assert [*Plan(parse(argv, "decoder_depth")).notes] == [
-                "3 of 8 test videos are pre-trained on"
-            ]
+    for path in (tmp_path / "set").glob("*/*.csv"):
+        path.write_text(path.read_text().replace("../videos", f"{dataset}/videos"))
+    rows = (tmp_path / "set/finetune/test.csv").read_text().splitlines(keepends=True)
+    rows = [row.replace(f"{dataset}/videos", f"{tmp_path}/link") for row in rows]
+
+    def add(csv: str, count: int) -> None:
+        with open(tmp_path / "set" / csv, "a") as file:
+            file.writelines(rows[:count])
+
+    add("pretrain/train.csv", 3)
+    add("finetune/val.csv", 1)
+    assert call([*argv, "decoder_depth"]) == 0
+    table = (tmp_path / "out/decoder_depth.md").read_text()
+    assert "3 of 8 test videos are pre-trained on, too." in table
+    assert "1 of 8 test videos are used for validation, too." in table
+    add("finetune/train.csv", 2)
     with pytest.raises(UserError, match=r"2 videos of .*/test.csv are in its train.csv, too"):
         Plan(parse(argv, "decoder_depth"))
 
@@ -180,7 +189,7 @@ def test_start_changes_the_key_and_is_needed(argv, tmp_path, monkeypatch):
     settings = [Setting("start", None, "--finetune START")]
     monkeypatch.setitem(ablations.QUESTIONS, "initialisation", ("", settings))
     plan = Plan(parse(argv, "initialisation"))
-    assert not plan.runs and "--start is not given" in next(iter(plan.notes))
+    assert not plan.runs and "--start is not given" in next(iter(plan.skipped))
     found = []
     for content in (b"a", b"b"):
         (tmp_path / "a.pth").write_bytes(content)

@@ -123,14 +123,15 @@ def test_a_save_is_of_its_moment_though_the_gpu_goes_on():
         expected = expected + 1
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("task", TASKS)
-def test_compiled_blocks_compute_what_eager_ones_do(task):
+def test_compiled_blocks_compute_what_eager_ones_do(task, dynamic):
     model, clips = small_model(task).to(DEVICE), torch.randn(4, 3, 8, 32, 32, device=DEVICE)
     counters.clear()
     results = []
     for compiled in (False, True):
         if compiled:
-            model.compile_blocks(dynamic=False)
+            model.compile_blocks(dynamic)
         model.zero_grad()
         with autocast(DEVICE, "bf16"):
             loss = compute_loss(model, task, clips)

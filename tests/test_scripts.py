@@ -523,7 +523,7 @@ def pretrain_fails(capsys, videos, tmp_path, *argv: object) -> tuple[int, str]:
         (["--decoder_num_heads", "3"], ["num_heads = 3"]),
         (["--mask_ratio", "0"], ["mask_ratio", "32 of 32"]),
         (["--mask_ratio", "0.99"], ["mask_ratio", "0 of 32"]),
-        (["--mask_ratio_end", "0.99"], ["mask_ratio_end = 0.99", "0 of 32", "0.968"]),
+        (["--mask_ratio_end", "0.99"], ["--mask_ratio_end 0.99: ", "0 of 32", "0.968"]),
         (["--mask_type", "time"], ["mask_ratio = 0.9", "mask_type = 'time' is 0.5"]),
         (["--mask_type", "cube"], ["--mask_type", "cube"]),
         (["--resume", "/nowhere.pth"], ["/nowhere.pth"]),

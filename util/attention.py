@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Of the fastest kernels on an H200, by hd: queries and keys of a tile, warps, pipeline stages
 Tile = tuple[int, int, int, int]
@@ -69,6 +70,7 @@ class _Attention(torch.autograd.Function):  # torch.compile looks into it and ca
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
         qkv, output, norm = ctx.saved_tensors
         N, L, _, nh, hd = qkv.shape
