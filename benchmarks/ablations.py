@@ -276,7 +276,7 @@ class Plan:
             trial["pretrain"] = parent
         if how is not None:
             trial["finetune"] = self.add("finetune", how, seed, lists, folder, parent)
-        if how is None or not re.search("START|--sampling_rate", how):  # what matters to it
+        if how is None or not re.search("START|--sampling_rate", how):  # no matter to a probe
             how = ""
         return trial | {"probe": self.add("probe", how, seed, lists, folder, parent)}
 
