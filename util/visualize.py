@@ -5,11 +5,13 @@ them visible. Pictures are uint8 RGB, channels last; a video is [t, H, W, C].
 """
 
 import io
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -129,6 +131,54 @@ def _to_uint8(imgs: Tensor) -> Tensor:
     """Undo normalize: float [N, C, t, H, W] -> uint8 [N, t, H, W, C] on the CPU."""
     levels = (imgs * STD + MEAN).mul(255).round().clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def last_attention(model: Any, clips: Tensor) -> Tensor:
+    """Return how much of its attention the last block of an encoder gives to every token.
+
+    This is softmax(q k^T / sqrt(hd)), averaged over the heads and over the tokens that the features
+    come from: all patches or, with pool = "cls", the first token alone. A row sums to 1.
+
+    Args:
+        model: a masked autoencoder or a classifier in evaluation mode, on any device.
+        clips: uint8 [N, T, H, W, C], of the model's size; no patch is removed.
+
+    Returns:
+        float32 [N, (1 +) L] on the CPU, the class token first if there is one.
+    """
+    block, inputs = model.blocks[-1], []
+    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        model.forward_features(channels_first(clips.to(next(model.parameters()).device)))
+    finally:
+        hook.remove()
+    x = block.norm1(inputs[0])  # (N, (1 +) L, D)
+    q, k = (
+        layer(x).unflatten(2, (block.attn.num_heads, -1)) for layer in (block.attn.q, block.attn.k)
+    )
+    reads_first = getattr(model, "pool", "mean") == "cls"
+    q = q[:, :1] if reads_first else q[:, int(model.cls_embed) :]  # (N, Q, nh, hd)
+    logits = torch.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(q.shape[-1])
+    return logits.float().softmax(dim=-1).mean(dim=(1, 2)).cpu()
+
+
+def lay_over(video: Tensor, heat: Tensor) -> Tensor:
+    """Lay heat [t, h, w] over a video uint8 [T, H, W, 3]: dark is the least, yellow the most of it.
+
+    Time steps are repeated, and space is interpolated.
+    """
+    T, H, W, _ = video.shape
+    low, high = heat.aminmax()
+    levels = (heat - low) / (high - low).clamp(min=torch.finfo(heat.dtype).tiny)
+    levels = levels.repeat_interleave(T // len(heat), dim=0).unsqueeze(1)
+    levels = F.interpolate(levels, (H, W), mode="bilinear", align_corners=False)[:, 0]
+    grey = (255 * levels).round().to(torch.uint8).numpy()
+    colours = [cv2.applyColorMap(frame, cv2.COLORMAP_INFERNO)[..., ::-1] for frame in grey]
+    return (video // 2 + torch.from_numpy(np.stack(colours)) // 2).contiguous()
 
 
 # --- pictures -----------------------------------------------------------------------------------
