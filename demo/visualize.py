@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from models_mae import MaskedAutoencoderViT
+import main_features
 from models_vit import VisionTransformer
 from util import args as flags
 from util.checkpoint import newest_checkpoint
@@ -47,12 +47,11 @@ from util.visualize import (
     require_pictures,
     tile,
 )
-from util.weights import apply_weights, read_weights
+from util.weights import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_RUN = ROOT / "output/demo/pretrain"  # of `make demo`
 RELEASED = "k400/vit_large"
-SAMPLING_RATE = 4  # of models whose file does not record it
 MIN_SIDE = 128  # pixels; smaller pictures are enlarged
 MIN_FPS = 2.0
 NUM_BARS, BARS_WIDTH = 5, 220  # classes shown, and pixels for them
@@ -89,10 +88,9 @@ def default_checkpoint() -> str:
 
 
 def load_model(checkpoint: str | None = None, for_attention: bool = False) -> Any:
-    """Rebuild the model of a checkpoint from its file alone, on the CPU.
+    """Rebuild the model of a checkpoint from its file alone; see main_features.load_model.
 
-    It is an autoencoder if the file has a decoder, and a classifier if it has only a head. How its
-    clips were sampled (`sampling_rate`, `sampling`) and names for its classes become attributes.
+    Names for the classes of a classifier become its attribute `classes`.
 
     Args:
         checkpoint: path, address or name of a released one; None: default_checkpoint.
@@ -114,19 +112,13 @@ def load_model(checkpoint: str | None = None, for_attention: bool = False) -> An
     if not (weights.has_decoder or weights.has_head or for_attention):
         hint = "to reconstruct, give a pre-trained checkpoint, and to classify, a fine-tuned one"
         raise weights.lacks("decoder", hint)
-    with torch.device("meta"), usage_errors():  # random weights would take seconds
-        if weights.has_decoder:
-            model: Any = MaskedAutoencoderViT(**weights.autoencoder_arguments())
-            if not for_attention:
-                require_pictures(model)
-        else:
-            model = VisionTransformer(**weights.classifier_arguments())
-    apply_weights(model, weights, keep_head=not weights.has_decoder and weights.has_head)
-    model.sampling_rate = int(weights.flags.get("sampling_rate", SAMPLING_RATE))
-    model.sampling = weights.flags.get("sampling", "dense")
+    model: Any = main_features.load_model(weights)
+    if not (for_attention or is_classifier(model)):
+        with usage_errors():
+            require_pictures(model)
     numbers = map(str, range(weights.arguments.get("num_classes", 0)))
     model.classes = list(map(printable, weights.classes or numbers))
-    return model.eval()
+    return model
 
 
 def is_classifier(model: Any) -> bool:
@@ -269,9 +261,9 @@ def draw_attention(model: Any, pixels: Tensor) -> Tensor:
     require_finite(heat)
     clip = enlarge(pixels[0], -(-MIN_SIDE // pixels.shape[2]))
     t, side, _, _ = clip.shape
-    heads = [_caption(text, side, t) for text in ("clip", f"block {len(model.blocks)}")]
+    heads = [_caption(text, side, t) for text in ("clip", f"attention, block {len(model.blocks)}")]
     pair = [clip, lay_over(clip, heat.view(model.patch_embed.input_size))]
-    shares = f"a patch gets {heat.min():.2%} (dark) to {heat.max():.2%} (bright) of the attention"
+    shares = f"a patch gets {heat.min():.2%} (black) to {heat.max():.2%} (yellow) of the attention"
     sheet = tile([heads, pair])
     return tile([[sheet], [_caption(shares, sheet.shape[2], t)]])
 

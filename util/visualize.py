@@ -1,4 +1,4 @@
-"""What a masked autoencoder sees and what it predicts, as pictures.
+"""What a masked autoencoder sees and predicts, and where an encoder looks, as pictures.
 
 Shapes: N clips, C channels, T frames of a clip, t of them predicted, H W pixels, L tokens, K of
 them visible. Pictures are uint8 RGB, channels last; a video is [t, H, W, C].
@@ -138,47 +138,43 @@ def _to_uint8(imgs: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def last_attention(model: Any, clips: Tensor) -> Tensor:
-    """Return how much of its attention the last block of an encoder gives to every token.
+    """Return the shares of attention that the last block of an encoder gives to every token.
 
-    This is softmax(q k^T / sqrt(hd)), averaged over the heads and over the tokens that the features
-    come from: all patches or, with pool = "cls", the first token alone. A row sums to 1.
+    They are softmax(q k^T / sqrt(hd)), averaged over the heads and over the tokens that the
+    features come from: all patches or, with pool = "cls", the first token alone. A row sums to 1.
 
     Args:
         model: a masked autoencoder or a classifier in evaluation mode, on any device.
-        clips: uint8 [N, T, H, W, C], of the model's size; no patch is removed.
+        clips: uint8 [N, T, H, W, C]; no patch is removed.
 
     Returns:
         float32 [N, (1 +) L] on the CPU, the class token first if there is one.
     """
     block, inputs = model.blocks[-1], []
-    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        model.forward_features(channels_first(clips.to(next(model.parameters()).device)))
-    finally:
-        hook.remove()
-    x = block.norm1(inputs[0])  # (N, (1 +) L, D)
-    q, k = (
-        layer(x).unflatten(2, (block.attn.num_heads, -1)) for layer in (block.attn.q, block.attn.k)
-    )
-    reads_first = getattr(model, "pool", "mean") == "cls"
-    q = q[:, :1] if reads_first else q[:, int(model.cls_embed) :]  # (N, Q, nh, hd)
+    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
+    model.forward_features(channels_first(clips.to(next(model.parameters()).device)))
+    hook.remove()
+    x, attn = block.norm1(inputs[0]), block.attn  # (N, (1 +) L, D)
+    q, k = (layer(x).unflatten(2, (attn.num_heads, -1)) for layer in (attn.q, attn.k))
+    q = q[:, :1] if getattr(model, "pool", "") == "cls" else q[:, int(model.cls_embed) :]
     logits = torch.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(q.shape[-1])
     return logits.float().softmax(dim=-1).mean(dim=(1, 2)).cpu()
 
 
 def lay_over(video: Tensor, heat: Tensor) -> Tensor:
-    """Lay heat [t, h, w] over a video uint8 [T, H, W, 3]: dark is the least, yellow the most of it.
+    """Lay heat [t, h, w] over a grey video, uint8 [T, H, W, 3], from black (least) to yellow.
 
-    Time steps are repeated, and space is interpolated.
+    Time steps are repeated; space is interpolated.
     """
     T, H, W, _ = video.shape
-    low, high = heat.aminmax()
-    levels = (heat - low) / (high - low).clamp(min=torch.finfo(heat.dtype).tiny)
-    levels = levels.repeat_interleave(T // len(heat), dim=0).unsqueeze(1)
-    levels = F.interpolate(levels, (H, W), mode="bilinear", align_corners=False)[:, 0]
-    grey = (255 * levels).round().to(torch.uint8).numpy()
-    colours = [cv2.applyColorMap(frame, cv2.COLORMAP_INFERNO)[..., ::-1] for frame in grey]
-    return (video // 2 + torch.from_numpy(np.stack(colours)) // 2).contiguous()
+    heat = heat.repeat_interleave(T // len(heat), dim=0) - heat.min()
+    heat = heat / heat.max().clamp(min=1e-20)  # all alike: black
+    levels = (
+        F.interpolate(heat.unsqueeze(1), (H, W), mode="bilinear")[:, 0].mul(255).to(torch.uint8)
+    )
+    colours = [cv2.applyColorMap(x.numpy(), cv2.COLORMAP_INFERNO)[..., ::-1] for x in levels]
+    grey = video.float().mean(dim=3, keepdim=True)
+    return (0.4 * grey + 0.6 * torch.from_numpy(np.stack(colours))).to(torch.uint8)
 
 
 # --- pictures -----------------------------------------------------------------------------------
