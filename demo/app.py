@@ -35,6 +35,7 @@ from util.visualize import encode_gif, enlarge
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 TEXT = """# Masked autoencoder on video
 Patches are removed from the clip, and the model predicts them from the others. Model: {name}."""
+CSS = "#classes dt { overflow-wrap: anywhere }"  # names may be long
 CLASSES_TEXT = """# Video classifier
 The bars are the probabilities of the best classes of the clip that is shown. Model: {name}."""
 
@@ -87,7 +88,7 @@ def build_page(model: Any, name: str, videos: Sequence[Path], folder: str) -> An
     with gr.Blocks(title="Video models", analytics_enabled=False) as page:
         gr.Markdown((CLASSES_TEXT if classifies else TEXT).format(name=name))
         with gr.Row():
-            with gr.Column():
+            with gr.Column(min_width=250):
                 video = gr.Dropdown(list(paths), value=first, label="Video", elem_id="video")
                 upload = gr.File(label="or your own video file", height=120, elem_id="upload")
                 start = gr.Slider(0, 1, 0.5, step=0.05, label="Position of the clip in the video")
@@ -98,7 +99,7 @@ def build_page(model: Any, name: str, videos: Sequence[Path], folder: str) -> An
                         gr.Slider(0, 99, 0, step=1, label="Seed of the mask"),
                         gr.Checkbox(True, label="Show the visible patches in the reconstruction"),
                     ]
-            with gr.Column():
+            with gr.Column(min_width=250):
                 message = gr.Textbox(label="This does not work", visible=False, elem_id="message")
                 picture = gr.Image(
                     show_label=False,
@@ -109,9 +110,12 @@ def build_page(model: Any, name: str, videos: Sequence[Path], folder: str) -> An
                 )
                 frames = gr.Textbox(label="Clip", interactive=False, elem_id="frames")
                 download = gr.DownloadButton("Download the GIF", elem_id="download")
-            with gr.Column(visible=classifies):
+            with gr.Column(min_width=250, visible=classifies):
                 classes = gr.Label(
-                    num_top_classes=NUM_BARS, label="Best classes", show_heading=False
+                    num_top_classes=NUM_BARS,
+                    label="Best classes",
+                    show_heading=False,
+                    elem_id="classes",
                 )
         # one video is chosen: the other control shows that it is not this one
         video.input(lambda: None, outputs=upload, api_visibility="private")
@@ -167,6 +171,7 @@ def main(args: argparse.Namespace) -> None:
                 share=False,
                 ssr_mode=False,
                 footer_links=[],
+                css=CSS,
             )
         except OSError as error:
             raise UserError(f"the page cannot be served: {error}") from error
