@@ -4,6 +4,7 @@ Shapes: V views of a video, T frames, H W pixels.
 """
 
 import os
+from typing import Any
 
 from torch import Tensor
 
@@ -33,9 +34,9 @@ def load_clips(
     if min(num_clips, num_crops) < 1:
         raise UserError(f"{path}: num_clips = {num_clips}, num_crops = {num_crops} give no view")
     sizes = embed.img_size, embed.num_frames, model.sampling_rate
-    views = {"num_clips": num_clips, "num_crops": num_crops}
-    index = VideoIndex.of_files([path])
-    sample = Kinetics(index, "test", *sizes, sampling=model.sampling, **views)[0, 0]
+    views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
+    views["sampling"] = model.sampling
+    sample = Kinetics(VideoIndex.of_files([path]), "test", *sizes, **views)[0, 0]
     if sample.errors:
-        raise UserError(*sample.errors.values())
+        raise UserError("; ".join(sample.errors.values()))
     return normalize(channels_first(sample.clips).contiguous())
