@@ -265,7 +265,12 @@ def test_labels_of_other_folders_are_the_models(fruit, checkpoint, videos, tmp_p
     printed = capsys.readouterr().out
     assert "labels are matched by name: 2 classes here, 3 of the model" in printed
     assert part == {video: row for video, row in whole.items() if row["label"] != "1"}
-    assert {row["name"] for row in part.values()} <= set(FRUIT)
+    for row in part.values():
+        assert row["name"] == FRUIT[int(row["prediction"])]
+        assert row["label_name"] == FRUIT[int(row["label"])]
+        assert row["top5_names"].split("; ") == [FRUIT[int(k)] for k in row["top5"].split()]
+    with np.load(tmp_path / "part/scores.npz") as scores:
+        assert scores["classes"].tolist() == FRUIT
     right = sum(int(row["correct"]) for row in part.values())
     assert f"top-1 {100 * right / 4:.2f} %" in printed
     call(main_finetune, "--eval", "--path_to_data_dir", subset, "--resume", checkpoint,
@@ -303,7 +308,7 @@ def test_videos_without_labels_are_classified(fruit, checkpoint, videos, tmp_pat
     printed = capsys.readouterr().out
     assert "has no labels, so there is no accuracy" in printed and "top-1" not in printed
     for video, row in unlabelled.items():
-        assert row == labelled[video] | {"label": "", "correct": ""}
+        assert row == labelled[video] | {"label": "", "label_name": "", "correct": ""}
     assert not (tmp_path / "classes.csv").exists()  # it would be taken for this test's
     assert np.load(tmp_path / "scores.npz")["scores"].shape == (6, 3)
     assert "test_acc1" not in json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])

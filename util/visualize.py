@@ -324,8 +324,8 @@ def show_validation(
         return
     reports = report_classes(confusion, unpredicted)
     with warned("the accuracies of the classes are not shown in TensorBoard"):
-        log.image("val/confusion", draw_confusion(confusion), x)
+        shown = list(map(printable, names)) or [str(label) for label in range(len(confusion))]
+        log.image("val/confusion", draw_confusion(confusion, shown), x)
         accuracies = np.array([report.accuracy for report in reports if report.videos])
         log.histogram("val/class_acc", accuracies, x)
-        shown = list(map(printable, names)) or [str(label) for label in range(len(confusion))]
         log.text("val/worst_classes", worst_classes(reports, shown), x)
