@@ -20,6 +20,7 @@ from tests.video_files import write_video
 from util import file_io
 from util.errors import UserError
 from util.features import load_clips
+from util.file_io import printable
 from util.masking import fixed_masks
 from util.video.decode import Video
 from util.video.transforms import channels_first, normalize
@@ -248,15 +249,15 @@ def test_attention_is_the_last_blocks(arguments, reads):
 def test_heat_lies_over_its_patches():
     video = torch.full((4, 16, 16, 3), 100, dtype=torch.uint8)
     heat = torch.zeros(2, 4, 4)
-    heat[1, 0, 3] = 0.25
+    heat[0, 3, 0], heat[1, 0, 3] = 0.1, 0.25
     shown = lay_over(video, heat).int().sum(dim=-1)
-    assert (shown[:2] == shown[0, -1, 0]).all()  # black and grey
-    assert torch.equal(shown[2], shown[3])
+    assert (shown[0, :8] == shown[2, -1, 0]).all()  # black and grey
+    assert torch.equal(shown[0], shown[1]) and torch.equal(shown[2], shown[3])
+    assert shown[0].max() < 0.8 * shown[2].max()
     hottest = divmod(shown[2].argmax().item(), 16)
     assert hottest[0] < 4 and hottest[1] >= 12
-    assert torch.equal(shown[2, 8:], shown[0, 8:])
     assert torch.equal(lay_over(video, heat), lay_over(video, 3 * heat + 1))  # of the whole clip
-    assert (lay_over(video, torch.ones(2, 4, 4)).int().sum(dim=-1) == shown[0, -1, 0]).all()
+    assert (lay_over(video, torch.ones(2, 4, 4)).int().sum(dim=-1) == shown[0, 0, 0]).all()
 
 
 # --- the command
@@ -326,6 +327,15 @@ def test_classifiers_show_their_five_best_classes(tmp_path, videos, capsys, name
     assert widths / visualize.BARS_WIDTH == pytest.approx(shares, abs=0.02)
 
 
+def test_long_names_leave_room_for_the_probability():
+    shown, nameless = (
+        visualize.draw_classes(clips(1), [(name, 0.5) for name in names])
+        for names in (list(map(printable, NAMES)), [""] * len(NAMES))
+    )
+    assert torch.equal(shown[:, :, -36:], nameless[:, :, -36:])
+    assert not torch.equal(shown, nameless)
+
+
 def test_attention_of_the_command(tmp_path, videos, capsys):
     """A file with a decoder, one with a head, and one with neither: the clip and its attention."""
     files = {"mae": small_model(target="hog"), "vit": small_classifier(num_classes=7)}
@@ -393,10 +403,11 @@ def test_clip_lies_where_asked(tmp_path, videos):
 
 
 @pytest.mark.parametrize("flags", [{"sampling_rate": 2}, {"sampling": "segments"}])
-def test_the_central_clip_is_the_one_that_is_tested(tmp_path, videos, flags):
+def test_the_central_clip_is_the_one_that_is_tested(tmp_path, flags):
+    path = write_video(tmp_path / "v.mp4", [numbered_frame(i) for i in range(61)])
     model = visualize.load_model(saved(tmp_path / "mae.pth", small_model(), args=flags))
-    clip = visualize.load_clip(videos / "v0.mp4", model)
-    assert torch.equal(normalize(channels_first(clip.pixels)), load_clips(videos / "v0.mp4", model))
+    clip = visualize.load_clip(path, model)
+    assert torch.equal(normalize(channels_first(clip.pixels)), load_clips(path, model))
 
 
 def test_segments_are_shown_as_trained(tmp_path, videos):
