@@ -233,6 +233,8 @@ def test_names_that_are_not_utf8_are_shown_escaped(videos, tmp_path, capsys):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (table,) = events.Tensors("val/worst_classes/text_summary")
     assert rb"| saut \xe0 |" in table.tensor_proto.string_val[0]
+    (picture,) = events.Images("val/confusion")
+    assert picture.width > 402 + 24  # the names need more room than numbers
     # in any locale, the names in the files are the bytes of classes.txt
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, str(ROOT / "main_test.py"), "--path_to_data_dir", str(folder)]
