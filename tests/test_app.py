@@ -1,5 +1,6 @@
 """Tests of demo/app.py: the page in a real browser, without a network."""
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -17,6 +18,9 @@ import torch
 from PIL import Image, ImageSequence
 
 from models_mae import mae_vit_tiny_patch8
+from models_vit import vit_tiny_patch8
+from util.features import load_clips
+from util.file_io import printable
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -34,12 +38,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Serve the page by the command of the documents and return its address."""
-    checkpoint = tmp_path_factory.mktemp("model") / "mae.pth"
-    model = mae_vit_tiny_patch8(img_size=32, num_frames=8, pred_t_dim=8)
-    torch.save({"model": model.state_dict(), "arguments": model.arguments}, checkpoint)
+@contextlib.contextmanager
+def serve(folder, model, **records):
+    """Serve the page of a model by the command of the documents; give its address."""
+    checkpoint = folder / "model.pth"
+    torch.save({"model": model.state_dict(), "arguments": model.arguments} | records, checkpoint)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,6 +65,13 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    model = mae_vit_tiny_patch8(img_size=32, num_frames=8, pred_t_dim=8)
+    with serve(tmp_path_factory.mktemp("model"), model, args={"sampling": "segments"}) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import sync_playwright
 
@@ -71,8 +81,8 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(address, browser):
+@contextlib.contextmanager
+def opened(browser, address):
     """Open the page, see its first picture, and check in the end that it asked no other host."""
     page = browser.new_page(viewport={"width": 1100, "height": 900})
     hosts = set()
@@ -86,6 +96,12 @@ def page(address, browser):
     page.close()
 
 
+@pytest.fixture
+def page(address, browser):
+    with opened(browser, address) as page:
+        yield page
+
+
 def source(page) -> str:
     return page.locator("#picture img").get_attribute("src")
 
@@ -97,6 +113,22 @@ def wait_for_another(page, src) -> str:
         arg=src,
     )
     return source(page)
+
+
+def said(page) -> str:
+    return page.locator("#frames textarea").input_value()
+
+
+def wait_for_frames(page, start) -> str:
+    """Wait until the page says which frames of a video it shows; return what it says."""
+    page.wait_for_function(
+        "start => document.querySelector('#frames textarea').value.startsWith(start)", arg=start
+    )
+    return said(page)
+
+
+def picked(page) -> str:
+    return page.get_by_label("Video", exact=True).input_value()
 
 
 def fetch(url) -> bytes:
@@ -128,11 +160,77 @@ def test_choosing_and_moving_change_the_picture(page):
 def test_uploading_and_downloading(page, videos):
     first = source(page)
     page.locator("#upload input[type=file]").set_input_files(videos / "v0.mp4")
+    wait_for_frames(page, "v0.mp4: ")
     own = wait_for_another(page, first)
     with page.expect_download() as download:
         page.locator("#download").click()
     assert re.fullmatch(r"v0-random-0\.90-\w+\.gif", download.value.suggested_filename)
     assert Path(download.value.path()).read_bytes() == fetch(own)
+
+
+def test_the_page_names_the_clip_that_it_shows(page, videos):
+    """Either a video of the list or the upload is chosen; the other one is empty."""
+    text = wait_for_frames(page, "test_")
+    assert text.endswith(".mp4: frames 1, 3, 6, ..., 18 of 20, 0.07 to 1.20 s")
+    assert picked(page) == "moving_down"
+    page.locator("#upload input[type=file]").set_input_files(videos / "v0.mp4")
+    text = wait_for_frames(page, "v0.mp4: ")
+    assert text == "v0.mp4: frames 3, 11, 18, ..., 56 of 60, 0.10 to 1.87 s"  # in segments
+    page.wait_for_function("() => document.querySelector('#video input').value === ''")
+    page.get_by_label("Position of the clip in the video").last.fill("0")
+    page.wait_for_function(
+        "() => document.querySelector('#frames textarea').value.startsWith('v0.mp4: frames 0, 7,')"
+    )
+    page.get_by_label("Video", exact=True).click()
+    page.get_by_role("option", name="moving_up", exact=True).click()
+    wait_for_frames(page, "test_")
+    assert picked(page) == "moving_up"
+    assert page.locator("#upload").get_by_text("v0.mp4").count() == 0
+    page.locator("#upload input[type=file]").set_input_files(videos / "v0.mp4")
+    wait_for_frames(page, "v0.mp4: ")
+    page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
+    wait_for_frames(page, "test_")
+    assert picked(page) == "moving_down"
+
+
+NAMES = [
+    "moving \U0001f680",
+    "a\x00b\n",
+    "caf\udce9 <b>",
+    "<i>|" + "x" * 150,
+    "\u8dd1\u6b65",
+    "e",
+    "f",
+]
+
+
+def test_a_classifier_shows_five_bars_beside_the_clip(browser, tmp_path, videos):
+    torch.manual_seed(0)
+    model = vit_tiny_patch8(img_size=32, num_frames=8, num_classes=7).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+        clip = load_clips(videos / "v0.mp4", model)
+        shares = model(clip)[0].softmax(dim=0)
+    best = shares.argsort(descending=True)[:5].tolist()
+    names = list(NAMES)
+    names[best[0]], names[3] = names[3], names[best[0]]  # the long one is shown
+    with serve(tmp_path, model, classes=names) as address, opened(browser, address) as page:
+        page.locator("#upload input[type=file]").set_input_files(videos / "v0.mp4")
+        wait_for_frames(page, "v0.mp4: frames 14, ")
+        assert fetch(source(page)).startswith(b"GIF89a")
+        expected = [printable(names[label]) for label in best]
+        page.wait_for_function(
+            "name => document.querySelector('#classes dt').textContent === name", arg=expected[0]
+        )
+        assert page.locator("#classes dt").all_text_contents() == expected
+        percents = [float(text[:-1]) for text in page.locator("#classes dd").all_text_contents()]
+        assert percents == pytest.approx([100 * shares[label].item() for label in best], abs=0.51)
+        bars, clip = (page.locator(name).bounding_box() for name in ("#classes", "#picture"))
+        assert bars["x"] >= clip["x"] + clip["width"]
+        assert bars["y"] == pytest.approx(clip["y"], abs=2)
+        right_edges = [cell.bounding_box() for cell in page.locator("#classes dd").all()]
+        assert all(x["x"] + x["width"] <= bars["x"] + bars["width"] for x in right_edges)
+        assert not page.locator("#ratio").is_visible()
 
 
 def test_bad_file_gives_a_readable_message(page, tmp_path):
@@ -144,6 +242,7 @@ def test_bad_file_gives_a_readable_message(page, tmp_path):
     assert message.input_value().startswith("notes.mp4: cannot be opened as a video (")
     assert "Traceback" not in page.content()
     assert page.locator("#picture img").count() == 0
+    assert said(page) == ""
     assert page.locator("#download").is_disabled()
     page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
     page.wait_for_selector("#picture img")

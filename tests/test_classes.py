@@ -233,6 +233,8 @@ def test_names_that_are_not_utf8_are_shown_escaped(videos, tmp_path, capsys):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (table,) = events.Tensors("val/worst_classes/text_summary")
     assert rb"| saut \xe0 |" in table.tensor_proto.string_val[0]
+    (picture,) = events.Images("val/confusion")
+    assert picture.width > 402 + 24  # the names need more room than numbers
     # in any locale, the names in the files are the bytes of classes.txt
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, str(ROOT / "main_test.py"), "--path_to_data_dir", str(folder)]
@@ -265,7 +267,12 @@ def test_labels_of_other_folders_are_the_models(fruit, checkpoint, videos, tmp_p
     printed = capsys.readouterr().out
     assert "labels are matched by name: 2 classes here, 3 of the model" in printed
     assert part == {video: row for video, row in whole.items() if row["label"] != "1"}
-    assert {row["name"] for row in part.values()} <= set(FRUIT)
+    for row in part.values():
+        assert row["name"] == FRUIT[int(row["prediction"])]
+        assert row["label_name"] == FRUIT[int(row["label"])]
+        assert row["top5_names"].split("; ") == [FRUIT[int(k)] for k in row["top5"].split()]
+    with np.load(tmp_path / "part/scores.npz") as scores:
+        assert scores["classes"].tolist() == FRUIT
     right = sum(int(row["correct"]) for row in part.values())
     assert f"top-1 {100 * right / 4:.2f} %" in printed
     call(main_finetune, "--eval", "--path_to_data_dir", subset, "--resume", checkpoint,
@@ -303,7 +310,7 @@ def test_videos_without_labels_are_classified(fruit, checkpoint, videos, tmp_pat
     printed = capsys.readouterr().out
     assert "has no labels, so there is no accuracy" in printed and "top-1" not in printed
     for video, row in unlabelled.items():
-        assert row == labelled[video] | {"label": "", "correct": ""}
+        assert row == labelled[video] | {"label": "", "label_name": "", "correct": ""}
     assert not (tmp_path / "classes.csv").exists()  # it would be taken for this test's
     assert np.load(tmp_path / "scores.npz")["scores"].shape == (6, 3)
     assert "test_acc1" not in json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])

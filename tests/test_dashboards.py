@@ -81,6 +81,13 @@ def test_confusion_is_drawn_to_scale():
     assert (wrong[corner, corner] == 255).all()
     half = wrong[corner + 200, corner]
     assert np.allclose(half, [255 + (c - 255) / 2 for c in RED], atol=1)
+    named = draw_confusion(np.diag([5, 0, 1]), ["a", "saut \\xe0 la perche" * 9, "c"])
+    margin = len(named) - 402
+    assert 60 < margin < 150 and named.shape[1] == len(named)
+    ink = (named[margin:, :margin] < 128).any(axis=-1).sum(axis=(1)).reshape(3, 134).sum(axis=1)
+    above = (named[:margin, margin:] < 128).any(axis=-1).sum(axis=0).reshape(3, 134).sum(axis=1)
+    assert ink.tolist() == above.tolist() and ink[1] > 5 * max(ink[0], ink[2]) > 0
+    assert named[margin + 2, margin + 2].tolist() == list(BLUE)
     assert draw_confusion(np.eye(400, dtype=int)).shape == (400, 400, 3)
     assert draw_confusion(np.eye(700, dtype=int)).shape == (700, 700, 3)
 

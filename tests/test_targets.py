@@ -125,9 +125,9 @@ def test_a_file_says_what_its_model_predicts(tmp_path, target):
     assert (found["target"], found["pred_t_dim"]) == (target, 4)
     if target == "hog":  # the demo, the page and the notebook load models by this function
         with pytest.raises(UserError, match="'hog' predicts histograms of gradients, not pictures"):
-            visualize.load_autoencoder(str(path))
+            visualize.load_model(str(path))
     else:
-        assert visualize.load_autoencoder(str(path)).model.target == target
+        assert visualize.load_model(str(path)).target == target
 
 
 def test_hog_has_no_pictures():

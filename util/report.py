@@ -9,14 +9,14 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from util.classes import some_names
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from util.kinetics import VideoIndex
 
 PICTURE_SIDE = 400  # pixels at least, and one per class
+MAX_NAME = 16  # characters of a name beside it
 BLUE, RED = (8, 48, 107), (165, 15, 21)  # of right and wrong predictions; darker means more
 
 
@@ -194,20 +195,24 @@ def write_predictions(
 
     The score in a row is the mean over views, or their maximum if views = 1.
     """
-    rows: list[list[Any]] = ["video label prediction correct score top5 error name".split()]
+    header = "video label prediction correct score top5 error name top5_names label_name"
+    rows: list[list[Any]] = [header.split()]
     finite = result.finite
     for i, label in enumerate(index.labels.tolist()):
-        cells: list[Any] = ["", 0, "", "", result.errors[i] or "scores are not numbers", ""]
+        cells: list[Any] = ["", 0, "", "", result.errors[i] or "scores are not numbers", "", ""]
         if finite[i]:
             best = ranking[i].tolist()
             score = f"{result.scores[i, best[0]] / views:.4f}"
-            top5 = " ".join(map(str, best))
-            cells = [best[0], int(best[0] == label), score, top5, "", names[best[0]]]
+            top5, top5_names = " ".join(map(str, best)), "; ".join(names[k] for k in best)
+            hit, name = int(best[0] == label), names[best[0]]
+            cells = [best[0], hit, score, top5, "", name, top5_names]
+        label_name = names[label] if index.has_labels else ""
         if not index.has_labels:
             label = cells[1] = ""
-        rows.append([path_to_text(index.path(i)), label, *cells])
+        rows.append([path_to_text(index.path(i)), label, *cells, label_name])
     scores = os.path.join(folder, "scores.npz")
-    write_atomically(scores, lambda f: np.savez(f, scores=result.scores, labels=index.labels))
+    arrays = {"scores": result.scores, "labels": index.labels, "classes": np.array(names)}
+    write_atomically(scores, lambda f: np.savez(f, **arrays))
     write_csv(os.path.join(folder, "predictions.csv"), rows)
 
 
@@ -250,10 +255,11 @@ def worst_classes(reports: list[ClassReport], names: list[str], count: int = 20)
     return "\n".join(lines)
 
 
-def draw_confusion(confusion: np.ndarray) -> np.ndarray:
+def draw_confusion(confusion: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
     """Draw a confusion matrix int [C, C], each row as shares of its sum: uint8 [H, W, 3].
 
-    Right predictions are blue, wrong ones red. Large cells show percents, and the margins labels.
+    Right predictions are blue, wrong ones red. Large cells show percents, and the margins the
+    names of the classes, or else their numbers.
     """
     # Draw one square of pixels per cell.
     classes = len(confusion)
@@ -265,16 +271,23 @@ def draw_confusion(confusion: np.ndarray) -> np.ndarray:
     if side < 24:  # too small for numbers
         return pixels
 
-    # Write labels in the margins and percents in the cells.
-    margin = 24
+    # Write names in the margins, from below on top, and percents in the cells.
+    names = [name[:MAX_NAME] for name in names or map(str, range(classes))]
+    font = ImageFont.load_default()
+    margin = max(24, int(max(map(font.getlength, names))) + 10)
     image = Image.new("RGB", (len(pixels) + margin, len(pixels) + margin), "white")
     image.paste(Image.fromarray(pixels), (margin, margin))
-    write = partial(ImageDraw.Draw(image).text, anchor="mm")
-    middles = range(margin + side // 2, len(pixels) + margin, side)
-    for i, y in enumerate(middles):
-        write((margin // 2, y), str(i), "black")
-        write((y, margin // 2), str(i), "black")
-        for j in np.flatnonzero(confusion[i]).tolist():
-            colour = "white" if share[i, j] > 0.5 else "black"
-            write((middles[j], y), f"{100 * share[i, j]:.0f}", colour)
+    middles = range(side // 2, len(pixels), side)
+    for anchor, x in (("rm", margin - 5), ("lm", 5)):
+        strip = Image.new("RGB", (margin, len(pixels)), "white")
+        for y, name in zip(middles, names, strict=True):
+            ImageDraw.Draw(strip).text((x, y), name, "black", font, anchor)
+        on_top = anchor == "lm"
+        strip = strip.rotate(90, expand=True) if on_top else strip
+        image.paste(strip, (margin, 0) if on_top else (0, margin))
+    write = partial(ImageDraw.Draw(image).text, font=font, anchor="mm")
+    for i, j in np.argwhere(confusion).tolist():
+        colour = "white" if share[i, j] > 0.5 else "black"
+        place = margin + middles[j], margin + middles[i]
+        write(place, f"{100 * share[i, j]:.0f}", colour)
     return np.asarray(image)

@@ -1,15 +1,17 @@
-"""What a masked autoencoder sees and what it predicts, as pictures.
+"""What a masked autoencoder sees and predicts, and where an encoder looks, as pictures.
 
 Shapes: N clips, C channels, T frames of a clip, t of them predicted, H W pixels, L tokens, K of
 them visible. Pictures are uint8 RGB, channels last; a video is [t, H, W, C].
 """
 
 import io
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -129,6 +131,50 @@ def _to_uint8(imgs: Tensor) -> Tensor:
     """Undo normalize: float [N, C, t, H, W] -> uint8 [N, t, H, W, C] on the CPU."""
     levels = (imgs * STD + MEAN).mul(255).round().clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def last_attention(model: Any, clips: Tensor) -> Tensor:
+    """Return the shares of attention that the last block of an encoder gives to every token.
+
+    They are softmax(q k^T / sqrt(hd)), averaged over the heads and over the tokens that the
+    features come from: all patches or, with pool = "cls", the first token alone. A row sums to 1.
+
+    Args:
+        model: a masked autoencoder or a classifier in evaluation mode, on any device.
+        clips: uint8 [N, T, H, W, C]; no patch is removed.
+
+    Returns:
+        float32 [N, (1 +) L] on the CPU, the class token first if there is one.
+    """
+    block, inputs = model.blocks[-1], []
+    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
+    model.forward_features(channels_first(clips.to(next(model.parameters()).device)))
+    hook.remove()
+    x, attn = block.norm1(inputs[0]), block.attn  # (N, (1 +) L, D)
+    q, k = (layer(x).unflatten(2, (attn.num_heads, -1)) for layer in (attn.q, attn.k))
+    q = q[:, :1] if getattr(model, "pool", "") == "cls" else q[:, int(model.cls_embed) :]
+    logits = torch.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(q.shape[-1])
+    return logits.float().softmax(dim=-1).mean(dim=(1, 2)).cpu()
+
+
+def lay_over(video: Tensor, heat: Tensor) -> Tensor:
+    """Lay heat [t, h, w] over a grey video, uint8 [T, H, W, 3], from black (least) to yellow.
+
+    Time steps are repeated; space is interpolated.
+    """
+    T, H, W, _ = video.shape
+    heat = heat.repeat_interleave(T // len(heat), dim=0) - heat.min()
+    heat = heat / heat.max().clamp(min=1e-20)  # all alike: black
+    levels = (
+        F.interpolate(heat.unsqueeze(1), (H, W), mode="bilinear")[:, 0].mul(255).to(torch.uint8)
+    )
+    colours = [cv2.applyColorMap(x.numpy(), cv2.COLORMAP_INFERNO)[..., ::-1] for x in levels]
+    grey = video.float().mean(dim=3, keepdim=True)
+    return (0.4 * grey + 0.6 * torch.from_numpy(np.stack(colours))).to(torch.uint8)
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -278,8 +324,8 @@ def show_validation(
         return
     reports = report_classes(confusion, unpredicted)
     with warned("the accuracies of the classes are not shown in TensorBoard"):
-        log.image("val/confusion", draw_confusion(confusion), x)
+        shown = list(map(printable, names)) or [str(label) for label in range(len(confusion))]
+        log.image("val/confusion", draw_confusion(confusion, shown), x)
         accuracies = np.array([report.accuracy for report in reports if report.videos])
         log.histogram("val/class_acc", accuracies, x)
-        shown = list(map(printable, names)) or [str(label) for label in range(len(confusion))]
         log.text("val/worst_classes", worst_classes(reports, shown), x)
