@@ -508,7 +508,7 @@ def left_by(training, folder, epochs):
 )
 def test_a_resumed_run_keeps_files_as_before_unless_told(tmp_path, capsys, then, now, left):
     unset, folder = {"keep_last": None, "keep_every": None}, {"output_dir": str(tmp_path)}
-    training = Training(init=0, **unset | folder | (then or {"keep_last": 0}))
+    training = Training(init=0, **unset | folder | ({"keep_last": 0} if then is None else then))
     left_by(training, tmp_path, range(4))
     newest = newest_checkpoint(str(tmp_path))
     if then is None:
