@@ -397,6 +397,7 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
         ({}, {"crop": "center"}, "--crop random -> center"),
         ({}, {"color_jitter": 0.4}, "--color_jitter 0.0 -> 0.4"),
         ({}, {"freeze": 0, "model_ema": 0.0}, ""),
+        ({}, {"freeze": 2, "model_ema": 0.9}, "--freeze 0 -> 2, --model_ema 0.0 -> 0.9"),
         ({}, {"finetune": "a.pth", "resume": "b.pth"}, "--finetune  -> a.pth"),  # else refused
     ],
 )
