@@ -27,7 +27,14 @@ from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
 from util.meters import RunLog, last_x, open_log
-from util.optim import NonFiniteError, make_optimizer, make_scaler, param_groups_lrd, prepare_model
+from util.optim import (
+    NonFiniteError,
+    WeightAverage,
+    make_optimizer,
+    make_scaler,
+    param_groups_lrd,
+    prepare_model,
+)
 from util.synthetic import data_dir, synthetic_recipe
 from util.video.mixup import Mixup
 from util.video.rand_augment import RandAugment, parse_config
@@ -57,6 +64,10 @@ def get_args_parser() -> flags.Parser:
     add("--mask_ratio", 0.0, text, flags.share_below_1)
     flags.add_optim_args(parser)
     add = flags.adder(parser)
+    text = "freeze patch embedding, positions and the first N blocks; if these are all, also the "
+    add("--freeze", 0, text + "norm: only the head learns", flags.up_to_1000, metavar="N")
+    text = "decay of a moving average of the weights, validated and saved beside them; 0: none"
+    add("--model_ema", 0.0, text, flags.share_below_1, metavar="DECAY")
     text = "learning rate of a layer relative to the next"
     add("--layer_decay", 0.75, text, flags.positive_float)
     flags.add_checkpoint_args(parser)
@@ -96,6 +107,8 @@ def parse_args(
     args = flags.parse(parser, argv, default_flags)
     if args.use_ema and not (args.finetune or args.eval):
         raise UserError("--use_ema needs --finetune, or --eval with --resume")
+    if args.freeze and not (args.finetune or args.resume):
+        raise UserError("--freeze needs --finetune: frozen random weights would never learn")
     args.reprob *= args.rand_aug
     if args.rand_aug:
         parse_config(args.aa)  # refuse a wrong one before a job is queued
@@ -135,6 +148,8 @@ def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
             pool=args.pool,
         )
         model.check_mask_ratio(args.mask_ratio)
+        if args.freeze:
+            model.freeze(args.freeze)
     return model
 
 
@@ -185,12 +200,12 @@ def validate(args: argparse.Namespace, device: torch.device) -> None:
     print_validation(val)
 
 
-def print_validation(val: dict[str, float], more: str = "") -> None:
+def print_validation(val: dict[str, float], more: str = "", what: str = "validation") -> None:
     """Print the statistics that evaluate returns, in one line."""
     unreadable = f"  unreadable {val['bad']}" if val["bad"] else ""
     not_finite = f"  not numbers {val['not_finite']}" if val["not_finite"] else ""
     print0(
-        f"validation: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
+        f"{what}: top-1 {val['acc1']:.2f} %  top-5 {val['acc5']:.2f} %  "
         f"loss {val['loss']:.4f}{unreadable}{not_finite}{more}"
     )
 
@@ -213,6 +228,37 @@ def load_pretrained(
     if not keep_head:
         torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return names or (weights.classes if keep_head else [])
+
+
+def validate_epoch(
+    model: torch.nn.Module,
+    loader: VideoLoader,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    args: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Validate the weights ("val") and their moving average ("val_ema"), if there is one.
+
+    Return the statistics of each, and show them in TensorBoard. A signal ends the process.
+    """
+    checkpoints.before_validation()
+    stop = checkpoints.interruption.after_step
+    options = loader, device, args.precision, args.num_classes, log, stop
+    val, counts = evaluate(model, *options)
+    checkpoints.exit_if_stopped()
+    x = last_x(checkpoints.progress.epoch, args.repeat_aug)
+    show_validation(val, counts, checkpoints.classes, log, x)
+    for name in ("acc1", "loss"):  # HParams shows five metrics: the first in alphabetical order
+        log.scalar(f"epoch/val_{name}", val[name], x)
+    results = {"val": val}
+    if checkpoints.ema is not None:
+        results["val_ema"], _ = evaluate(checkpoints.ema.module, *options)
+        checkpoints.exit_if_stopped()
+        for name, value in results["val_ema"].items():
+            log.scalar(f"val_ema/{name}", value, x)
+    log.flush()
+    return results
 
 
 def main(args: argparse.Namespace) -> None:
@@ -247,10 +293,11 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)
+    ema = WeightAverage(model, args.model_ema, optimizer) if args.model_ema else None
 
     # Resume from the newest checkpoint, if there is one.
     fingerprint = train_set.index.fingerprint()
-    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint, class_names)
+    checkpoints = Checkpoints(args, model, optimizer, scaler, fingerprint, class_names, ema)
     if latest:
         checkpoints.resume(*latest)
         del latest  # frees its memory
@@ -271,26 +318,17 @@ def main(args: argparse.Namespace) -> None:
             raise checkpoints.bad_step_report(error, train_set.index) from error
         checkpoints.exit_if_stopped()  # after a signal: save and exit
 
-        # Validate.
-        checkpoints.before_validation()
-        stop = checkpoints.interruption.after_step  # a signal also ends the validation
-        val, counts = evaluate(
-            model, val_loader, device, args.precision, args.num_classes, log, stop
-        )
-        checkpoints.exit_if_stopped()
-
-        # Show the results in TensorBoard.
-        x = last_x(progress.epoch, args.repeat_aug)
-        show_validation(val, counts, checkpoints.classes, log, x)
-        log.flush()
-
-        # Write log.txt and a checkpoint.
-        record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
-        record |= {f"val_{k}": v for k, v in val.items()}
+        # Validate, then write log.txt and a checkpoint.
+        results = validate_epoch(model, val_loader, device, checkpoints, log, args)
+        record = {"epoch": progress.epoch}
+        for kind, values in {"train": stats, **results}.items():
+            record |= {f"{kind}_{name}": value for name, value in values.items()}
         checkpoints.finish_epoch(record, len(train_loader), metric="val_acc1")
         best = f"{progress.best('val_acc1'):.2f} % (checkpoint-{progress.best_epoch:05d}.pth)"
         best = best if args.output_dir else f"{progress.best('val_acc1'):.2f} %"
-        print_validation(val, f"  best top-1 {best}")
+        print_validation(results["val"], f"  best top-1 {best}")
+        if "val_ema" in results:
+            print_validation(results["val_ema"], what="moving average")
     checkpoints.close()
     log.close()
     print0(f"training time {timedelta(seconds=int(time.time() - started))}")

@@ -77,6 +77,23 @@ class VisionTransformer(Encoder):
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
 
+    def freeze(self, num_blocks: int) -> None:
+        """Freeze embedding, positions and the first blocks; if all blocks, also the last norm.
+
+        Frozen blocks have no drop path and keep nothing for the backward pass. Raise ValueError if
+        the model has fewer blocks.
+        """
+        depth = len(self.blocks)
+        if num_blocks > depth:
+            raise ValueError(f"cannot freeze {num_blocks} blocks: the model has {depth}")
+        for block in self.blocks[:num_blocks]:
+            block.drop_path = nn.Identity()
+        norm = [self.norm] if num_blocks == depth else []
+        for module in (self.patch_embed, *self.blocks[:num_blocks], *norm):
+            module.requires_grad_(False)
+        for _, parameter in self.named_parameters(recurse=False):  # class token and positions
+            parameter.requires_grad_(False)
+
     def check_mask_ratio(self, mask_ratio: float) -> None:
         """Raise ValueError for a ratio that is negative, keeps nothing or risks the patch read."""
         tokens = self.patch_embed.num_patches

@@ -179,7 +179,7 @@ class Run:
         flags = [*self.flags, *start, *more, str(self.folder)]
         if self.kind == "probe":
             return [["-c", PROBE, *flags]]
-        train = [f"{ROOT}/main_{self.kind}.py", *flags, "--keep_last", "1"]
+        train = [f"{ROOT}/main_{self.kind}.py", *flags, "--keep_last", "1", "--keep_every", "0"]
         test = [f"{ROOT}/main_test.py", "--finetune", self.checkpoint, *more, f"{self.folder}/test"]
         test += ["--path_to_data_dir", self.args.path_to_data_dir, "--device", self.args.device]
         test += ["--precision", self.args.precision] if self.args.precision else []

@@ -29,7 +29,7 @@ from util.checkpoint import (
 from util.errors import UserError
 from util.lr_sched import set_learning_rate
 from util.meters import append_log, write_log
-from util.optim import make_optimizer, optim_step, param_groups_weight_decay
+from util.optim import WeightAverage, make_optimizer, optim_step, param_groups_weight_decay
 from util.signals import STOP_SIGNALS, signals_restored
 
 CPU = torch.device("cpu")
@@ -50,15 +50,16 @@ def flags(**overrides):
 class Training:
     """A small autoencoder in training, with everything a checkpoint keeps."""
 
-    def __init__(self, init, fingerprint=DATA, decoder=(), **overrides):
+    def __init__(self, init, fingerprint=DATA, decoder=(), decay=0.0, **overrides):
         torch.manual_seed(init)
         self.args = flags(**overrides)
         self.model = golden.build(MaskedAutoencoderViT, MAE, **dict(decoder))
         groups = param_groups_weight_decay(self.model, 0.05)
         self.optimizer = make_optimizer(groups, (0.9, 0.95), CPU)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-        state = self.model, self.optimizer, self.scaler
-        self.checkpoints = Checkpoints(self.args, *state, fingerprint)
+        self.average = WeightAverage(self.model, decay, self.optimizer) if decay else None
+        state = self.model, self.optimizer, self.scaler, fingerprint, (), self.average
+        self.checkpoints = Checkpoints(self.args, *state)
 
     def train(self, *steps):
         for step in steps:
@@ -87,6 +88,9 @@ class Training:
         flat = dict(self.model.state_dict())
         for number, values in self.optimizer.state_dict()["state"].items():
             flat |= {f"{number}/{name}": value for name, value in values.items()}
+        if self.average is not None:
+            flat |= {f"average/{k}": v for k, v in self.average.module.state_dict().items()}
+            flat["updates"] = torch.tensor(self.average.updates)
         return flat | {"scale": torch.tensor(self.scaler.get_scale())}
 
 
@@ -111,9 +115,9 @@ def trained():
 # --- saving and resuming
 
 
-@pytest.mark.parametrize("step", [0, 7])
-def test_resuming_continues_bit_for_bit(tmp_path, capsys, step):
-    uninterrupted = Training(init=0)
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.0), (7, 0.0), (7, 0.9)])
+def test_resuming_continues_bit_for_bit(tmp_path, capsys, step, decay):
+    uninterrupted = Training(init=0, decay=decay)
     uninterrupted.train(0, 1)
     line = {"epoch": 3, "train_loss": 0.1}
     place = {"step": step, "sums": {"loss": 0.3}, "counts": {"loss": 7}, "log": [line]}
@@ -122,7 +126,7 @@ def test_resuming_continues_bit_for_bit(tmp_path, capsys, step):
     uninterrupted.train(2, 3)
 
     (tmp_path / "log.txt").write_text("of after the checkpoint\n")
-    resumed = Training(init=1, output_dir=str(tmp_path))
+    resumed = Training(init=1, output_dir=str(tmp_path), decay=decay)
     progress = resumed.resume(newest_checkpoint(str(tmp_path)))
     assert progress == Progress(4, updates=40, best_epoch=2, **place)
     where = "epoch 4, step 7" if step else "epoch 4"
@@ -151,7 +155,7 @@ def test_checkpoint_is_of_the_moment_of_save_though_training_goes_on(tmp_path, m
 
 
 def test_a_step_waits_for_the_copy_that_is_under_way(tmp_path, monkeypatch):
-    training = Training(init=0, output_dir=str(tmp_path))
+    training = Training(init=0, output_dir=str(tmp_path), decay=0.9)
     training.train(0)
     then = {k: v.clone() for k, v in training.state().items()}
     copy = HostCopy._copy
@@ -167,9 +171,28 @@ def test_a_step_waits_for_the_copy_that_is_under_way(tmp_path, monkeypatch):
     assert time.monotonic() - began < 0.2  # the caller does not wait
     training.train(1)
     training.checkpoints.wait()
-    resumed = Training(init=1)
+    resumed = Training(init=1, decay=0.9)
     resumed.resume(newest_checkpoint(str(tmp_path)))
     assert_bitwise_equal(resumed.state(), then)
+
+
+def test_a_moving_average_that_begins_or_ends_when_a_run_is_resumed(tmp_path, capsys):
+    without = Training(init=0, model_ema=0.0)
+    without.train(0)
+    begun = Training(init=1, decay=0.9, model_ema=0.9)
+    begun.resume(without.save(tmp_path))
+    out = capsys.readouterr().out
+    assert "--model_ema 0.0 -> 0.9\n" in out
+    assert "the moving average of the weights begins with these weights\n" in out
+    weights = without.model.state_dict()
+    assert_bitwise_equal(begun.average.module.state_dict(), weights)
+    begun.train(1, 2)
+    ended = Training(init=1, model_ema=0.0)
+    ended.resume(begun.save(tmp_path))
+    out = capsys.readouterr().out
+    assert "--model_ema 0.9 -> 0.0\n" in out
+    assert "the moving average of the weights is dropped\n" in out
+    assert_bitwise_equal(ended.model.state_dict(), begun.model.state_dict())
 
 
 def test_checkpoint_has_the_keys_of_the_family_and_plain_flags(tmp_path, trained):
@@ -373,6 +396,8 @@ def test_resume_flag_gives_way_to_what_the_same_command_saved_since(tmp_path, tr
         ({}, {"crop": "random", "color_jitter": 0.0, "finetune": "", "use_ema": False}, ""),
         ({}, {"crop": "center"}, "--crop random -> center"),
         ({}, {"color_jitter": 0.4}, "--color_jitter 0.0 -> 0.4"),
+        ({}, {"freeze": 0, "model_ema": 0.0}, ""),
+        ({}, {"freeze": 2, "model_ema": 0.9}, "--freeze 0 -> 2, --model_ema 0.0 -> 0.9"),
         ({}, {"finetune": "a.pth", "resume": "b.pth"}, "--finetune  -> a.pth"),  # else refused
     ],
 )
@@ -418,6 +443,15 @@ def test_superfluous_checkpoints():
     assert superfluous(middle, middle[-2], 0, 0, None) == []
     ended = [*middle[-2:], *names("00004")]
     assert superfluous(ended, ended[-1], 0, 0, None) == ended[:1]
+    # the end of an epoch makes all others of it superfluous: if another end stays, or at the last
+    before = [*middle, *names("00004")]
+    for keep_last in (0, 2):
+        assert superfluous(before, before[-1], keep_last, 0, None) == middle[1:]
+    assert superfluous(before, before[-1], 1, 0, None) == [*middle[1:3], middle[0]]
+    assert superfluous(before, before[-1], 1, 0, 3) == middle[1:]
+    assert superfluous(before, before[-1], 1, 0, None, True) == [*middle[1:], middle[0]]
+    assert superfluous(ended, ended[-1], 0, 0, None, True) == ended[:2]
+    assert superfluous(middle, middle[-1], 0, 0, None, True) == middle[1:2]  # after a signal
     assert superfluous(paths[:3], paths[3], 1, 0, None) == paths[:3]  # not listed yet
 
 
@@ -451,6 +485,52 @@ def test_keep_last_and_every_and_best_in_a_run(tmp_path):
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(10))
     assert training.checkpoints.progress.updates == 30
+
+
+def left_by(training, folder, epochs):
+    """Finish epochs and return the numbers of those whose checkpoints are left."""
+    training.train(0)
+    for epoch in epochs:
+        training.checkpoints.finish_epoch({"epoch": epoch}, steps=3)
+    training.checkpoints.wait()
+    return [int(path[-9:-4]) for path in list_checkpoints(str(folder))]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "left"),
+    [
+        ({"keep_last": 0, "keep_every": 0}, {}, [0, 1, 2, 3, 4, 5, 6]),  # when that was the default
+        (None, {}, [0, 1, 2, 3, 4, 5, 6]),  # older still
+        ({"keep_last": 0, "keep_every": 0}, {"keep_last": 2}, [5, 6]),
+        ({"keep_last": 1, "keep_every": 2}, {}, [1, 3, 5, 6]),
+        ({}, {}, [4, 5, 6]),
+        ({}, {"keep_last": 0}, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_a_resumed_run_keeps_files_as_before_unless_told(tmp_path, capsys, then, now, left):
+    unset, folder = {"keep_last": None, "keep_every": None}, {"output_dir": str(tmp_path)}
+    training = Training(init=0, **unset | folder | ({"keep_last": 0} if then is None else then))
+    left_by(training, tmp_path, range(4))
+    newest = newest_checkpoint(str(tmp_path))
+    if then is None:
+        checkpoint = torch.load(newest)
+        del checkpoint["args"]["keep_last"], checkpoint["args"]["keep_every"]
+        torch.save(checkpoint, newest)
+    capsys.readouterr()
+    for epochs in (range(4, 6), range(6, 7)):  # the second resumes what the first has written
+        again = Training(init=0, **unset | folder | now)
+        again.resume(newest_checkpoint(str(tmp_path)))
+        found = left_by(again, tmp_path, epochs)
+    assert found == left
+    kept = "checkpoints are kept as until now: --keep_last 0 --keep_every 0\n"
+    expected = 2 * (then != {} and now == {} and left[0] == 0)
+    assert capsys.readouterr().out.count(kept) == expected
+
+
+def test_by_default_every_fiftieth_epoch_is_kept(tmp_path):
+    folder = {"output_dir": str(tmp_path), "keep_last": None, "keep_every": None}
+    training = Training(init=0, **folder, checkpoint_period=10)
+    assert left_by(training, tmp_path, range(130)) == [49, 99, 109, 119, 129]
 
 
 # --- log.txt

@@ -50,7 +50,8 @@ def test_a_run_goes_on_with_the_weights_of_another(videos, start, tmp_path, caps
     assert_started_from(found, weights(start), drawn, keeps_decoder=True)
     assert loss < 0.9 * fresh_loss
     out = capsys.readouterr().out
-    assert f"loaded {len(found)} of {len(found)} tensors from {start} (MAE)" in out
+    loaded = f"loaded {len(found)} of {len(found)} tensors from"
+    assert f"{loaded} {start} (autoencoder, MAE format)\n" in out
     assert "starts afresh" not in out
 
 

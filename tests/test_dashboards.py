@@ -222,8 +222,9 @@ def test_confusion_is_that_of_the_validation(runs):
         assert record["val_mean_class_acc"] == pytest.approx(record["val_acc1"])
 
 
-def test_resumed_run_leaves_each_point_once(videos, tmp_path):
+def test_resumed_run_leaves_each_point_once(videos, tmp_path, monkeypatch):
     """Killed after validation, or two epochs past a checkpoint: the points of one whole run."""
+    monkeypatch.setattr("util.checkpoint.superfluous", lambda *_: [])  # as if killed before that
     argv = ["--path_to_data_dir", videos, *FINETUNE, "--epochs", 3, "--output_dir"]
     call(main_finetune, *argv, tmp_path / "whole")
     whole = read_events(tmp_path / "whole/tensorboard")
@@ -296,7 +297,7 @@ def test_tensorboard_shows_both_runs(runs):
         common |= {"speed/clips_per_s", "speed/data_share", "speed/memory_mib"}
         assert set(scalars[pretrain]) == common | {"epoch/loss", "fixed_clips/loss"}
         names = ("loss", "acc1", "acc5", "mean_class_acc", "bad", "not_finite")
-        values = {f"val/{name}" for name in names}
+        values = {f"val/{name}" for name in names} | {"epoch/val_acc1", "epoch/val_loss"}
         assert set(scalars[finetune]) == common | values
         points = ask("data/plugin/scalars/scalars", run=pretrain, tag="epoch/loss")
         records = [json.loads(line) for line in (runs / "pretrain/log.txt").open()]
@@ -326,11 +327,14 @@ def test_tensorboard_shows_both_runs(runs):
         names = {info["name"] for info in experiment["hparamInfos"]}
         assert {"lr", "model", "batch_size", "ranks", "norm_pix_loss", "layer_decay"} <= names
         assert not {"output_dir", "num_workers", "notice"} & names
-        metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
-        assert {"epoch/loss", "val/acc1"} <= metrics
+        metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
+        assert metrics[:3] == ["epoch/loss", "epoch/val_acc1", "epoch/val_loss"]  # it shows five
+        assert "val/acc1" in metrics
+        differing = {info["name"] for info in experiment["hparamInfos"] if info.get("differs")}
+        assert {"model", "beta"} <= differing and "jitter_aspect_relative" not in differing
         request = {
             "experimentName": "", "startIndex": 0, "sliceSize": 10,
-            "colParams": [{"metric": {"tag": tag}} for tag in ("epoch/loss", "val/acc1")],
+            "colParams": [{"metric": {"tag": tag}} for tag in metrics],
             "allowedStatuses": ["STATUS_SUCCESS"],
         }  # fmt: skip
         groups = ask("data/plugin/hparams/session_groups", body=request)["sessionGroups"]
@@ -339,7 +343,8 @@ def test_tensorboard_shows_both_runs(runs):
             (session,) = group["sessions"]
             run = session["name"]
             final = {m["name"]["tag"]: m["value"] for m in session["metricValues"]}
-            model = group["hparams"]["model"]
+            model, beta = group["hparams"]["model"], group["hparams"]["beta"]
+            assert beta == ("0.9 0.95" if run == pretrain else "0.9 0.999")
             if run == pretrain:
                 assert model == "mae_vit_tiny_patch8"
                 assert final["epoch/loss"] == pytest.approx(records[-1]["train_loss"])
@@ -347,6 +352,7 @@ def test_tensorboard_shows_both_runs(runs):
                 assert run == finetune and model == "vit_tiny_patch8"
                 last = json.loads((runs / "finetune/log.txt").read_text().splitlines()[-1])
                 assert final["val/acc1"] == pytest.approx(last["val_acc1"])
+                assert final["epoch/val_acc1"] == pytest.approx(last["val_acc1"])
 
 
 # --- main_test.py -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from util.signals import REQUEUE_STATUS
 EPOCHS = 4
 SCRIPTS = {
     "main_pretrain.py": [*PRETRAIN, "--epochs", EPOCHS, "--mask_ratio_end", 0.5],
-    "main_finetune.py": [*FINETUNE, "--epochs", EPOCHS],
+    "main_finetune.py": [*FINETUNE, "--epochs", EPOCHS, "--model_ema", 0.9],
 }
 LAST = f"checkpoint-{EPOCHS - 1:05d}.pth"
 

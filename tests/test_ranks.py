@@ -12,9 +12,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models_mae import mae_vit_tiny_patch8
+from models_vit import vit_tiny_patch8
 from tests import golden
+from util.lr_sched import set_learning_rate
 from util.meters import Meters
-from util.optim import NonFiniteError, grad_sync, make_scaler, optim_step
+from util.optim import (
+    NonFiniteError,
+    WeightAverage,
+    grad_sync,
+    layer_id,
+    make_optimizer,
+    make_scaler,
+    optim_step,
+    param_groups_lrd,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,6 +82,23 @@ def autoencoder_gradients(rank, world_size):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+def average_frozen(rank):
+    """Train half of a classifier on a rank's own clips; return its weights and their average."""
+    torch.manual_seed(0)
+    model = vit_tiny_patch8(img_size=32, num_frames=4, num_classes=3)
+    model.freeze(2)
+    groups = param_groups_lrd(model, 4, 0.05, 0.75)
+    optimizer = make_optimizer(groups, (0.9, 0.999), CPU)
+    set_learning_rate(optimizer, 1e-3)
+    average = WeightAverage(model, 0.9, optimizer)
+    wrapped, scaler = DistributedDataParallel(model), make_scaler(CPU, "fp32")
+    torch.manual_seed(rank)
+    for _ in range(2):
+        wrapped(torch.randn(2, 3, 4, 32, 32)).square().mean().backward()
+        optim_step(optimizer, scaler, list(model.parameters()), clip_grad=1.0)
+    return {"model": model.state_dict(), "average": average.module.state_dict()}
+
+
 def work(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     try:
@@ -78,6 +106,7 @@ def work(rank, folder):
             "accumulate": accumulate(rank),
             "flush_meters": flush_meters(rank),
             "autoencoder": autoencoder_gradients(rank, 2),
+            "average_frozen": average_frozen(rank),
         }
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
@@ -116,6 +145,15 @@ def test_two_ranks_give_the_autoencoders_gradients_of_the_joint_batch(ranks):
         for name, gradient in joint.items():
             torch.testing.assert_close(result[name], gradient, rtol=1e-5, atol=1e-6)
             assert (result[name] - gradient).norm() < 1e-6 * total, name
+
+
+def test_all_ranks_have_the_same_moving_average(ranks):
+    first, second = ranks["average_frozen"]
+    for kind in ("model", "average"):
+        assert all(torch.equal(tensor, second[kind][k]) for k, tensor in first[kind].items())
+    for name, tensor in first["average"].items():
+        frozen = layer_id(name, 4) <= 2
+        assert torch.equal(tensor, first["model"][name]) == frozen, name
 
 
 def test_meters_average_over_ranks_and_fail_on_all_of_them(ranks):

@@ -72,15 +72,17 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
     return out
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
+def weights(path: Path, key: str = "model") -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True).get(key, {})
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
+    """Compare two checkpoints: the weights and, if there is one, their moving average."""
+    for key in ("model", "model_ema"):
+        left, right = weights(a, key), weights(b, key)
+        assert left.keys() == right.keys()
+        for name in left:
+            assert torch.equal(left[name], right[name]), (key, name)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,15 @@ def test_finetuning_validates_and_logs(finetuned):
     assert len(lines) == 2
     assert {"epoch", "train_loss", "val_loss", "val_acc1", "val_acc5"} <= set(lines[0])
     assert lines[0]["val_acc5"] == 100.0  # three classes
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_finished_run_leaves_only_the_ends_of_epochs(videos, tmp_path, epochs):
+    """Not what it has saved before validation and within epochs."""
+    call(main_finetune, "--path_to_data_dir", videos, "--output_dir", tmp_path, *FINETUNE,
+         "--epochs", epochs, "--checkpoint_minutes", 1e-6)  # fmt: skip
+    names = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert names == [f"checkpoint-0000{i}.pth" for i in range(epochs)]
 
 
 def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path):

@@ -190,8 +190,10 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     add = adder(parser, "checkpoints")
     add("--checkpoint_period", 1, "epochs between checkpoints", positive_int)
     add("--checkpoint_minutes", 30, "minutes between saves within an epoch; 0: none", natural_float)
-    add("--keep_last", 0, "number of newest epoch checkpoints to keep; 0: all", natural_int)
-    add("--keep_every", 0, "keep every n-th epoch's checkpoint anyway; 0: none", natural_int)
+    text = "number of newest epoch checkpoints to keep, besides the best; 0: all"
+    add("--keep_last", None, text + "; not given: 3, or as the resumed run has it", natural_int)
+    text = "keep every n-th epoch's checkpoint too; 0: none"
+    add("--keep_every", None, text + "; not given: 50, or as the resumed run has it", natural_int)
     add("--resume", "", "checkpoint to continue from; empty: the newest in --output_dir, if any")
 
 

@@ -2,7 +2,8 @@
 
 A training checkpoint is a plain dict: model, optimizer, scaler (state dicts), epoch (the last one
 finished), step (optimiser steps done), args (a dict of flags), arguments (of the model's
-constructor), classes (names), progress and identity (see Progress and Checkpoints).
+constructor), classes (names), progress and identity (see Progress and Checkpoints); with a moving
+average of the weights also model_ema (a state dict) and ema_updates.
 
 Masks, clips and all other random choices are functions of (seed, epoch, step or sample). So
 weights, optimiser, scaler and the place in the epoch are the whole state of a run.
@@ -29,7 +30,7 @@ from util.classes import same_classes, some_names
 from util.dist import SAVING, broadcast_object, gather_objects, is_main, print0, world_size
 from util.errors import UserError
 from util.file_io import is_remote, make_dirs, path_manager, write_atomically
-from util.formats import checkpoint_args, model_state
+from util.formats import checkpoint_args, find_average, model_state
 from util.meters import write_log
 from util.signals import Interruption
 from util.weights import read_checkpoint
@@ -37,13 +38,14 @@ from util.weights import read_checkpoint
 if TYPE_CHECKING:
     from util.kinetics import VideoIndex
     from util.meters import RunLog
-    from util.optim import NonFiniteError
+    from util.optim import NonFiniteError, WeightAverage
 
 # --- the files of a run -------------------------------------------------------------------------
 
 # checkpoint-00012.pth: epoch 12 is done; checkpoint-00013-00000450.pth: 450 steps of epoch 13
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 END = float("inf")  # sorts the end of an epoch after its steps
+KEEP = {"keep_last": 3, "keep_every": 50}  # unless the flags, or the run that is resumed, say so
 
 
 def checkpoint_order(path: str) -> tuple[int, float] | None:
@@ -68,12 +70,18 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 
 def superfluous(
-    paths: list[str], newest: str, keep_last: int, keep_every: int, best_epoch: int | None
+    paths: list[str],
+    newest: str,
+    keep_last: int,
+    keep_every: int,
+    best_epoch: int | None,
+    is_last: bool = False,
 ) -> list[str]:
     """Choose the checkpoints to delete once `newest` is on the disk.
 
-    Of those within an epoch, only the newest and the one before it stay, in case the newest proves
-    damaged. Of finished epochs, the last keep_last stay (0: all), every keep_every-th and the best.
+    Of finished epochs, the last keep_last stay (0: all), every keep_every-th and the best. Of those
+    within an epoch, the newest stays, and the one before `newest`, in case that proves damaged. It
+    goes, too, if `newest` and another are of finished epochs, or if the run ends (is_last).
 
     Args:
         paths: checkpoints of one folder, oldest first; those after `newest` belong to another run
@@ -88,13 +96,14 @@ def superfluous(
         return epoch == best_epoch or bool(keep_every and (epoch + 1) % keep_every == 0)
 
     older = [path for path in paths if order(path) < order(newest)]
-    mid_epoch = [path for path in older[:-1] if order(path)[1] != END]
-    if not keep_last:
-        return mid_epoch
     finished = [path for path in older if order(path)[1] == END]
-    others = keep_last - 1 if order(newest)[1] == END else keep_last
-    expired = finished[: max(len(finished) - others, 0)]
-    return mid_epoch + [path for path in expired if not is_kept(path)]
+    ends_epoch = order(newest)[1] == END
+    others = keep_last - int(ends_epoch)
+    expired = finished[: max(len(finished) - others, 0)] if keep_last else []
+    expired = [path for path in expired if not is_kept(path)]
+    spare = not (ends_epoch and (is_last or finished[-1:] != expired[-1:]))
+    mid_epoch = [path for path in (older[:-1] if spare else older) if order(path)[1] != END]
+    return mid_epoch + expired
 
 
 def read_intact(path: str) -> dict[str, Any]:
@@ -175,9 +184,10 @@ class Checkpoints:
 
     Args:
         args: with output_dir, resume, checkpoint_period (epochs), checkpoint_minutes, keep_last,
-            keep_every and model.
+            keep_every (None: as KEEP says) and model.
         fingerprint: checksum of the training videos; a checkpoint of other videos is refused.
         classes: names of a classifier's classes, if known; a checkpoint of others is refused.
+        ema: a moving average of the model's weights, to save and resume with them.
     """
 
     def __init__(
@@ -188,8 +198,12 @@ class Checkpoints:
         scaler: torch.amp.GradScaler,
         fingerprint: int,
         classes: Sequence[str] = (),
+        ema: "WeightAverage | None" = None,
     ):
         self.args = args
+        self.not_given = [name for name in KEEP if vars(args).get(name) is None]
+        vars(args).update((name, KEEP[name]) for name in self.not_given)
+        self.ema = ema
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
@@ -300,11 +314,15 @@ class Checkpoints:
             "arguments": getattr(self.model, "arguments", {}),  # of its constructor
             "classes": self.classes,
         }
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+            state["ema_updates"] = self.ema.updates
         on_gpu = next(self.model.parameters()).is_cuda
         path = os.path.join(self.args.output_dir, name)
         finish_copy = self.host_copy.begin(state, on_gpu)
+        is_last = progress.epoch >= self.args.epochs
         self.thread = threading.Thread(
-            target=self._write, args=(path, finish_copy, progress.best_epoch), name=SAVING
+            target=self._write, args=(path, finish_copy, progress.best_epoch, is_last), name=SAVING
         )
         self.thread.start()
 
@@ -322,7 +340,11 @@ class Checkpoints:
             raise UserError(f"the run's last checkpoint is lost: {self.failure}", status=1)
 
     def _write(
-        self, path: str, finish_copy: Callable[[], dict[str, Any]], best_epoch: int | None
+        self,
+        path: str,
+        finish_copy: Callable[[], dict[str, Any]],
+        best_epoch: int | None,
+        is_last: bool,
     ) -> None:
         try:
             state = finish_copy()
@@ -338,9 +360,9 @@ class Checkpoints:
 
         # Delete older checkpoints only now that this one is on the disk.
         args = self.args
+        keep = args.keep_last, args.keep_every, best_epoch, is_last
         try:
-            paths = list_checkpoints(args.output_dir)
-            for old in superfluous(paths, path, args.keep_last, args.keep_every, best_epoch):
+            for old in superfluous(list_checkpoints(args.output_dir), path, *keep):
                 path_manager.rm(old)
         except OSError as error:
             print0(f"WARNING: could not delete an old checkpoint: {error}")
@@ -358,6 +380,10 @@ class Checkpoints:
         changed = self._changed_flags(checkpoint)
         try:
             self.model.load_state_dict(model_state(checkpoint, path))
+            has_average = bool(find_average(checkpoint))
+            if self.ema is not None:
+                self.ema.module.load_state_dict(model_state(checkpoint, path, has_average))
+                self.ema.updates = checkpoint.get("ema_updates", 0)
             optimizer = checkpoint["optimizer"]
             for group in optimizer["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # the best for this device
@@ -378,6 +404,10 @@ class Checkpoints:
             write_log(self.args.output_dir, self.progress.log)
         if changed:
             print0(f"WARNING: some flags differ from those of {path}: {changed}")
+        if has_average != (self.ema is not None):
+            becomes = "is dropped" if has_average else "begins with these weights"
+            print0(f"the moving average of the weights {becomes}")
+        self._keep_as_before(checkpoint_args(checkpoint))
         step = f", step {self.progress.step}" if self.progress.step else ""
         place = f"going on at epoch {self.progress.epoch}{step}"
         if self.progress.epoch >= self.args.epochs:
@@ -385,12 +415,21 @@ class Checkpoints:
             place += "another run use another --output_dir"
         print0(f"resumed from {path}: {place}")
 
+    def _keep_as_before(self, then: dict[str, Any]) -> None:
+        """Take flags of KEEP that are not given from the run so far; older runs kept all files."""
+        before = {name: then.get(name, 0) for name in self.not_given}
+        vars(self.args).update(before)
+        if any(value != KEEP[name] for name, value in before.items()):
+            shown = " ".join(f"--{name} {value}" for name, value in before.items())
+            print0(f"checkpoints are kept as until now: {shown}")
+
     def _changed_flags(self, checkpoint: dict[str, Any]) -> str:
         """List the flags that differ from the checkpoint's."""
         then, now = checkpoint_args(checkpoint), compared(self.args)
         target = "patch" if then.get("norm_pix_loss", True) else "pixels"
         older = {"target": target, "pool": "mean", "crop": "random", "color_jitter": 0.0}
         older |= {"mask_type": "random", "mask_ratio_end": None, "finetune": "", "use_ema": False}
+        older |= {"freeze": 0, "model_ema": 0.0}
         then = older | then  # older runs lack these flags
         names = (then.keys() & now.keys()) - {"path_to_data_dir", "path_prefix"}
 

@@ -352,9 +352,9 @@ def our_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return renamed, converted
 
 
-def model_state(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
+def model_state(checkpoint: dict[str, Any], path: str, use_ema: bool = False) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under our parameter names; see unwrap for errors."""
-    return our_names(unwrap(checkpoint, path)[0])[0]
+    return our_names(unwrap(checkpoint, path, use_ema)[0])[0]
 
 
 def find_source(state: dict[str, Tensor], cfg: dict[str, Any]) -> str:

@@ -232,8 +232,10 @@ class RunLog:
         if self.writer is not None:  # writer.add_hparams would create another run
             from torch.utils.tensorboard.summary import hparams
 
-            numbers = (bool, int, float)
-            values = {k: v if isinstance(v, numbers) else str(v) for k, v in flags.items()}
+            values = {}
+            for name, value in flags.items():
+                value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                values[name] = value if isinstance(value, int | float) else str(value)
             _, start, self.session_end = hparams(values, {})
             self._write("add_summary", start)
 

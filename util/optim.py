@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
@@ -157,6 +158,26 @@ def optim_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+class WeightAverage(ModelEmaV3):
+    """A moving average of a model's weights; it follows every step that the optimizer takes.
+
+    At the n-th step the decay is at most (n - 1) / (n + 9), so that the average never reaches much
+    further back than the last tenth of the steps so far.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, optimizer: Optimizer):
+        super().__init__(model, decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
+        self.updates = 0
+
+        def follow(*_: Any) -> None:
+            overflow = getattr(optimizer, "found_inf", None)  # in fp16: a fused step skips itself
+            if overflow is None or not overflow.item():
+                self.updates += 1
+                self.update(model, self.updates)
+
+        optimizer.register_step_post_hook(follow)
 
 
 class NonFiniteError(UserError):

@@ -450,7 +450,9 @@ def apply_weights(
         rows.setdefault(row, []).append(name)
     if dropped := dropped + weights.unused:
         rows["dropped"] = dropped
-    print0(f"loaded {len(state)} of {len(own)} tensors from {weights.path} ({weights.source})")
+    kind = "classifier" if weights.has_head else "autoencoder" if weights.has_decoder else "encoder"
+    kind += f", {weights.source} format"
+    print0(f"loaded {len(state)} of {len(own)} tensors from {weights.path} ({kind})")
     for note in weights.notes:
         print0(f"  note: {note}")
     for row, names in rows.items():
