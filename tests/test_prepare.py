@@ -429,7 +429,7 @@ def test_listed_names_may_hold_spaces_and_be_missing(tmp_path, capsys):
     (tmp_path / "testlist01.txt").write_text("Archery/v 4.avi\nArchery/v5.avi\n")
     words = "--train_list", train, "--test_list", tmp_path / "testlist01.txt"
     prepare("folders", tmp_path / "videos", tmp_path, *words)
-    assert "2 train, 1 val; 2 classes; 2 not found" in capsys.readouterr().out
+    assert "2 train, 1 val, 1 test; 2 classes; 2 not found" in capsys.readouterr().out
     expected = ["videos/Apply Makeup/v 1.avi 0", "videos/Archery/v_2.avi 1"]
     assert lines(tmp_path / "train.csv") == expected
     assert lines(tmp_path / "missing.txt") == ["train Archery/v 3.avi", "val Archery/v 4.avi"]
