@@ -446,7 +446,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {first}", 1)
     written = write_lists(data, args.out)
     if args.verify:
-        paths = (clip.path for clip in data.clips if clip.path not in failed)
+        paths = (clip.path for clip in data.clips)
         failed |= _in_parallel(find_damage, paths, args.workers, "verifying")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
