@@ -238,7 +238,9 @@ def read_folders(args: argparse.Namespace) -> DataSet:
             raise UserError("--val_share has no effect: there are validation videos; leave it out")
         train = [path for path in videos if split_of.get(path) == "train"]
         split_of |= dict.fromkeys(_draw(train, val_share), "val")
-        wanted = wanted - {"train"} | {0: {"train"}, 1: {"val"}}.get(val_share, {"train", "val"})
+        wanted = wanted - {"train"} | {0.0: {"train"}, 1.0: {"val"}}.get(
+            val_share, {"train", "val"}
+        )
     elif "val" not in wanted:
         print_any(
             "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; "
