@@ -21,8 +21,8 @@ from util import run
 from util.checkpoint import Checkpoints, load_latest
 from util.classes import count_classes, read_classes, same_classes, some_names, warn_of_one
 from util.dist import print0, seed_step
+from util.dry_run import print_flops, print_step
 from util.errors import UserError
-from util.flops import print_flops
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
 from util.lr_sched import effective_lr
@@ -277,19 +277,20 @@ def main(args: argparse.Namespace) -> None:
     print0(f"{len(train_set)} videos to train on, {len(val_loader.dataset)} to validate on")
 
     # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
-    model = build_model(args)
+    with torch.device("meta" if args.dry_run and not args.finetune else "cpu"):
+        model = build_model(args)  # a dry run needs no weights of its own
     latest = None if args.dry_run else load_latest(args)
     if args.finetune and not latest:
         class_names = load_pretrained(model, args, class_names)
-    model.to(device)
     print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Learning rate: unlike in pre-training, the published recipes count the repeated clips.
-    args.lr = effective_lr(args, "clips", len(train_loader))
+    args.lr = effective_lr(args, "clips", len(train_set))
     if args.dry_run:
-        return print_flops(model, args)
+        return print_step(model, args, torch.float32)
 
     # Optimiser: earlier layers get a smaller learning rate.
+    model.to(device)
     groups = param_groups_lrd(model, len(model.blocks), args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import torch
+
 import models_mae
 from engine_pretrain import train_one_epoch
 from util import args as flags
 from util import run
 from util.checkpoint import Checkpoints, load_latest
 from util.dist import print0, seed_step
+from util.dry_run import print_step
 from util.errors import UserError
-from util.flops import print_flops
 from util.formats import DECODER_ARGUMENTS, Weights, is_decoder
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
@@ -186,23 +188,24 @@ def main(args: argparse.Namespace) -> None:
     options |= {"crop": args.crop, "color_jitter": args.color_jitter}
     dataset = Kinetics(index, "pretrain", **options)
     loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
-    print0(f"{len(index)} videos in {index.csv_path}, {len(loader)} steps per epoch")
+    print0(f"{len(index)} videos in {index.csv_path}")
 
     # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
-    model = build_model(args)
+    with torch.device("meta" if args.dry_run and not args.finetune else "cpu"):
+        model = build_model(args)  # a dry run needs no weights of its own
     latest = None if args.dry_run else load_latest(args)
     if args.finetune and not latest:
         load_pretrained(model, args)
-    model.to(device)
     print0(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # Learning rate: the published recipes count videos as the batch, not their repeated clips.
-    args.lr = effective_lr(args, "videos", len(loader))
+    args.lr = effective_lr(args, "videos", len(index))
     if args.dry_run:
         options = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio", "mask_type")}
-        return print_flops(model, args, **options)
+        return print_step(model, args, torch.uint8, **options)
 
     # Optimiser.
+    model.to(device)
     groups = param_groups_weight_decay(model, args.weight_decay, args.bias_wd)
     optimizer = make_optimizer(groups, args.beta, device)
     scaler = make_scaler(device, args.precision)

@@ -17,8 +17,8 @@ from util import args as flags
 from util import run
 from util.classes import read_classes, warn_of_one
 from util.dist import is_main, print0
+from util.dry_run import print_flops
 from util.errors import UserError
-from util.flops import print_flops
 from util.formats import Weights
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader

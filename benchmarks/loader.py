@@ -37,9 +37,10 @@ import util.kinetics
 from util.args import adder, positive_float, positive_int
 from util.kinetics import Generators, Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader
-from util.prepare_kinetics import find_videos, transcode
+from util.prepare_kinetics import find_videos
 from util.video import rand_augment, sampling, transforms
 from util.video.decode import Video
+from util.video.transcode import transcode
 
 resize = partial(F.interpolate, mode="bilinear")  # a float clip, to a size
 Methods = dict[str, Callable[[], Any]]

@@ -20,7 +20,7 @@ import main_pretrain
 from models_mae import MODELS as AUTOENCODERS
 from models_vit import MODELS as CLASSIFIERS
 from util.args import adder, positive_float, positive_int
-from util.flops import count_flops
+from util.dry_run import count_flops
 from util.synthetic import ROOT
 
 RECIPES = [f"{t}_vit_{s}" for t in ("pretrain", "finetune") for s in ("base", "large", "huge")]

@@ -36,7 +36,7 @@ import models_vit
 from util import optim
 from util.args import adder, positive_int, share_below_1
 from util.dist import get_device, print0
-from util.flops import count_flops
+from util.dry_run import count_flops
 from util.masking import MASK_TYPES
 from util.video.transforms import normalize
 from util.video_vit import Attention, Encoder, PatchEmbed

@@ -136,7 +136,10 @@ def test_a_continued_run_resumes_exactly_and_without_its_file(videos, start, tmp
     shutil.copy(tmp_path / "whole/checkpoint-00000.pth", tmp_path / "parts")
     file.unlink()
     out = finish(spawn("main_pretrain.py", *argv, "--output_dir", tmp_path / "parts"))
-    assert "resumed from" in out and "WARNING" not in out
+    assert "resumed from" in out
+    small = ("the peak learning rate", "6 updates are few")  # of this run; none about the file
+    warned = [line for line in out.splitlines() if line.startswith("WARNING: ")]
+    assert all(line.removeprefix("WARNING: ").startswith(small) for line in warned), warned
     assert_same_weights(*(tmp_path / f"{x}/checkpoint-00001.pth" for x in ("whole", "parts")))
 
 

@@ -150,7 +150,7 @@ def test_script_runs_dry(document, command, videos, tmp_path, monkeypatch, capsy
             model = SCRIPTS[script].parse_args(argv).model
         name = script_of(command)[1][place]
         argv[place] = write_checkpoint(tmp_path, name, model)
-    rows = "".join(f"{videos}/v{i % 6}.mp4 {i % 3}\n" for i in range(64))  # a batch at least
+    rows = "".join(f"{videos}/v{i % 6}.mp4 {i % 3}\n" for i in range(128))  # a batch at least
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.csv").write_text(rows)
     if module is main_finetune:
@@ -162,7 +162,7 @@ def test_script_runs_dry(document, command, videos, tmp_path, monkeypatch, capsy
     )
     module.main(args)
     out = capsys.readouterr().out
-    assert "GFLOPs per clip forward" in out
+    assert "FLOPs per clip forward" in out
     if "@recipes/pretrain" in command:  # the table has what is printed
         parameters = re.search(r"([\d.]+ M) parameters", out)[1]
         gflops = re.search(r"([\d.]+) GFLOPs", out)[1]

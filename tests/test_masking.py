@@ -202,7 +202,7 @@ def test_flops_are_those_of_the_first_mask_ratio(videos, capsys):
     for ratio in (0.5, 0.9):
         call(main_pretrain, "--path_to_data_dir", videos, *PRETRAIN, "--dry_run",
              "--input_size", 128, "--mask_ratio", ratio, "--mask_ratio_end", 0.75)  # fmt: skip
-        before, _, after = capsys.readouterr().out.rpartition(" GFLOPs per clip forward at ")
+        before, _, after = capsys.readouterr().out.rpartition(" MFLOPs per clip forward at ")
         assert after.startswith(f"--mask_ratio {ratio} (multiply-adds counted once)")
         costs.append(float(before.split()[-1]))
     assert costs[0] > costs[1]

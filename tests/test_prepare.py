@@ -339,6 +339,37 @@ def test_folders_without_lists(tmp_path):
         prepare("folders", tmp_path / "plain", tmp_path)
 
 
+def test_val_share_takes_validation_videos_from_train(tmp_path, capsys):
+    """The same ones as from folders of classes alone; without it, a warning names it."""
+    for c in "ab":
+        for i in range(10):
+            touch(tmp_path / f"plain/{c}/{i}.mp4")
+            touch(tmp_path / f"parts/train/{c}/{i}.mp4")
+            touch(tmp_path / f"parts/test/{c}/{i}.mp4")
+    prepare("folders", tmp_path / "plain", tmp_path / "o", "--val_share", 0.3)
+    drawn = {s: lines(tmp_path / f"o/{s}.csv") for s in ("train", "val")}
+    assert "WARNING" not in capsys.readouterr().out
+    prepare("folders", tmp_path / "parts", tmp_path / "o")
+    warning = "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; --val_"
+    assert warning in capsys.readouterr().out and not (tmp_path / "o/val.csv").exists()
+    prepare("folders", tmp_path / "parts", tmp_path / "o", "--val_share", 0.3)
+    for split, rows in drawn.items():
+        names = [row.replace("/plain/", "/parts/train/") for row in rows]
+        assert lines(tmp_path / f"o/{split}.csv") == names
+    tests = [row.partition("parts/")[2] for row in lines(tmp_path / "o/test.csv")]
+    assert tests == [f"test/{c}/{i}.mp4 {'ab'.index(c)}" for c in "ab" for i in range(10)]
+    assert "WARNING" not in capsys.readouterr().out
+    prepare("folders", tmp_path / "parts", tmp_path / "o", "--val_share", 0)  # none on purpose
+    assert "WARNING" not in capsys.readouterr().out and len(lines(tmp_path / "o/train.csv")) == 20
+
+
+def test_val_share_without_effect_is_refused(tmp_path):
+    for name in ("train/a/0", "train/a/1", "val/a/2"):
+        touch(tmp_path / f"v/{name}.mp4")
+    with pytest.raises(UserError, match="--val_share has no effect: there are validation videos"):
+        prepare("folders", tmp_path / "v", tmp_path / "o", "--val_share", 0.5)
+
+
 @pytest.mark.parametrize(
     "words",
     ["--val_share 20", "--val_share nan", "--val_share -0.1", "--crf nan", "--crf 52", "--crf -1",
@@ -429,7 +460,7 @@ def test_listed_names_may_hold_spaces_and_be_missing(tmp_path, capsys):
     (tmp_path / "testlist01.txt").write_text("Archery/v 4.avi\nArchery/v5.avi\n")
     words = "--train_list", train, "--test_list", tmp_path / "testlist01.txt"
     prepare("folders", tmp_path / "videos", tmp_path, *words)
-    assert "2 train, 1 val; 2 classes; 2 not found" in capsys.readouterr().out
+    assert "2 train, 1 val, 1 test; 2 classes; 2 not found" in capsys.readouterr().out
     expected = ["videos/Apply Makeup/v 1.avi 0", "videos/Archery/v_2.avi 1"]
     assert lines(tmp_path / "train.csv") == expected
     assert lines(tmp_path / "missing.txt") == ["train Archery/v 3.avi", "val Archery/v 4.avi"]
@@ -684,6 +715,29 @@ def test_reencode_lists_the_copies_and_resumes(tmp_path, monkeypatch, capsys):
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())  # done once
     with Video(str(tmp_path / "small/b/2.mp4")) as video:
         assert (video.height, video.width, video.num_frames) == (32, 48, 20)
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+def test_reencode_keeps_broken_videos_of_the_test(tmp_path, capsys, with_test):
+    """As originals, also where test.csv repeats val.csv: tests then count as many videos."""
+    splits = ("train", "val", "test") if with_test else ("train", "val")
+    for split in splits:
+        (tmp_path / f"v/{split}/a").mkdir(parents=True)
+        write_counter_video(tmp_path / f"v/{split}/a/0.avi", 3, 64, 64, codec="mpeg4")
+        (tmp_path / f"v/{split}/a/bad.avi").write_bytes(b"no video")
+    words = "folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "small", "--verify"
+    assert prepare(*words) == 1
+    out = capsys.readouterr().out
+    assert "broken videos that stay in test.csv, as the original files: 1" in out
+    assert f"{len(splits)} broken videos:" in out and out.count("test/a/bad.avi:") == with_test
+    for split in ("train", "val"):
+        assert lines(tmp_path / f"{split}.csv") == [f"small/{split}/a/0.mp4 0"]
+    tested = splits[-1]
+    rows = [f"small/{tested}/a/0.mp4 0", f"v/{tested}/a/bad.avi 0"]
+    assert lines(tmp_path / "test.csv") == rows
+    index = VideoIndex(str(tmp_path / "test.csv"), num_classes=1)
+    with pytest.raises(VideoError, match=r"bad\.avi: "):
+        Video(index.path(1))
 
 
 def test_reencode_never_writes_over_the_source(tmp_path):

@@ -1,15 +1,18 @@
 """Run the scripts as a user does: one process, ranks of torchrun, kills, resumes and bad input."""
 
+import argparse
 import csv
 import inspect
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,9 @@ from util.report import VideoScores
 from util.weights import read_weights
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = "*.py util/**/*.py demo/*.py benchmarks/*.py".split()
+SCRIPTS = sorted(path for pattern in FOLDERS for path in ROOT.glob(pattern)
+                 if '__name__ == "__main__"' in path.read_text())  # fmt: skip
 SIZES = "--input_size 32 --num_frames 4 --sampling_rate 4 --num_workers 0 --device cpu".split()
 PRETRAIN = [
     *SIZES,
@@ -651,6 +657,33 @@ def test_help_names_every_flag(capsys):
         text = capsys.readouterr().out
         names = [f"--{action.dest}" for action in module.get_args_parser()._actions]
         assert len(names) > 20 and all(name in text for name in names)
+
+
+def flags_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Return all flags and words of a parser and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from flags_of(command)
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_flag_of_every_script_has_a_help_text(path, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def stop(parser, *_, **__):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [str(path), "--finetune", "x"])
+    with pytest.raises(Parsed) as caught:
+        runpy.run_path(str(path), run_name="__main__")
+    flags = list(flags_of(caught.value.args[0]))
+    assert len(flags) > 1
+    assert [flag.option_strings or flag.dest for flag in flags if not flag.help] == []
 
 
 @pytest.mark.parametrize(

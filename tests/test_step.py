@@ -23,7 +23,7 @@ from benchmarks import attention, scaling
 from benchmarks import step as step_benchmark
 from tests.test_models import RULES, plain_targets, target_clips
 from tests.test_scripts import FINETUNE, PRETRAIN, ROOT, call, finish, spawn
-from util.flops import count_flops
+from util.dry_run import count_flops
 from util.lr_sched import annealed_mask_ratio
 from util.masking import MASK_TYPES
 from util.report import count_confusions, topk_correct

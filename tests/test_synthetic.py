@@ -302,5 +302,5 @@ def test_the_installed_scripts_run_in_an_empty_folder(wheel, tmp_path):
     flags = "--dry_run --device cpu --num_workers 0".split()
     for script in ("main_pretrain", "main_finetune"):
         out = run("-m", script, *flags)
-        assert "GFLOPs per clip forward" in out
+        assert "FLOPs per clip forward" in out
         assert f"videos in {tmp_path}/empty/data/synthetic" in out

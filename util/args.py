@@ -8,11 +8,13 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from util.errors import UserError
+
 Kind = Callable[[str], Any]  # converts the text of a flag to its value
 
 # flags that do not change what a run learns
 NOT_COMPARED = """
-    notice dry_run eval device output_dir log_dir resume print_freq dist_timeout vis_period
+    notice dry_run ranks eval device output_dir log_dir resume print_freq dist_timeout vis_period
     num_workers item_timeout max_bad_share max_pixels checkpoint_period checkpoint_minutes keep_last
     keep_every cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos
     constraint comment job_name job_dir signal_delay_s
@@ -163,6 +165,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
     )
     add("--skip_nonfinite", 0, text, natural_int, metavar="N")
     add("--compile", False, "compile blocks and loss with torch.compile")
+    add("--ranks", None, "with --dry_run: ranks to reckon with, which do not run", positive_int)
     add("--grad_checkpointing", False, "recompute the blocks in the backward pass, to save memory")
 
 
@@ -179,7 +182,8 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
     add("--precision", None, text, choices=("bf16", "fp16", "fp32"))
     fp32 = {"dest": "precision", "action": "store_const", "const": "fp32"}
     add("--fp32", argparse.SUPPRESS, "short for --precision fp32", **fp32)
-    add("--dry_run", False, "build data and model, print batch arithmetic and FLOPs, then exit")
+    text = "open the data, print updates, learning rate, memory of a step and FLOPs, then exit"
+    add("--dry_run", False, text if training else "build data and model, print FLOPs, then exit")
     add("--print_freq", 20, "steps between printed lines", positive_int)
     minutes = between(float, 1e-4, 1e7)  # more would overflow PyTorch's clock
     add("--dist_timeout", 30, "minutes that a rank waits for the others", minutes)
@@ -238,6 +242,8 @@ def parse(
     ignored = [f"--{name}" for name in obsolete if values.pop(f"obsolete_{name}", None) is not None]
     for name in FIXED_FLAGS:
         values.pop(name, None)
+    if getattr(args, "ranks", None) and not args.dry_run:
+        raise UserError("--ranks is for a --dry_run; torchrun and srun start ranks")
     args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""
     return args
 

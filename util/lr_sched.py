@@ -8,23 +8,32 @@ from torch.optim import Optimizer
 from util.dist import print0, world_size
 from util.errors import UserError
 
+# Below these, a run is warned. The recipes have rates of 8e-4 and more; in pre-training, 1,024
+# updates and more on 2,048 videos and more; in fine-tuning, 160 updates and more.
+LOW_RATE = 1e-4
+FEW_UPDATES = {"videos": 1000, "clips": 100}  # in pre-training and in fine-tuning, see effective_lr
+FEW_VIDEOS = 500  # in pre-training
+
 
 def scaled_lr(blr: float, effective_batch_size: int) -> float:
     """Apply the linear scaling rule: the base learning rate is for a total batch of 256."""
     return blr * effective_batch_size / 256
 
 
-def effective_lr(args: Namespace, counted: str, steps: int) -> float:
+def effective_lr(args: Namespace, counted: str, num_videos: int) -> float:
     """Return the peak learning rate, and print the arithmetic that leads to it.
+
+    Print also how many updates the run makes, and warn if they, the rate or the videos are few.
 
     Args:
         counted: what the recipe counts as its batch, "videos" or their (repeated) "clips".
-        steps: micro-steps of an epoch.
+        num_videos: videos of train.csv.
 
     Raises:
         UserError: an epoch has too few steps for an update, or the rate would rise to --min_lr.
     """
-    accum, ranks = args.accum_iter, world_size()
+    accum, ranks = args.accum_iter, args.ranks or world_size()
+    steps = num_videos // (args.batch_size * ranks)  # whole batches of all ranks, as in the loader
     if steps < accum:
         raise UserError(
             f"an epoch has {steps} steps, too few for an update every --accum_iter {accum} steps; "
@@ -44,6 +53,8 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
     )
 
     # Scale the base rate, unless --lr gives the peak itself.
+    updates = steps // accum * args.epochs
+    print0(f"{updates:,} updates in {args.epochs} epochs of {steps // accum:,}")
     if args.lr is None:
         lr, size = scaled_lr(args.blr, batch[counted]), f"{batch[counted]} {counted}"
         print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
@@ -61,7 +72,29 @@ def effective_lr(args: Namespace, counted: str, steps: int) -> float:
             f"WARNING: --warmup_epochs {args.warmup_epochs:g} do not end within --epochs "
             f"{args.epochs}: the learning rate rises to {reached:.3g} and never falls"
         )
+    _warn_of_little(args, counted, lr, updates, num_videos)
     return lr
+
+
+def _warn_of_little(
+    args: Namespace, counted: str, lr: float, updates: int, num_videos: int
+) -> None:
+    """Warn if rate, updates or videos are far below those of any recipe."""
+    if lr < LOW_RATE:
+        print0(
+            f"WARNING: the peak learning rate {lr:.3g} is far below that of the recipes (8e-4 or "
+            "more): give --lr, or more videos per update by --accum_iter"
+        )
+    if updates < FEW_UPDATES[counted]:
+        print0(
+            f"WARNING: {updates:,} updates are few: every recipe makes more than "
+            f"{FEW_UPDATES[counted]:,}; raise --epochs, or take fewer videos per update"
+        )
+    if counted == "videos" and num_videos < FEW_VIDEOS and not args.finetune:
+        print0(
+            f"WARNING: {num_videos} videos are few to pre-train on from fresh weights (the recipes "
+            "have 2,048 or more): continuing from a checkpoint (--finetune) is likely better"
+        )
 
 
 def learning_rate(

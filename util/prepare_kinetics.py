@@ -20,17 +20,12 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
-from av.container import InputContainer
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from util.args import adder, between, positive_int, share
@@ -38,7 +33,8 @@ from util.classes import check_names
 from util.errors import UserError
 from util.file_io import path_to_text, print_any, read_text, text_to_path, write_atomically
 from util.loader import available_cpus
-from util.video.decode import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
+from util.video.decode import Video, VideoError
+from util.video.transcode import find_damage, transcode
 
 # without those that are mostly sound (.ogg) or still pictures (.webp)
 SUFFIXES = frozenset(f".{suffix}" for suffix in """
@@ -60,15 +56,6 @@ LISTS = ("train", "val", "test")
 # what annotations and folders call a split -> its list
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
-BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
-# All copies are BT.601 in limited range, which readers that ignore the tags assume. Without
-# SWS_ACCURATE_RND (0x40000) and SWS_FULL_CHR_H_INT (0x2000), which have no names before PyAV 18,
-# flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
-COLOURS: dict[str, Any] = {
-    "dst_colorspace": Colorspace.ITU601,
-    "dst_color_range": ColorRange.MPEG,
-    "interpolation": Interpolation.BICUBIC | 0x40000 | 0x2000,
-}
 
 
 class Clip(NamedTuple):
@@ -220,14 +207,14 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     """Read a folder of class folders (UCF101, HMDB51), perhaps below folders train, val, test.
 
     The splits come from lists of `class/name.avi` (UCF101), from `CLASS_test_split1.txt` files
-    (HMDB51), or from folders train and val. Without any of these, a fixed random share of each
-    class, --val_share, becomes the validation set.
+    (HMDB51), or from folders train, val and test. --val_share moves a fixed random share of the
+    training videos of each class to the validation set, 0.2 if nothing gives the splits.
     """
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
     if lost := [path for path in videos if len(parts[path]) < 2]:
         raise UserError(f"{lost[0]} is not in a class folder")
-    missing: list[str] = []
+    missing, val_share = list[str](), args.val_share
     if args.train_list or args.test_list or args.hmdb_splits:
         listed = _read_listed(args)
         names = {path: "/".join(parts[path][-2:]) for path in videos}
@@ -242,10 +229,23 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         names = [path.name.lower() for path in Path(args.videos).iterdir() if path.is_dir()]
         wanted = {SPLITS[name] for name in names if name in SPLITS}
         if not split_of:
-            split_of = _draw_split(videos, args.val_share)
-            wanted = {0: {"train"}, 1: {"val"}}.get(args.val_share, {"train", "val"})
+            split_of, wanted = dict.fromkeys(videos, "train"), {"train"}
+            val_share = 0.2 if val_share is None else val_share
         if stray := [path for path in videos if path not in split_of]:
             raise UserError(f"{stray[0]} is not below a folder train, val or test, as others are")
+    if val_share is not None:
+        if "val" in split_of.values():
+            raise UserError("--val_share has no effect: there are validation videos; leave it out")
+        train = [path for path in videos if split_of.get(path) == "train"]
+        split_of |= dict.fromkeys(_draw(train, val_share), "val")
+        wanted = wanted - {"train"} | {0.0: {"train"}, 1.0: {"val"}}.get(
+            val_share, {"train", "val"}
+        )
+    elif "val" not in wanted:
+        print_any(
+            "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; "
+            "--val_share 0.2 takes a fifth of the training videos of each class"
+        )
     clips = [Clip(path, parts[path][-2], split_of[path]) for path in videos if path in split_of]
     classes = sorted({p[-2] for p in parts.values()}, key=os.fsencode)
     return DataSet(clips, classes, missing, wanted)
@@ -276,127 +276,25 @@ def _read_lines(path: str) -> list[tuple[str, str]]:
     return [(text_to_path(name), word) for name, word in found]
 
 
-def _draw_split(videos: list[str], val_share: float) -> dict[str, str]:
-    """Split the videos of each class at random; the draw depends only on how many there are."""
-    split = {}
+def _draw(videos: list[str], val_share: float) -> list[str]:
+    """Draw a share of the videos of each class; the draw depends only on how many there are."""
     groups = [list(g) for _, g in groupby(sorted(videos, key=os.path.dirname), os.path.dirname)]
     counts = [round(val_share * len(paths)) for paths in groups]
     if 0 < val_share < 1 and sum(counts) in (0, len(videos)):  # few videos: a list would be empty
         counts = [min(max(c, 1), len(paths) - 1) for c, paths in zip(counts, groups, strict=True)]
-    for count, paths in zip(counts, groups, strict=True):
-        shuffled = random.Random(0).sample(paths, len(paths))
-        split |= dict.fromkeys(shuffled[:count], "val") | dict.fromkeys(shuffled[count:], "train")
-    return split
+    shuffled = [random.Random(0).sample(paths, len(paths)) for paths in groups]
+    return [path for c, paths in zip(counts, shuffled, strict=True) for path in paths[:c]]
 
 
 # --- re-encoding and verifying ------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a video to decode all of it on this thread."""
-    Video(path).close()  # raises VideoError if it is not a video or too large
-    with av.open(os.path.abspath(path), **LENIENT) as container:
-        stream = video_stream(container)
-        assert stream is not None  # Video has opened it
-        stream.codec_context.thread_type = "NONE"
-        yield container, stream
+def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]]:
+    """Re-encode all videos; return the data set of the copies, and 'PATH: reason' of broken ones.
 
-
-def transcode(
-    source: str,
-    target: str,
-    short_side: int | None = 256,
-    gop: int = 32,  # frames from one key frame to the next, at most
-    crf: float = 23,  # x264's quality; smaller is better, 18 is visually lossless
-    tune: str | None = "fastdecode",  # x264's tuning for cheap decoding
-) -> int:
-    """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
-
-    All frames keep their times; frames with a larger short side are scaled down to it. The copy
-    gets its name after it has been written and opened again. If the source cannot be decoded to
-    its end, this raises VideoError, and `target` stays as it was.
-    """
-    temporary = f"{target}.{os.getpid()}.tmp.mp4"
-    options = {"crf": f"{crf:g}"} | ({"tune": tune} if tune else {})
-    reformatter = VideoReformatter()
-    count, start, time = 0, 0, -1
-    try:
-        with _opened(source) as (old, stream), av.open(temporary, "w") as new:
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            rate = stream.average_rate or stream.guessed_rate or Fraction(30)
-            encoder = new.add_stream("libx264", rate=rate, options=options)
-            encoder.codec_context.gop_size = gop
-            for frame in old.decode(stream):
-                if frame.is_corrupt:
-                    raise ValueError(f"frame {count} is damaged")
-                if not count:
-                    _set_up(encoder, frame, short_side)
-                    start = frame.pts or 0
-                size = encoder.width, encoder.height
-                image = reformatter.reformat(frame, *size, "yuv420p", threads=1, **COLOURS)
-                time = time + 1 if frame.pts is None else max(frame.pts - start, time + 1)
-                image.pts, image.time_base = time, encoder.codec_context.time_base
-                image.pict_type = 0  # the encoder chooses the types of pictures, not the source
-                new.mux(encoder.encode(image))
-                count += 1
-            if not count:
-                raise ValueError("no frames")
-            new.mux(encoder.encode(None))
-        with Video(temporary) as video:
-            if video.num_frames != count:
-                raise ValueError(f"{video.num_frames} of {count} frames were written")
-        os.replace(temporary, target)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{source}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return count
-
-
-def _set_up(encoder: VideoStream, frame: av.VideoFrame, short_side: int | None) -> None:
-    """Choose size, clock, colours and orientation of the copy after the first frame."""
-    context, sides = encoder.codec_context, (frame.width, frame.height)
-    scale = min(1.0, short_side / min(sides)) if short_side else 1.0
-    width, height = (max(2, round(side * scale / 2) * 2) for side in sides)  # even, for 4:2:0
-    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
-    context.thread_count = 1
-    context.time_base = frame.time_base or 1 / encoder.rate
-    context.colorspace, context.color_range = BT601, ColorRange.MPEG
-    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
-    a, b, c, d = (value << 16 for value in orientation(frame))  # 16.16 fixed-point numbers
-    encoder.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))  # the last one is 2.30
-
-
-def find_damage(path: str) -> str:
-    """Decode a whole video; return 'PATH: reason' if something is wrong with it, otherwise ''."""
-    frames = errors = 0
-    try:
-        with _opened(path) as (container, stream):
-            for packet in container.demux(stream):
-                try:
-                    decoded: list[av.VideoFrame] = stream.codec_context.decode(packet)
-                except av.FFmpegError:
-                    errors += 1
-                    continue
-                frames += len(decoded)
-                errors += sum(frame.is_corrupt for frame in decoded)
-            promised = stream.frames
-    except (VideoError, av.FFmpegError, OSError, ValueError) as error:
-        return str(error) if isinstance(error, VideoError) else f"{path}: {error}"
-    if not frames:
-        return f"{path}: no frame can be decoded"
-    if errors:
-        return f"{path}: {errors} damaged frames ({frames} decoded)"
-    if frames < 0.99 * promised - 1:
-        return f"{path}: breaks off after {frames} of {promised} frames"
-    return ""
-
-
-def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str]]:
-    """Re-encode all videos; return the data set of the copies, and 'PATH: reason' of failures.
-
-    Copies that exist and can be opened are kept, so that an interrupted run can continue.
+    Broken videos leave the data set, except those of the test: it keeps the original files, so that
+    results have the same denominator. Copies that exist and can be opened are kept, so that an
+    interrupted run can continue.
     """
     targets, sources = {}, {}
     for path, _, _ in data.clips:
@@ -418,8 +316,11 @@ def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, list[str
         return ""
 
     failed = _in_parallel(work, targets, args.workers, "re-encoding")
-    copies = [c._replace(path=targets[c.path]) for c in data.clips if c.path not in failed]
-    return data._replace(clips=copies), sorted(failed.values())
+    targets |= {path: path for path in failed}
+    kept = [c for c in data.clips if c.path not in failed or c.split == "test"]
+    if tested := sum(c.path in failed for c in kept):
+        print_any(f"broken videos that stay in test.csv, as the original files: {tested}")
+    return data._replace(clips=[c._replace(path=targets[c.path]) for c in kept]), failed
 
 
 def _in_parallel(
@@ -443,8 +344,8 @@ def _in_parallel(
 def write_lists(data: DataSet, out: str) -> list[str]:
     """Write classes.txt, missing.txt and the csvs that have videos; return the csvs' names.
 
-    Without a test set, test.csv repeats val.csv. A csv of an earlier call that gets no videos now
-    is removed. Paths below `out` are relative to it, so that the folder can be moved as a whole.
+    A csv of an earlier call that gets no videos now is removed. Paths below `out` are relative to
+    it, so that the folder can be moved as a whole.
     """
     os.makedirs(out, exist_ok=True)
     root = os.path.abspath(out)
@@ -455,7 +356,6 @@ def write_lists(data: DataSet, out: str) -> list[str]:
         if os.path.commonpath([path, root]) == root:
             path = os.path.relpath(path, root)
         texts[f"{split}.csv"].append(f"{_quoted(path)} {label_of[label]}")
-    texts["test.csv"] = texts["test.csv"] or texts["val.csv"]
     for name in [name for name, lines in texts.items() if not lines]:
         _remove_list(os.path.join(out, name))
         del texts[name]
@@ -512,17 +412,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos processed at a time", count)
     commands = parser.add_subparsers(dest="kind", required=True)
-    group = commands.add_parser("kinetics", parents=[common], help="official csv files")
-    group.add_argument("--annotations", nargs="+", required=True, metavar="CSV")
+    text = "official files; a column or their names say which is train, val and test"
+    annotations: dict[str, Any] = {"text": text, "nargs": "+", "required": True}
+    add = adder(commands.add_parser("kinetics", parents=[common], help="official csv files"))
+    add("--annotations", None, metavar="CSV", **annotations)
     add = adder(commands.add_parser("folders", parents=[common], help="a folder per class"))
     add("--train_list", "", "UCF101's trainlist01.txt")
     add("--test_list", "", "UCF101's testlist01.txt")
     add("--hmdb_splits", "", "folder of CLASS_test_split1.txt files")
     add("--hmdb_split", 1, "HMDB51's split number", positive_int)
-    add("--val_share", 0.2, "share of validation videos if nothing else gives the splits", share)
-    group = commands.add_parser("ssv2", parents=[common], help="Something-Something json files")
-    group.add_argument("--labels", required=True, help="json file of templates and their numbers")
-    group.add_argument("--annotations", nargs="+", required=True, metavar="JSON")
+    text = "share of the training videos of each class that become validation videos; not given: "
+    add("--val_share", None, text + "0.2 if there are no folders train, val, test or lists", share)
+    add = adder(commands.add_parser("ssv2", parents=[common], help="Something-Something json"))
+    add("--labels", None, "json file of templates and their numbers", required=True)
+    add("--annotations", None, metavar="JSON", **annotations)
     return parser
 
 
@@ -534,22 +437,26 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
     check_names(list(map(path_to_text, data.classes)), os.path.join(args.out, "classes.txt"))
     _check_lists(data, args.videos)
-    broken = []
+    if not any(clip.split == "test" for clip in data.clips):  # test.csv repeats val.csv
+        repeated = [clip._replace(split="test") for clip in data.clips if clip.split == "val"]
+        data = data._replace(clips=data.clips + repeated)
+    failed: dict[str, str] = {}
     if args.reencode:
-        data, broken = reencode(data, args)
+        data, failed = reencode(data, args)
     if lost := data.wanted - {clip.split for clip in data.clips}:
-        raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {broken[0]}", 1)
+        first = min(failed.values())
+        raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {first}", 1)
     written = write_lists(data, args.out)
     if args.verify:
         paths = (clip.path for clip in data.clips)
-        broken += sorted(_in_parallel(find_damage, paths, args.workers, "verifying").values())
+        failed |= _in_parallel(find_damage, paths, args.workers, "verifying")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
     counts += f"; {len(data.classes)} classes; {len(data.missing)} not found"
     print_any(f"{args.out}: {counts}; wrote {', '.join(written)}")
-    if broken:
-        print_any("\n  ".join([f"{len(broken)} broken videos:", *broken]))
-    return 1 if broken else 0
+    if failed:
+        print_any("\n  ".join([f"{len(failed)} broken videos:", *sorted(failed.values())]))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

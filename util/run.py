@@ -115,6 +115,8 @@ def start(args: Namespace, lock: str = ".lock") -> torch.device:
     with usage_errors():
         device = dist.get_device(args.device)
     dist.init_distributed(device.type, args.dist_timeout)
+    if getattr(args, "ranks", None) and dist.world_size() > 1:
+        raise UserError("--ranks stands for ranks that do not run: give it to a single process")
     args.precision = choose_precision(args.precision, device)
     print0(" ".join(f"--{k} {v}" for k, v in sorted(vars(args).items()) if k != "notice"))
     if args.notice:
