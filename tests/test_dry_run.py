@@ -50,6 +50,7 @@ def allocated_peak(*argv: object) -> int:
         (main_pretrain, "--mask_ratio 0.5 --repeat_aug 2 --precision bf16"),
         (main_pretrain, "--mask_ratio 0.5 --target hog --batch_size 1 --accum_iter 3"),
         (main_finetune, "--mask_ratio 0.5 --epochs 5 --precision bf16"),
+        (main_finetune, "--input_size 32 --batch_size 1 --lr 1e-3 --model_ema 0.9"),
     ],
 )
 def test_estimated_memory_is_what_training_takes(videos, capsys, module, words):

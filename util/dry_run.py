@@ -103,6 +103,8 @@ def step_memory(
         model.to_empty(device=cpu).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer([{"params": parameters}], args.beta, cpu)
+        has_average = getattr(args, "model_ema", 0.0) > 0
+        average = [torch.empty_like(p) for p in model.parameters() if has_average]
         scaler = make_scaler(cpu, "fp32")  # that of fp16 needs but a few numbers
         clips, activations = torch.empty(shape, dtype=dtype), 0
         for micro_steps in (1, 2 if held else 1):  # the moments come with the first update
@@ -119,6 +121,8 @@ def step_memory(
             optim_step(optimizer, scaler, parameters, args.clip_grad)
     weights, trained = (sum(p.nbytes for p in x) for x in (model.parameters(), parameters))
     parts = {"weights": weights, "gradients": trained, "AdamW's moments": 2 * trained}
+    if average:
+        parts["moving average"] = sum(p.nbytes for p in average)
     return live.peak, parts | {"activations": activations}
 
 
