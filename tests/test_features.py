@@ -271,17 +271,22 @@ def test_a_killed_run_goes_on(many, checkpoints, tmp_path, capsys, ranks, then):
     assert not parts.exists()
 
 
-@pytest.mark.parametrize("removals", [1, 4])
-def test_a_run_killed_while_it_merges_tokens(many, checkpoints, tmp_path, monkeypatch, removals):
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("remove", 1), ("remove", 4), ("remove", 5), ("replace", 10), ("replace", 11)],
+    ids=["first part", "last part", "after the file", "tokens", "file"],
+)
+def test_a_run_killed_while_it_merges_tokens(many, checkpoints, tmp_path, monkeypatch, name, calls):
+    """It ends after so many calls that remove a file, or that give one its name."""
     flags = ["--path_to_data_dir", many, "--tokens", "--half"]
     expected = run(checkpoints["mae"], tmp_path / "whole", *flags)["val"]
-    remove, left = os.remove, iter(range(removals))
+    function, left = getattr(os, name), iter(range(calls))
 
-    def interrupted(path):
+    def interrupted(*paths):
         next(left)
-        remove(path)
+        function(*paths)
 
-    monkeypatch.setattr(features.os, "remove", interrupted)
+    monkeypatch.setattr(os, name, interrupted)
     with pytest.raises(StopIteration):
         run(checkpoints["mae"], tmp_path / "part", *flags)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from typing import Any, TypeVar
 from zipfile import BadZipFile
 
@@ -119,7 +119,7 @@ def check_folder(folder: str, name: str, arguments: dict[str, Any]) -> None:
     the same rows.
     """
     for path in sorted(
-        x for kind in ("", "parts", "windows") for x in glob(f"{folder}/{kind}/*.npz")
+        x for kind in ("", "parts", "windows") for x in glob(f"{escape(folder)}/{kind}/*.npz")
     ):
         theirs = read_npz(path, "arguments")[0]
         theirs = (
@@ -172,6 +172,7 @@ class FeatureFile:
         """
         check_folder(self.folder, self.name, self.arguments)
         if os.path.exists(self.path):
+            self._remove_parts()
             return None
         make_dirs(os.path.join(self.folder, "parts"))
         missing = [chunk for chunk in self.chunks if not os.path.exists(self.part(chunk))]
@@ -224,10 +225,7 @@ class FeatureFile:
                 "arguments": json.dumps(self.arguments),
             }  # fmt: skip
             write_atomically(self.path, lambda file: np.savez(file, **whole))
-        for path in glob(self.part(0).replace("00000.npz", "*")):
-            os.remove(path)
-        with suppress(OSError):  # another split's parts may be there
-            os.rmdir(os.path.dirname(self.part(0)))
+        self._remove_parts()
         if not len(rows):
             raise UserError(
                 f"none of the {len(self.index)} videos of {self.index.csv_path} could be read", 1
@@ -236,14 +234,20 @@ class FeatureFile:
         unread = f"; {len(unreadable)} unreadable videos:{listed}" if listed else ""
         return f"{self.path}: features of {len(rows)} videos{unread}"
 
+    def _remove_parts(self) -> None:
+        for path in glob(os.path.join(escape(self.folder), "parts", f"{self.name}-*")):
+            os.remove(path)
+        with suppress(OSError):  # there may be none, or another split's
+            os.rmdir(os.path.join(self.folder, "parts"))
+
     def _merge_tokens(self, counts: list[int]) -> None:
         """Move the parts' tokens to their places in one file, so that they are on the disk once."""
         parts = [self.part(chunk, ".tokens.npy") for chunk in self.chunks]
         there = [os.path.exists(part) for part in parts]
-        if not any(there):  # a run was killed after it had moved all
-            return
-        # "r+": an earlier run was killed between two moves
-        mode, partial_path = "w+" if all(there) else "r+", f"{self.tokens_path}.partial"
+        partial_path = f"{self.tokens_path}.partial"
+        if not any(there) and os.path.exists(self.tokens_path) and not os.path.exists(partial_path):
+            return  # an earlier run was killed when it had moved all
+        mode = "w+" if all(there) else "r+"  # "r+": it was killed between two moves
         tokens = open_memmap(partial_path, mode, self.dtype, (sum(counts), *self.token_shape))
         for part, start, count in zip(parts, np.cumsum([0, *counts]), counts, strict=False):
             if os.path.exists(part):
