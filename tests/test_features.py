@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main_features
 import main_test
 import models_mae
 import models_vit
+from demo import neighbours
 from tests import formats
 from tests.test_kills import family
 from tests.test_scripts import call, finish, spawn
@@ -200,13 +202,15 @@ def test_checkpoints_of_other_projects(videos, tmp_path, content, kind):
 
 
 @torch.no_grad()
-def test_an_encoder_without_a_decoder(videos, tmp_path, checkpoints):
-    content = torch.load(checkpoints["mae"])
+def test_an_encoder_without_a_decoder(videos, tmp_path):
+    model = models_mae.mae_vit_tiny_patch8(img_size=32, num_frames=12, pred_t_dim=6)
+    content = {"model": model.state_dict(), "arguments": model.arguments}
+    torch.save(content, tmp_path / "whole.pth")
     for name in [name for name in content["model"] if "decoder" in name or name == "mask_token"]:
         del content["model"][name]
     torch.save(content, tmp_path / "encoder.pth")
-    clips = load_clips(videos / "v0.mp4", load(checkpoints["mae"]))
-    whole, bare = (load(path) for path in (checkpoints["mae"], tmp_path / "encoder.pth"))
+    whole, bare = (load(tmp_path / f"{name}.pth") for name in ("whole", "encoder"))
+    clips = load_clips(videos / "v0.mp4", whole)
     assert torch.equal(whole.encode_features(clips)[0], bare.encode_features(clips)[0])
     first = run(tmp_path / "encoder.pth", tmp_path / "out", "--path_to_data_dir", videos)
     assert first.keys() == {"train", "val", "test"}
@@ -252,13 +256,14 @@ def test_a_killed_run_goes_on(many, checkpoints, tmp_path, capsys, ranks, then):
     for pid in family(process.pid):  # torchrun's ranks, too
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    done = list(parts.glob("*.npz"))
     assert 2 <= len(done) < 5 and not (tmp_path / "val.npz").exists()
 
-    call(main_features, *part) if then == 0 else print(
-        finish(spawn("main_features.py", *part, ranks=then))
-    )
-    out = capsys.readouterr().out
+    if then:
+        out = finish(spawn("main_features.py", *part, ranks=then))
+    else:
+        call(main_features, *part)
+        out = capsys.readouterr().out
     assert f"val: going on with {5 - len(done)} of 5 parts" in out
     if then < 2:  # nothing that is in a part is computed again
         left = 40 - 8 * len(done)
@@ -273,8 +278,13 @@ def test_a_killed_run_goes_on(many, checkpoints, tmp_path, capsys, ranks, then):
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [("remove", 1), ("remove", 4), ("remove", 5), ("replace", 10), ("replace", 11)],
-    ids=["first part", "last part", "after the file", "tokens", "file"],
+    [
+        pytest.param("remove", 1, id="first part"),
+        pytest.param("remove", 4, id="last part", marks=pytest.mark.slow),
+        pytest.param("replace", 10, id="tokens"),
+        pytest.param("replace", 11, id="file", marks=pytest.mark.slow),
+        pytest.param("remove", 5, id="after the file", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_while_it_merges_tokens(many, checkpoints, tmp_path, monkeypatch, name, calls):
     """It ends after so many calls that remove a file, or that give one its name."""
@@ -518,3 +528,34 @@ def test_windows_of_short_odd_and_equally_named_videos(
     with pytest.raises(SystemExit):
         run(checkpoints["mae"], tmp_path / "out", "--videos", tmp_path / "a/short.mp4", *flags[-2:])
     assert f"has the windows of {short}: give another" in capsys.readouterr().err
+
+
+# --- nearest neighbours
+
+
+def test_neighbours(videos, tmp_path, capsys):
+    """Row by row: the query, and beside it the video with the most similar features."""
+    for name, order in (("queries", [0, 3]), ("gallery", [3, 1, 0])):
+        vectors = np.eye(6, dtype=np.float32)[order] + 0.1
+        paths = np.array([str(videos / f"v{i}.mp4") for i in order])
+        labels, classes = np.array(order), np.array([f"number {i}" for i in range(6)])
+        np.savez(tmp_path / f"{name}.npz", features=vectors[:, None], paths=paths, labels=labels,
+                 classes=classes)  # fmt: skip
+    drawn, draw_cell = [], neighbours.draw_cell
+    neighbours.draw_cell = lambda *cell: drawn.append(cell[1:]) or draw_cell(*cell)
+    output = tmp_path / "new/picture.png"
+    try:
+        argv = [str(tmp_path / "queries.npz"), "--neighbours", "1", "--output", str(output)]
+        neighbours.main(neighbours.parse_args([*argv, "--gallery", str(tmp_path / "gallery.npz")]))
+        same = [(f"number {i}", colour) for i in (0, 3) for colour in ("black", neighbours.GREEN)]
+        assert drawn == same
+        drawn.clear()
+        neighbours.main(neighbours.parse_args(argv))  # from the same file, without itself
+        assert [name for name, _ in drawn] == [f"number {i}" for i in (0, 3, 3, 0)]
+    finally:
+        neighbours.draw_cell = draw_cell
+    with Image.open(output) as picture:
+        assert picture.size == (2 * 150 + 36, 2 * 170)
+    np.savez(tmp_path / "other.npz", a=1)
+    with pytest.raises(UserError, match=r"other\.npz is not a feature file"):
+        neighbours.main(neighbours.parse_args([str(tmp_path / "other.npz")]))
