@@ -2,8 +2,12 @@
 
 `pretrained` is the name of a data set with released weights (k400, k600, k700; ViT-L and ViT-H), or
 the path or address of a checkpoint in a format that util/weights.py reads. Clips are uint8
-[N, 3, T, H, W], or float, normalised by mean 0.45 and standard deviation 0.225;
-`model.forward_features(clips)` returns their patch tokens [N, L, D].
+[N, 3, T, H, W], or float, normalised by mean 0.45 and standard deviation 0.225. `load_clips` reads
+them from a video, and `features, tokens = model.encode_features(clips)` encodes them. The features
+[N, D] are the mean of an autoencoder's tokens after its norm, and what the head of a classifier
+sees: the norm of the tokens' mean, or of the class token. The patch tokens [N, L, D], which
+`model.forward_features(clips)` returns as well, have passed the norm of an autoencoder, but none in
+a classifier.
 """
 
 import contextlib
@@ -15,6 +19,7 @@ import sys
 import types
 import typing
 
+import torch
 from torch import nn
 
 # Only modules are imported here, because torch.hub.list shows every public callable of this file.
@@ -116,6 +121,29 @@ def _load(name: str, pretrained: str | None = None, **arguments: typing.Any) -> 
     keep_head = name in models_vit.MODELS and weights.has_head_for(found, model)
     weights.apply_weights(model, found, keep_head)
     return model.eval()
+
+
+@_our_modules()
+def load_clips(
+    path: str | os.PathLike[str], model: typing.Any, num_clips: int = 1, num_crops: int = 1
+) -> torch.Tensor:
+    """Read a video as a model's clips: float32 [V, 3, T, H, W], normalised, on the CPU.
+
+    The clips have the size and the sampling that the model was trained with; the V views are those
+    that main_test.py scores.
+
+    Args:
+        path: path or address of a video.
+        model: a model of this file.
+        num_clips: clips spread evenly over the video; a single one is centred.
+        num_crops: crops of each clip along the longer side of the frames; a single one is centred.
+
+    Raises:
+        UserError: the video cannot be read; the message names it.
+    """
+    from util import features  # here, because models need no decoder of videos
+
+    return features.load_clips(path, model, num_clips, num_crops)
 
 
 for _name in [*models_mae.MODELS, *models_vit.MODELS]:

@@ -87,9 +87,10 @@ class VisionTransformer(Encoder):
             raise ValueError("mask_ratio must be 0 with pool = 'cls' and no class token")
 
     def forward_features(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
-        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D] before the last norm.
+        """Encode clips [N, C, T, H, W] to their patch tokens [N, L, D], which have passed no norm.
 
-        A mask_ratio leaves out that share of the patches, chosen at random: [N, K, D].
+        encode_features gives what the head sees. A mask_ratio leaves out that share of the patches,
+        chosen at random: [N, K, D].
         """
         return self._encode(x, mask_ratio)[:, int(self.cls_embed) :]  # without the class token
 
@@ -104,9 +105,22 @@ class VisionTransformer(Encoder):
 
     def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Classify clips, or a random part of each: [N, C, T, H, W] -> logits [N, num_classes]."""
-        x = self._encode(x, mask_ratio)  # (N, (1 +) L or K, D)
-        x = x[:, 0] if self.pool == "cls" else x[:, int(self.cls_embed) :].mean(dim=1)  # (N, D)
-        return self.head(self.dropout(self.norm(x)))  # (N, num_classes)
+        x = self.norm(self._pool(self._encode(x, mask_ratio)))  # (N, D)
+        return self.head(self.dropout(x))  # (N, num_classes)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Take one token from all of them: [N, (1 +) L or K, D] -> [N, D]."""
+        return x[:, 0] if self.pool == "cls" else x[:, int(self.cls_embed) :].mean(dim=1)
+
+    def encode_features(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Encode clips [N, C, T, H, W] to one feature each [N, D], and to patch tokens [N, L, D].
+
+        A feature is what the head sees: the norm of the tokens' mean, or of the class token with
+        pool = "cls". With `layer` = 1, 2, ... both come from that block and pass no norm.
+        """
+        x = self._encode(x, 0.0) if layer is None else self.run_layers(x, layer)
+        features = self._pool(x)  # (N, D)
+        return self.norm(features) if layer is None else features, x[:, int(self.cls_embed) :]
 
 
 _vit = partial(VisionTransformer, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=1e-6))

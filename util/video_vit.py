@@ -158,8 +158,12 @@ class Encoder(nn.Module):
     cls_embed: bool
     cls_token: nn.Parameter
     patch_embed: PatchEmbed
+    blocks: nn.ModuleList
     grad_checkpointing = False
     compiled = False  # whether compile_blocks was called
+    # How the clips of its training were taken from videos; apply_weights sets what a file records.
+    sampling_rate = 4  # a clip spans num_frames * sampling_rate frames at 30 fps
+    sampling = "dense"  # or "segments", see util.kinetics.Kinetics
 
     def embed(self, imgs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Embed all patches, or ids_keep [N, K], with positions -> [N, (class +) L or K, D]."""
@@ -180,6 +184,12 @@ class Encoder(nn.Module):
         for block in blocks:  # checkpoint replays drop path's randomness
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
+
+    def run_layers(self, imgs: Tensor, layer: int) -> Tensor:
+        """Encode clips up to block `layer`, counted from 1: all its tokens [N, (class +) L, D]."""
+        if not 1 <= layer <= len(self.blocks):
+            raise ValueError(f"layer = {layer} is not one of the blocks 1 to {len(self.blocks)}")
+        return self.run_blocks(self.blocks[:layer], self.embed(imgs))
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
         """Compile every block in place with torch.compile; names in state dicts stay the same.

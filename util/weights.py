@@ -132,6 +132,8 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     flags["sampling_rate"] = cfg.get("DATA.SAMPLING_RATE", flags.get("sampling_rate"))
     if not isinstance(flags["sampling_rate"], int) or not 1 <= flags["sampling_rate"] <= 1000:
         del flags["sampling_rate"]
+    if flags.get("sampling") not in ("dense", "segments"):
+        flags.pop("sampling", None)
     source = formats.find_source(theirs, cfg)
     state, converted = formats.our_names(theirs)
     if not any(name.startswith("blocks.") for name in state):
@@ -438,6 +440,8 @@ def apply_weights(
     is_meta = any(tensor.is_meta for tensor in own.values())
     state = {k: v.to(own[k].dtype, copy=is_meta) for k, v in state.items()}
     model.load_state_dict(state, strict=False, assign=is_meta)
+    for name in weights.flags.keys() & {"sampling_rate", "sampling"}:  # for load_clips
+        setattr(model, name, weights.flags[name])
 
     # report what became of every tensor of the model and of the file
     rows: dict[str, list[str]] = {"loaded": []}
