@@ -1,20 +1,97 @@
-"""Write the features of videos by a frozen encoder to files.
+"""Write features of videos by a frozen encoder to files that numpy reads.
 
     python main_features.py --path_to_data_dir /data/k400 --finetune checkpoint-00199.pth
+    python main_features.py --videos a.mp4 b.mp4 --finetune checkpoint-00199.pth --window_stride 0.5
 
-See FEATURES.md.
+The checkpoint may be an autoencoder or a classifier of any project. If a run is interrupted, the
+same command goes on. See FEATURES.md.
 """
 
+import argparse
+import json
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 import models_mae
 import models_vit
+from util import args as flags
 from util import run
-from util.formats import Weights
+from util.classes import is_absent, read_classes
+from util.dist import barrier, gather_objects, print0, rank, world_size
+from util.errors import UserError
+from util.features import FeatureFile, check_folder, encode, on_main, read_npz
+from util.file_io import is_remote, make_dirs, path_to_text, printable, write_atomically
+from util.flops import print_flops
+from util.formats import Weights, is_decoder
+from util.kinetics import Kinetics, VideoIndex
+from util.loader import VideoLoader, default_num_workers, make_loader
+from util.meters import RunLog
+from util.signals import child_signal_kept, signals_blocked
+from util.synthetic import data_dir
 from util.video_vit import Encoder
-from util.weights import apply_weights
+from util.weights import SIZES, WHOLE, apply_weights, checkpoint_flags, read_weights
+from util.windows import WindowReader, window_names
+
+SPLITS = ("train", "val", "test")
+
+
+def add_feature_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is encoded."""
+    add = flags.adder(parser, "features")
+    add("--finetune --resume", "", "path, address or name of a checkpoint of any project")
+    add("--use_ema", False, "take the moving average of the weights in --finetune")
+    text = "block whose output is taken, counted from 1; not given: the end of the encoder"
+    add("--layer", None, text, flags.positive_int)
+    add("--tokens", False, "write all patch tokens, too")
+    add("--half", False, "write tokens in float16")
+    add(
+        "--num_clips",
+        1,
+        "clips spread evenly over a video; a single one is centred",
+        flags.small_int,
+    )
+    add("--num_crops", 1, "crops of a clip; a single one is centred", flags.small_int)
+    add("--batch_size", 32, "views of a video per forward pass", flags.positive_int)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse flags; the model's flags default to those of the checkpoint."""
+
+    def default_flags(args: argparse.Namespace) -> list[str]:
+        if not args.finetune:
+            raise UserError("main_features.py needs --finetune CHECKPOINT, the encoder")
+        return checkpoint_flags(args.finetune, use_ema=args.use_ema)
+
+    parser = flags.Parser("Features of videos by a frozen encoder")
+    flags.add_data_args(parser)
+    flags.add_model_args(parser, ["", *models_vit.MODELS], "", classifier=True)
+    add_feature_args(parser)
+    add = flags.adder(parser, "videos")
+    add("--splits", None, "csvs; not given: those that there are", nargs="+", choices=SPLITS)
+    add("--videos", None, "files, in place of the csvs", nargs="+", metavar="FILE")
+    text = "seconds from clip to clip over whole videos; not given: --num_clips of each"
+    add("--window_stride", None, text, flags.between(float, 0.001, 10**6))
+    flags.add_run_args(parser, output_dir="./output/features", training=False)
+    args = flags.parse(parser, argv, default_flags)
+    if args.videos and (args.path_to_data_dir or args.splits):
+        raise UserError("give --videos or --path_to_data_dir and --splits, not both")
+    if not args.output_dir or is_remote(args.output_dir):
+        raise UserError("--output_dir must be a folder on this machine")
+    if args.half and not args.tokens:
+        raise UserError("--half is for --tokens; features are always float32")
+    if args.window_stride and (args.tokens or args.num_clips * args.num_crops > 1):
+        raise UserError("--window_stride allows no --tokens, --num_clips and --num_crops")
+    if args.window_stride and args.sampling == "segments":
+        raise UserError("--window_stride slides dense clips: give --sampling dense, too")
+    return args
 
 
 def load_model(weights: Weights, **arguments: Any) -> Encoder:
@@ -43,3 +120,180 @@ def load_model(weights: Weights, **arguments: Any) -> Encoder:
             model = models_mae.MaskedAutoencoderViT(**weights.autoencoder_arguments(**arguments))
     apply_weights(model, weights, keep_head=True, keep_decoder=weights.has_decoder)
     return model.eval()
+
+
+def build_model(args: argparse.Namespace) -> Encoder:
+    """Load the model of --finetune; flags override what its file records."""
+    weights = read_weights(args.finetune, args.use_ema)
+    arguments = {name: getattr(args, name) for name in ("num_frames", "t_patch_size", *WHOLE)}
+    arguments["img_size"] = args.input_size
+    if args.model:
+        build: Any = models_vit.MODELS[args.model]
+        arguments |= {name: build.keywords[name] for name in SIZES}
+    if weights.has_head:
+        arguments |= {"num_classes": args.num_classes, "pool": args.pool}
+    elif args.pool == "cls":
+        raise weights.lacks("head", "--pool is for classifiers")
+    model = load_model(weights, **arguments)
+    model.sampling_rate, model.sampling = args.sampling_rate, args.sampling
+    if args.layer and args.layer > len(model.blocks):
+        raise UserError(f"--layer {args.layer}: {args.finetune} has {len(model.blocks)} blocks")
+    return model
+
+
+def open_indices(args: argparse.Namespace) -> dict[str, tuple[VideoIndex, list[str]]]:
+    """Open --videos, or the csvs of the splits; return by name the videos and names of classes."""
+    if args.videos:
+        return {"videos": (VideoIndex.of_files(args.videos), [])}
+    folder, indices = data_dir(args, "finetune"), {}
+    classes = read_classes(folder).names
+    for name in args.splits or SPLITS:
+        options = args.path_prefix, len(classes) or None, False
+        try:
+            indices[name] = VideoIndex(os.path.join(folder, f"{name}.csv"), *options), classes
+        except UserError as error:
+            if args.splits or not is_absent(error):
+                raise
+    if not indices:
+        raise UserError(f"{folder} has none of train.csv, val.csv and test.csv")
+    return indices
+
+
+def describe(args: argparse.Namespace, model: Encoder) -> dict[str, Any]:
+    """Return the arguments of features as plain data; equal ones give equal features."""
+    names = "use_ema layer tokens half num_clips num_crops sampling sampling_rate precision"
+    checksum = 0
+    for name, tensor in model.state_dict().items():
+        if not is_decoder(name):
+            checksum = zlib.crc32(tensor.cpu().numpy(), checksum)
+    found = {name: getattr(args, name) for name in names.split()}
+    found |= {"checkpoint": args.finetune, "weights": checksum, **vars(model)["arguments"]}
+    found["window_stride"] = getattr(args, "window_stride", None)
+    return json.loads(json.dumps(found))
+
+
+def extract(
+    args: argparse.Namespace,
+    model: Encoder,
+    name: str,
+    index: VideoIndex,
+    classes: list[str],
+    device: torch.device,
+) -> str:
+    """Write the features of an index to OUTPUT_DIR/NAME.npz, on all ranks; return its path.
+
+    Args:
+        args: the flags of data, model, features and run.
+        model: on the device.
+        classes: their names; empty if unknown.
+
+    Raises:
+        UserError: no video can be read, features are not finite, or the folder has others.
+    """
+    views, embed = args.num_clips * args.num_crops, model.patch_embed
+    shape = (views, embed.num_patches, embed.proj.out_channels) if args.tokens else ()
+    rows = {"csv": index.csv_path, "index": index.fingerprint()}
+    file = FeatureFile(args.output_dir, name, index, describe(args, model) | rows, shape)
+    chunks = on_main(file.open)
+    if chunks is None:
+        print0(f"{file.path} is complete")
+        return file.path
+    if len(chunks) < len(file.chunks):
+        print0(f"{name}: going on with {len(chunks)} of {len(file.chunks)} parts")
+    own = [row for chunk in chunks[rank() :: world_size()] for row in file.rows(chunk)]
+    options = flags.clip_options(args) | {"num_clips": args.num_clips, "num_crops": args.num_crops}
+    loader = VideoLoader(Kinetics(index, "test", **options), 1, args.num_workers, 1.0, device, own)
+    log = RunLog("", args.print_freq, device)
+    for _, batch in log.every(loader, name, views * world_size()):
+        row, errors, made = int(batch.row), list(batch.errors[0].values()), None
+        if not errors:
+            made = encode(model, batch.clips[0], index.path(row), device, args)
+        file.add(row, made, errors)
+    barrier()
+    print0(on_main(partial(file.merge, classes)))
+    return file.path
+
+
+def extract_windows(
+    args: argparse.Namespace, model: Encoder, name: str, index: VideoIndex, device: torch.device
+) -> None:
+    """Write the features of windows over each video to OUTPUT_DIR/windows; see extract."""
+    folder, names = os.path.join(args.output_dir, "windows"), window_names(index)
+    arguments = describe(args, model)
+
+    def list_missing() -> list[int]:
+        make_dirs(folder)
+        check_folder(args.output_dir, name, arguments)
+        missing = {}  # row by file, as a csv may list a video twice
+        for row, stem in enumerate(names):
+            path = os.path.join(folder, f"{stem}.npz")
+            if not os.path.exists(path):
+                missing[path] = row
+            elif (other := read_npz(path, "path")[0]) != path_to_text(index.path(row)):
+                raise UserError(f"{path} has the windows of {other}: give another --output_dir")
+        return list(missing.values())
+
+    missing = on_main(list_missing)
+    print0(f"{name}: windows of {len(missing)} videos; {len(index) - len(missing)} are there")
+
+    # Start the workers; each reads whole videos.
+    rows = missing[rank() :: world_size()]
+    dataset = Kinetics(index, "test", **flags.clip_options(args))
+    workers = default_num_workers() if args.num_workers is None else args.num_workers
+    reader = WindowReader(dataset, rows, args.window_stride, args.batch_size)
+    with signals_blocked(), child_signal_kept():
+        batches = iter(make_loader(reader, workers))
+
+    # Encode windows as they come, and write those of a video after its last.
+    start, share, errors = time.perf_counter(), dict.fromkeys(rows, 0.0), []
+    made: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {row: [] for row in rows}
+    for step, windows in enumerate(batches):
+        row, path = windows.row, index.path(windows.row)
+        share[row] = windows.share
+        if windows.error:
+            made.pop(row)
+            errors.append(windows.error)
+            continue
+        clips = torch.from_numpy(windows.clips)
+        made[row].append((encode(model, clips, path, device, args)[0], windows.times))
+        if windows.share == 1:
+            features, times = map(np.concatenate, zip(*made.pop(row), strict=True))
+            arrays = {"features": features, "times": times, "path": path_to_text(path),
+                      "label": index.labels[row], "arguments": json.dumps(arguments)}  # fmt: skip
+            target = os.path.join(folder, f"{names[row]}.npz")
+            write_atomically(target, lambda file, arrays=arrays: np.savez(file, **arrays))
+        if (step + 1) % args.print_freq == 0:
+            done = sum(share.values())
+            seconds = time.perf_counter() - start
+            eta = timedelta(seconds=int(seconds * (len(rows) / done - 1)))
+            rate = (step + 1) * args.batch_size / seconds
+            print0(f"{name}  [{done:.1f}/{len(rows)} videos]  eta {eta}  windows/s {rate:.1f}")
+
+    unreadable = [error for errors in gather_objects(errors) for error in errors]
+    print0(f"{folder}: windows of {len(index) - len(unreadable)} videos of {name}")
+    if unreadable:
+        listed = "".join(f"\n  {printable(error)}" for error in unreadable)
+        print0(f"{len(unreadable)} unreadable videos:{listed}")
+    if len(unreadable) == len(index):
+        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build data and model, and write the features of every split."""
+    device = run.start(args, lock=".lock_features")
+    indices = open_indices(args)
+    model = build_model(args)
+    if args.dry_run:
+        model.forward = partial(model.encode_features, layer=args.layer)  # what is counted
+        return print_flops(model, args)
+    model.to(device)
+    print0(f"{args.finetune}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    for name, (index, classes) in indices.items():
+        if args.window_stride:
+            extract_windows(args, model, name, index, device)
+        else:
+            extract(args, model, name, index, classes, device)
+
+
+if __name__ == "__main__":
+    run.run(main, parse_args)

@@ -213,16 +213,16 @@ class MaskedAutoencoderViT(Encoder):
         """Encode clips [N, C, T, H, W] without masking to patch tokens [N, L, D] after the norm."""
         return self.encode(imgs)[:, int(self.cls_embed) :]
 
-    def encode_features(self, imgs: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode_features(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Encode clips [N, C, T, H, W] to one feature each [N, D], and to patch tokens [N, L, D].
 
         The tokens are those of forward_features, or with `layer` = 1, 2, ... those that leave that
         block, which have passed no norm. A feature is the mean of a clip's tokens.
         """
         if layer is None:
-            tokens = self.forward_features(imgs)
+            tokens = self.forward_features(x)
         else:
-            tokens = self.run_layers(imgs, layer)[:, int(self.cls_embed) :]
+            tokens = self.run_layers(x, layer)[:, int(self.cls_embed) :]
         return tokens.mean(dim=1), tokens
 
     def forward_encoder(

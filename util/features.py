@@ -1,17 +1,34 @@
-"""Features of videos by a frozen encoder: clips as its model takes them, and files of features.
+"""Features of videos by a frozen encoder: a video's clips, their features, files of features.
 
-Shapes: V views of a video, T frames, H W pixels.
+Shapes: V videos or views of one, T frames, H W pixels, C channels, L tokens, D width.
 """
 
+import json
+import math
 import os
-from typing import Any
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from glob import glob
+from typing import Any, TypeVar
+from zipfile import BadZipFile
 
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from util.dist import broadcast_object, is_main, print0
 from util.errors import UserError
+from util.file_io import make_dirs, path_to_text, printable, write_atomically
 from util.kinetics import Kinetics, VideoIndex
+from util.optim import autocast
 from util.video.transforms import channels_first, normalize
 from util.video_vit import Encoder
+
+Result = TypeVar("Result")
 
 
 def load_clips(
@@ -40,3 +57,197 @@ def load_clips(
     if sample.errors:
         raise UserError("; ".join(sample.errors.values()))
     return normalize(channels_first(sample.clips).contiguous())
+
+
+@torch.inference_mode()
+def encode(
+    model: Encoder, clips: Tensor, path: str, device: torch.device, args: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode a video's clips, uint8 [V, T, H, W, C], --batch_size at a time.
+
+    Return features float32 [V, D] and with --tokens also tokens [V, L, D], float16 with --half.
+    Raise UserError, which names the video's path, if some are not finite.
+    """
+    features, tokens = [], []
+    for part in clips.split(args.batch_size):
+        with autocast(device, args.precision):
+            x = channels_first(part.to(device, non_blocking=True))
+            pooled, tokens_of_part = model.encode_features(x, args.layer)
+        features.append(pooled.float().cpu())
+        if args.tokens:
+            tokens.append(tokens_of_part.to(torch.float16 if args.half else torch.float32).cpu())
+    found = [torch.cat(parts) for parts in (features, tokens) if parts]
+    for name, values in zip(("features", "tokens"), found, strict=False):
+        if not values.isfinite().all():
+            half = " or --half" if args.half else ""
+            why = f"the weights are damaged, or too large for --precision {args.precision}{half}"
+            raise UserError(f"{path_to_text(path)}: its {name} are not finite numbers: {why}", 1)
+    return found[0].numpy(), found[-1].numpy()
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Return on every rank what function() returns, or raise its UserError, on the main one."""
+    result: Any = None
+    if is_main():
+        try:
+            result = function()
+        except UserError as error:
+            result = error
+    result = broadcast_object(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_npz(path: str, *names: str) -> list[Any]:
+    """Return arrays of an .npz file, None for those that it lacks; UserError if it is damaged."""
+    try:
+        with np.load(path) as file:
+            return [file.get(name) for name in names]
+    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        again = "delete it and run the same command again"
+        raise UserError(f"{path} is damaged ({error}); {again}", status=1) from error
+
+
+def check_folder(folder: str, name: str, arguments: dict[str, Any]) -> None:
+    """Raise UserError if feature files of a folder were made with other arguments.
+
+    The checkpoint and the csv may be in other places now. Only the files of split `name` must have
+    the same rows.
+    """
+    for path in sorted(
+        x for kind in ("", "parts", "windows") for x in glob(f"{folder}/{kind}/*.npz")
+    ):
+        theirs = read_npz(path, "arguments")[0]
+        theirs = (
+            arguments if theirs is None else json.loads(str(theirs))
+        )  # None: not of this script
+        for key, value in arguments.items():
+            elsewhere = key == "index" and not re.match(
+                rf"{name}(-\d+)?\.npz", os.path.basename(path)
+            )
+            if key not in ("checkpoint", "csv") and not elsewhere and theirs.get(key) != value:
+                made = f"{path} was made with {key} = {theirs.get(key)}, not {value}"
+                raise UserError(f"{made}: give another --output_dir")
+
+
+@dataclass
+class FeatureFile:
+    """Write FOLDER/NAME.npz with the features of an index, and NAME.tokens.npy for their tokens.
+
+    The rows are cut into chunks, the same for every number of ranks. Each chunk is written to a
+    part in FOLDER/parts, so that the next run makes only the parts that a killed one lacks. The
+    main rank merges them.
+    """
+
+    folder: str
+    name: str
+    index: VideoIndex
+    arguments: dict[str, Any]
+    token_shape: tuple[int, ...]  # [views, L, D] of a video; (): write no tokens
+
+    def __post_init__(self) -> None:
+        self.path = os.path.join(self.folder, f"{self.name}.npz")
+        self.tokens_path = os.path.join(self.folder, f"{self.name}.tokens.npy")
+        self.size = 8 if self.token_shape else 64  # videos of a chunk
+        self.chunks = range(-(-len(self.index) // self.size))
+        self.dtype = np.dtype("float16" if self.arguments["half"] else "float32")
+        self.made: list[tuple[int, np.ndarray, np.ndarray]] = []  # rows of the chunk in the making
+        self.errors: list[str] = []
+
+    def part(self, chunk: int, suffix: str = ".npz") -> str:
+        return os.path.join(self.folder, "parts", f"{self.name}-{chunk:05d}{suffix}")
+
+    def rows(self, chunk: int) -> range:
+        return range(chunk * self.size, min((chunk + 1) * self.size, len(self.index)))
+
+    def open(self) -> list[int] | None:
+        """Return the chunks that are still to make; None if the file is there.
+
+        Raises:
+            UserError: the folder has features of another kind, or the disk has no room for tokens.
+        """
+        check_folder(self.folder, self.name, self.arguments)
+        if os.path.exists(self.path):
+            return None
+        make_dirs(os.path.join(self.folder, "parts"))
+        missing = [chunk for chunk in self.chunks if not os.path.exists(self.part(chunk))]
+        if self.token_shape:
+            videos = sum(len(self.rows(chunk)) for chunk in missing)
+            needed = videos * math.prod(self.token_shape) * self.dtype.itemsize / 1e9
+            free = shutil.disk_usage(self.folder).free / 1e9
+            print0(f"{self.name}: the tokens of {videos} videos take {needed:.3g} GB")
+            if needed > free:
+                raise UserError(f"--tokens: {self.folder} has only {free:.3g} GB free", status=1)
+        return missing
+
+    def add(self, row: int, made: tuple[np.ndarray, np.ndarray] | None, errors: list[str]) -> None:
+        """Take a row's features [views, D] and tokens, or errors; with a chunk's last, write it."""
+        chunk = row // self.size
+        self.made += [(row, *made)] if made else []
+        self.errors += errors
+        if row != self.rows(chunk)[-1]:
+            return
+        if self.token_shape:
+            tokens = np.array([tokens for _, _, tokens in self.made], self.dtype)
+            tokens = tokens.reshape(-1, *self.token_shape)
+            write_atomically(self.part(chunk, ".tokens.npy"), lambda file: np.save(file, tokens))
+        part = {
+            "features": np.array([features for _, features, _ in self.made], np.float32),
+            "rows": np.array([row for row, _, _ in self.made], np.int64),
+            "unreadable": np.array(self.errors, str), "arguments": json.dumps(self.arguments),
+        }  # fmt: skip
+        write_atomically(self.part(chunk), lambda file: np.savez(file, **part))
+        self.made, self.errors = [], []
+
+    def merge(self, classes: list[str]) -> str:
+        """Write the file from its parts, remove these, and return what is in it.
+
+        Raises:
+            UserError: no video could be read, or a part is damaged.
+        """
+        names = "features", "rows", "unreadable"
+        parts = [read_npz(self.part(chunk), *names) for chunk in self.chunks]
+        counts = [len(rows) for _, rows, _ in parts]
+        rows, unreadable = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+        if len(rows):
+            if self.token_shape:
+                self._merge_tokens(counts)
+            paths = [path_to_text(self.index.path(row)) for row in rows.tolist()]
+            whole = {
+                "features": np.concatenate([features for features, rows, _ in parts if len(rows)]),
+                "labels": self.index.labels[rows], "paths": np.array(paths, str), "rows": rows,
+                "unreadable": unreadable, "classes": np.array(classes, str),
+                "arguments": json.dumps(self.arguments),
+            }  # fmt: skip
+            write_atomically(self.path, lambda file: np.savez(file, **whole))
+        for path in glob(self.part(0).replace("00000.npz", "*")):
+            os.remove(path)
+        with suppress(OSError):  # another split's parts may be there
+            os.rmdir(os.path.dirname(self.part(0)))
+        if not len(rows):
+            raise UserError(
+                f"none of the {len(self.index)} videos of {self.index.csv_path} could be read", 1
+            )
+        listed = "".join(f"\n  {printable(error)}" for error in unreadable.tolist())
+        unread = f"; {len(unreadable)} unreadable videos:{listed}" if listed else ""
+        return f"{self.path}: features of {len(rows)} videos{unread}"
+
+    def _merge_tokens(self, counts: list[int]) -> None:
+        """Move the parts' tokens to their places in one file, so that they are on the disk once."""
+        parts = [self.part(chunk, ".tokens.npy") for chunk in self.chunks]
+        there = [os.path.exists(part) for part in parts]
+        if not any(there):  # a run was killed after it had moved all
+            return
+        # "r+": an earlier run was killed between two moves
+        mode, partial_path = "w+" if all(there) else "r+", f"{self.tokens_path}.partial"
+        tokens = open_memmap(partial_path, mode, self.dtype, (sum(counts), *self.token_shape))
+        for part, start, count in zip(parts, np.cumsum([0, *counts]), counts, strict=False):
+            if os.path.exists(part):
+                tokens[start : start + count] = np.load(part, "r")
+                tokens.flush()
+                os.remove(part)
+        os.replace(partial_path, self.tokens_path)

@@ -183,14 +183,22 @@ def dense_frames(
     Args:
         place: takes the lengths of the video and of the clip; returns where the clip starts.
     """
-    total, fps, times = video.num_frames, video.fps, None
-    if video.times is not None:  # count in 1/30 s instead of frames
-        fps, last = 30.0, video.times[-1]
-        times = (video.times - ROUNDING) * fps
-        # The last frame is shown for as long as the others are on average.
-        total = last * fps + max(last * fps / (video.num_frames - 1), 1)
+    total, fps, times = timeline(video)
     length = sampling.clip_length(num_frames, sampling_rate, fps)
     return sampling.frame_indices(place(total, length), length, num_frames, total, times)
+
+
+def timeline(video: Video) -> tuple[float, float, np.ndarray | None]:
+    """Return a video's length, units per second, and frames' times: in frames, or in 1/30 s.
+
+    The latter is for videos whose frame rate varies; the times are None for the others.
+    """
+    if video.times is None:
+        return video.num_frames, video.fps, None
+    fps, last = 30.0, video.times[-1]
+    times = (video.times - ROUNDING) * fps
+    # The last frame is shown for as long as the others are on average.
+    return last * fps + max(last * fps / (video.num_frames - 1), 1), fps, times
 
 
 def cut_views(
@@ -211,10 +219,7 @@ def cut_views(
     targets, boxes = out.numpy(), None
     for number, frame in video.frames(sorted(places)):
         if side is not None:
-            H, W, _ = frame.shape
-            if math.prod(sampling.short_side_size(H, W, side)) > MAX_PIXELS:
-                raise VideoError(f"{video.path}: frames are too narrow to scale to {side} pixels")
-            frame = _scale(frame, side)
+            frame = scale_frame(video, frame, side)
         if boxes is None:
             boxes = draw_boxes(*frame.shape[:2])
         for v, t in places[number]:
@@ -228,7 +233,7 @@ def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
     clip = np.empty(0, np.uint8)
     for number, frame in video.frames(frames):
         if min(frame.shape[:2]) > max_side:
-            frame = _scale(frame, max_side)
+            frame = scale_frame(video, frame, max_side)
         if not len(clip):
             clip = np.empty((len(frames), *frame.shape), np.uint8)
         clip[frames == number] = frame
@@ -236,10 +241,13 @@ def read_clip(video: Video, frames: np.ndarray, max_side: int) -> np.ndarray:
     return clip
 
 
-def _scale(frame: np.ndarray, side: int) -> np.ndarray:
-    """Resize a frame [H, W, C] to a short side."""
+def scale_frame(video: Video, frame: np.ndarray, side: int) -> np.ndarray:
+    """Resize a frame [H, W, C] of a video to a short side; VideoError if it becomes too large."""
     H, W, C = frame.shape
-    out = np.empty((*sampling.short_side_size(H, W, side), C), np.uint8)
+    size = sampling.short_side_size(H, W, side)
+    if math.prod(size) > MAX_PIXELS:
+        raise VideoError(f"{video.path}: frames are too narrow to scale to {side} pixels")
+    out = np.empty((*size, C), np.uint8)
     resize_frame(frame, out)
     return out
 

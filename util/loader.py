@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,19 +56,22 @@ class EpochSampler(Sampler):
     seed: int
     epoch: int = 0
     start: int = 0  # rows of this rank to skip when an epoch is continued
+    rows: Sequence[int] | None = None  # of this rank, in place of its share of a test's rows
 
     def __post_init__(self) -> None:
         joint = self.batch_size * world_size()
         self.used_rows = self.num_rows // joint * joint if self.training else self.num_rows
 
     def __len__(self) -> int:
-        return len(range(rank(), self.used_rows, world_size()))
+        own = range(rank(), self.used_rows, world_size()) if self.rows is None else self.rows
+        return len(own)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.arange(self.num_rows)
         if self.training:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
-        for row in order[: self.used_rows][rank() :: world_size()][self.start :]:
+        own = order[: self.used_rows][rank() :: world_size()] if self.rows is None else self.rows
+        for row in own[self.start :]:
             yield self.epoch, int(row)
 
 
@@ -254,12 +257,14 @@ class VideoLoader:
     num_workers: int | None  # None: as many processes as the CPUs allow
     max_bad_share: float  # training stops when more than this share of the csv cannot be read
     device: torch.device
+    rows: Sequence[int] | None = None  # that this rank tests; None: its share of all rows
 
     def __post_init__(self) -> None:
         dataset, batch_size = self.dataset, self.batch_size
         self.started = False
         self.bad: dict[str, str] = {}  # path -> "PATH: reason"; includes other ranks' at each epoch
-        self.sampler = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
+        order = len(dataset), batch_size, dataset.training, dataset.seed
+        self.sampler = EpochSampler(*order, rows=self.rows)
         if dataset.training and self.sampler.used_rows == 0:
             raise UserError(
                 f"{dataset.index.csv_path} lists {len(dataset)} videos, fewer than one batch of "
@@ -272,16 +277,8 @@ class VideoLoader:
         slots = min(workers * PREFETCH, len(self)) + 3 if shared else 0
         shape = batch_size, *dataset.clips_shape
         self.memory = BatchMemory(slots, shape, page_lock=self.device.type == "cuda")
-        self.loader = DataLoader(
-            _BatchReader(dataset, self.memory),
-            batch_size=None,  # a request is for a whole batch
-            sampler=_BatchRequests(self.sampler, self.memory),
-            collate_fn=_unchanged,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
-        )
+        requests = _BatchRequests(self.sampler, self.memory)
+        self.loader = make_loader(_BatchReader(dataset, self.memory), workers, requests)
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)
@@ -337,6 +334,22 @@ class VideoLoader:
                 f"than --max_bad_share {self.max_bad_share}; they are listed above",
                 status=1,
             )
+
+
+def make_loader(
+    dataset: Dataset, num_workers: int, requests: _BatchRequests | None = None
+) -> DataLoader:
+    """Let worker processes make whole batches: those requested, or all of an IterableDataset."""
+    return DataLoader(
+        dataset,
+        batch_size=None,  # a request is for a whole batch
+        sampler=requests,
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_start_worker,
+    )
 
 
 def _unchanged(batch: Any) -> Any:  # PyTorch's default would make tensors of the arrays

@@ -185,6 +185,10 @@ class Encoder(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
 
+    def encode_features(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Encode clips [N, C, T, H, W] to a feature each [N, D], and to patch tokens [N, L, D]."""
+        raise NotImplementedError
+
     def run_layers(self, imgs: Tensor, layer: int) -> Tensor:
         """Encode clips up to block `layer`, counted from 1: all its tokens [N, (class +) L, D]."""
         if not 1 <= layer <= len(self.blocks):
