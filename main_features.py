@@ -245,7 +245,7 @@ def extract_windows(
         batches = iter(make_loader(reader, workers))
 
     # Encode windows as they come, and write those of a video after its last.
-    start, share, errors = time.perf_counter(), dict.fromkeys(rows, 0.0), []
+    start, share, errors, count = time.perf_counter(), dict.fromkeys(rows, 0.0), [], 0
     made: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {row: [] for row in rows}
     for step, windows in enumerate(batches):
         row, path = windows.row, index.path(windows.row)
@@ -255,6 +255,7 @@ def extract_windows(
             errors.append(windows.error)
             continue
         clips = torch.from_numpy(windows.clips)
+        count += len(clips)
         made[row].append((encode(model, clips, path, device, args)[0], windows.times))
         if windows.share == 1:
             features, times = map(np.concatenate, zip(*made.pop(row), strict=True))
@@ -266,8 +267,8 @@ def extract_windows(
             done = sum(share.values())
             seconds = time.perf_counter() - start
             eta = timedelta(seconds=int(seconds * (len(rows) / done - 1)))
-            rate = (step + 1) * args.batch_size / seconds
-            print0(f"{name}  [{done:.1f}/{len(rows)} videos]  eta {eta}  windows/s {rate:.1f}")
+            line = f"{name}  [{done:.1f}/{len(rows)} videos]  eta {eta}"
+            print0(f"{line}  windows/s {count / seconds:.1f}")
 
     unreadable = [error for errors in gather_objects(errors) for error in errors]
     print0(f"{folder}: windows of {len(index) - len(unreadable)} videos of {name}")

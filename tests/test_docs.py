@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_features
 import main_finetune
 import main_pretrain
 import main_test
@@ -37,6 +38,7 @@ SCRIPTS = {
         main_pretrain,
         main_finetune,
         main_test,
+        main_features,
         submitit_pretrain,
         submitit_finetune,
         submitit_test,
@@ -88,7 +90,8 @@ def test_there_are_commands():
 def test_script_parses(document, command, monkeypatch):
     script, argv = script_of(command)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main_test, "checkpoint_flags", lambda path, **_: [])
+    for module in (main_test, main_features):
+        monkeypatch.setattr(module, "checkpoint_flags", lambda path, **_: [])
     SCRIPTS[script].parse_args(argv)
 
 
