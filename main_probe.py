@@ -109,35 +109,31 @@ def run_probes(args: argparse.Namespace, folder: str, device: torch.device) -> N
 
     # Each is judged by test, or by val, of which it has seen the best, if there is no test.
     judge = "test" if "test" in splits else "val"
+    videos = {name: len(split.labels) for name, split in splits.items()}
     chance = {name: 100 * probes.guessing(split.labels) for name, split in splits.items()}
     print(f"{'top-1':10} {'chosen':10}" + "".join(f"{x:>10}" for x in (*splits, "chance")))
     found, words, record = [], [], {"finetune": args.finetune, "features": folder}
     for name in (x for x in PROBES if x in chosen):
         more = () if name == "knn" else (num_classes, args.seed)
         result = getattr(probes, name)(splits, *more)
-        top1 = {
-            split: [100 * n / len(splits[split].labels) for n in counts]
-            for split, counts in result.right.items()
-        }
+        top1 = {x: [100 * n / videos[x] for n in counts] for x, counts in result.right.items()}
         best, tries = result.best, 1 if judge == "test" else len(result.values)
         right, labels = result.right[judge][best], splits[judge].labels
         setting = f"{result.setting} {result.values[best]:.3g}"
         cells = [*(f"{values[best]:8.1f} %" for values in top1.values()), f"{chance[judge]:8.1f} %"]
         print(f"{name:10} {setting:10}" + "".join(cells), flush=True)
-        words += [f"{name}: {probes.verdict(right, labels, tries)}"]
+        is_chance = probes.is_chance(right, labels, tries)
+        words += [f"{name}: {probes.verdict(right, labels, tries)}"] if is_chance else []
         found.append({
             "probe": name, "setting": result.setting, "values": result.values, "best": best,
-            "top1": top1, "is_chance": probes.is_chance(right, labels, tries),
+            "top1": top1, "is_chance": is_chance,
         })  # fmt: skip
         record |= {f"{name}_{result.setting}": result.values[best]}
         record |= {f"{name}_{split}_acc1": values[best] for split, values in top1.items()}
-    for word, one in zip(words, found, strict=True):
-        if one["is_chance"]:
-            print(word)
+    print(*words, sep="\n", flush=True)
 
     # Write all numbers.
     if args.output_dir:
-        videos = {name: len(split.labels) for name, split in splits.items()}
         whole = {"probes": found, "chance": chance, "videos": videos, "num_classes": num_classes}
         text = json.dumps(whole | {"features": arguments, "arguments": vars(args)}, indent=2)
         path = os.path.join(args.output_dir, "probe.json")

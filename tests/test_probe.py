@@ -507,4 +507,5 @@ def test_videos_alone_in_their_class_are_said(tmp_path, capsys):
     args = main_pretrain.parse_args(["--probe_csv", str(path), *map(str, PRETRAIN)])
     probes.ProbeCurve(args, CPU)
     assert "1 videos are alone in their class, so they count as wrong" in capsys.readouterr().out
-    assert probes.ProbeCurve(Namespace(probe_csv=""), CPU).measure(None, 0, None, None) == {}
+    curve = probes.ProbeCurve(Namespace(probe_csv=""), CPU)
+    assert curve.measure(None, 0, RunLog("", 1, CPU), stop=lambda: False) == {}
