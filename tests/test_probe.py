@@ -71,7 +71,7 @@ def test_neighbours_vote_by_the_formula():
                         cosine = direction(x) @ direction(bank[other])
                         votes.append((cosine.item(), int(labels[other])))
                 score = [0.0] * 4
-                for cosine, vote in sorted(votes)[-k:]:
+                for cosine, vote in sorted(votes)[-int(k) :]:
                     score[vote] += math.exp(cosine / 0.07)
                 right += int(np.argmax(score)) == label
             assert result.right[name][i] == right, (k, name)
@@ -83,7 +83,7 @@ def test_no_more_neighbours_than_videos():
 
 
 def test_linear_probe_is_a_plain_loop():
-    splits, rate, updates = three(), 0.03, 1000
+    splits, rate, updates = three(), 0.0003, 1000
     x = {name: split.features.mean(dim=1) for name, split in splits.items()}
     mean, var = x["train"].mean(dim=0), x["train"].var(dim=0, correction=0)
     layer = nn.Linear(16, 4)
@@ -109,10 +109,6 @@ def test_linear_probe_is_a_plain_loop():
 def test_batches_cover_all_videos_and_depend_on_the_seed():
     seen = []
 
-    class Spy(nn.Linear):
-        def forward(self, x):
-            return super().forward(torch.ones_like(x).float() * 0)
-
     def read(name, numbers):
         seen.append((name, numbers.tolist()))
         return torch.zeros(len(numbers), 2)
@@ -120,7 +116,7 @@ def test_batches_cover_all_videos_and_depend_on_the_seed():
     orders = []
     for seed in (0, 0, 1):
         seen.clear()
-        heads = nn.ModuleList([Spy(2, 4)])
+        heads = nn.ModuleList([nn.Linear(2, 4)])
         optimizer = torch.optim.SGD(heads.parameters())
         probes.sweep(three(), heads, optimizer, [0.1], read, batch_size=15, least=8, seed=seed)
         batches = [numbers for name, numbers in seen if name == "train"]
@@ -191,8 +187,8 @@ def test_without_val_a_share_of_every_class_is_held_out(capsys, tmp_path):
     assert "without a val, 8 of 40 videos of train (20 % of every class)" in capsys.readouterr().out
     assert parts["val"].labels.bincount().tolist() == [4, 4]
     assert parts["train"].labels.bincount().tolist() == [16, 15, 1]
-    rows = torch.cat([parts[name].rows for name in ("train", "val")])
-    assert sorted(rows.tolist()) == list(range(40))
+    rows = [row for part in parts.values() if part.rows is not None for row in part.rows.tolist()]
+    assert sorted(rows) == list(range(40))
     for part in parts.values():
         numbers = torch.arange(len(part.labels)).flip(0)
         torch.testing.assert_close(part.read_tokens(numbers).mean(dim=1, keepdim=True),
