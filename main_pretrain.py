@@ -35,6 +35,7 @@ from util.optim import (
     param_groups_weight_decay,
     prepare_model,
 )
+from util.probes import ProbeCurve
 from util.synthetic import data_dir, synthetic_recipe
 from util.targets import NORMALISED, TARGETS
 from util.visualize import FixedClips
@@ -78,6 +79,10 @@ def get_args_parser() -> flags.Parser:
     flags.add_run_args(parser, output_dir="./output/pretrain")
     text = "epochs between reconstructions of fixed clips in TensorBoard; 0: none"
     add("--vis_period", 10, text, flags.natural_int)
+    text = (
+        "csv of labelled videos, classified by their neighbours' features every vis_period epochs"
+    )
+    add("--probe_csv", "", text + "; empty: none")
     parser.set_defaults(repeat_aug=4, epochs=200, warmup_epochs=30)
     parser.set_defaults(blr=1.6e-3, beta=(0.9, 0.95), clip_grad=0.02)
     return parser
@@ -105,6 +110,8 @@ def parse_args(
             raise UserError(f"--{name} has no effect with --crop center")
     if args.use_ema and not args.finetune:
         raise UserError("--use_ema needs --finetune")
+    if args.probe_csv and not args.vis_period:
+        raise UserError("--probe_csv needs a --vis_period above 0")
     return args
 
 
@@ -188,6 +195,7 @@ def main(args: argparse.Namespace) -> None:
     options |= {"crop": args.crop, "color_jitter": args.color_jitter}
     dataset = Kinetics(index, "pretrain", **options)
     loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
+    probe_curve = ProbeCurve(args, device)
     print0(f"{len(index)} videos in {index.csv_path}")
 
     # Model. --finetune is not read if a checkpoint of this run will replace the weights anyway.
@@ -233,6 +241,9 @@ def main(args: argparse.Namespace) -> None:
         except NonFiniteError as error:
             raise checkpoints.bad_step_report(error, index) from error
         checkpoints.exit_if_stopped()  # after a signal: save and exit
+        stop = checkpoints.interruption.after_step  # a signal also ends the probe
+        probed = probe_curve.measure(model, progress.epoch, log, stop)
+        checkpoints.exit_if_stopped()
 
         # Log the epoch and show what the model reconstructs.
         if "loss" in stats:  # with --skip_nonfinite, every step may have been skipped
@@ -242,6 +253,7 @@ def main(args: argparse.Namespace) -> None:
 
         # Write log.txt and a checkpoint.
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in stats.items()}
+        record |= probed
         checkpoints.finish_epoch(record, len(loader))
     checkpoints.close()
     log.close()

@@ -21,6 +21,7 @@ import torch
 import main_features
 import main_finetune
 import main_pretrain
+import main_probe
 import main_test
 import models_mae
 import models_vit
@@ -39,6 +40,7 @@ SCRIPTS = {
         main_finetune,
         main_test,
         main_features,
+        main_probe,
         submitit_pretrain,
         submitit_finetune,
         submitit_test,
@@ -90,7 +92,7 @@ def test_there_are_commands():
 def test_script_parses(document, command, monkeypatch):
     script, argv = script_of(command)
     monkeypatch.chdir(ROOT)
-    for module in (main_test, main_features):
+    for module in (main_test, main_features, main_probe):
         monkeypatch.setattr(module, "checkpoint_flags", lambda path, **_: [])
     SCRIPTS[script].parse_args(argv)
 

@@ -17,7 +17,7 @@ NOT_COMPARED = """
     notice dry_run ranks eval device output_dir log_dir resume print_freq dist_timeout vis_period
     num_workers item_timeout max_bad_share max_pixels checkpoint_period checkpoint_minutes keep_last
     keep_every cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos
-    constraint comment job_name job_dir signal_delay_s
+    constraint comment job_name job_dir signal_delay_s probe_csv
 """.split()
 
 

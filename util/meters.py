@@ -107,6 +107,11 @@ def last_x(epoch: int, repeat_aug: int) -> int:
     return epoch_1000x(epoch + 1, repeat_aug) - 1
 
 
+def is_vis_epoch(epoch: int, args: Namespace) -> bool:
+    """Return whether to look at the model after this epoch (0, 1, ...): see --vis_period."""
+    return args.vis_period > 0 and ((epoch + 1) % args.vis_period == 0 or epoch + 1 == args.epochs)
+
+
 class RunLog:
     """Progress lines, and TensorBoard from the main process if there is a log_dir.
 

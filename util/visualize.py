@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from util.dist import print0
 from util.file_io import printable
 from util.masking import fixed_masks
-from util.meters import last_x
+from util.meters import is_vis_epoch, last_x
 from util.optim import autocast
 from util.report import draw_confusion, report_classes, warned, worst_classes
 from util.synthetic import write_video
@@ -250,9 +250,7 @@ class FixedClips:
 
     def show(self, model: nn.Module, epoch: int, log: "RunLog") -> None:
         """Log what the unwrapped model predicts, every vis_period epochs and after the last one."""
-        period = self.args.vis_period
-        due = period and ((epoch + 1) % period == 0 or epoch + 1 == self.args.epochs)
-        if not due or log.writer is None:
+        if not is_vis_epoch(epoch, self.args) or log.writer is None:
             return
         if self.clips is None:
             self.clips = self._read()
