@@ -26,10 +26,10 @@ from util import args as flags
 from util import run
 from util.classes import is_absent, read_classes
 from util.dist import barrier, gather_objects, print0, rank, world_size
+from util.dry_run import print_flops
 from util.errors import UserError
 from util.features import FeatureFile, check_folder, encode, on_main, read_npz
 from util.file_io import is_remote, make_dirs, path_to_text, printable, write_atomically
-from util.dry_run import print_flops
 from util.formats import Weights, is_decoder
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader, default_num_workers, make_loader

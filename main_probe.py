@@ -23,10 +23,10 @@ from util import args as flags
 from util import probes, run
 from util.classes import same_classes
 from util.dist import is_main
+from util.dry_run import print_flops
 from util.errors import UserError
 from util.features import read_npz
 from util.file_io import is_remote, write_atomically
-from util.dry_run import print_flops
 from util.meters import append_log
 from util.weights import checkpoint_flags
 

@@ -132,8 +132,7 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     flags["sampling_rate"] = cfg.get("DATA.SAMPLING_RATE", flags.get("sampling_rate"))
     if not isinstance(flags["sampling_rate"], int) or not 1 <= flags["sampling_rate"] <= 1000:
         del flags["sampling_rate"]
-    if flags.get("sampling") not in ("dense", "segments"):
-        flags.pop("sampling", None)
+    flags["sampling"] = "segments" if flags.get("sampling") == "segments" else "dense"
     source = formats.find_source(theirs, cfg)
     state, converted = formats.our_names(theirs)
     if not any(name.startswith("blocks.") for name in state):
@@ -451,8 +450,8 @@ def apply_weights(
     if dropped := dropped + weights.unused:
         rows["dropped"] = dropped
     kind = "classifier" if weights.has_head else "autoencoder" if weights.has_decoder else "encoder"
-    kind += f", {weights.source} format"
-    print0(f"loaded {len(state)} of {len(own)} tensors from {weights.path} ({kind})")
+    source = f"{weights.path} ({kind}, {weights.source} format)"
+    print0(f"loaded {len(state)} of {len(own)} tensors from {source}")
     for note in weights.notes:
         print0(f"  note: {note}")
     for row, names in rows.items():
