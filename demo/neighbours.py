@@ -1,8 +1,8 @@
-"""Draw videos and their nearest neighbours by features: the middle frame of each, with its label.
+"""Draw videos and their nearest neighbours by features as a GIF, in which all of them play.
 
     python -m demo.neighbours output/features/val.npz --gallery output/features/train.npz
 
-The files are those of main_features.py, and similarity is the cosine. See FEATURES.md.
+The files are those of main_features.py, and similarity is the cosine of features. See FEATURES.md.
 """
 
 import argparse
@@ -10,7 +10,9 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from util import args as flags
 from util.errors import UserError
@@ -18,8 +20,10 @@ from util.features import read_npz
 from util.file_io import local_path, make_dirs, text_to_path, write_atomically
 from util.run import run
 from util.video.decode import Video, VideoError
+from util.visualize import encode_gif
 
-SIDE, TEXT, GAP = 144, 20, 6  # pixels: a frame, its caption, and between frames
+SIDE, TEXT, GAP = 88, 16, 4  # pixels: a frame, its caption, and between frames
+FRAMES, FPS = 8, 6  # of the GIF: the frames are spread evenly over each video
 BLACK, GREEN, RED = "black", "#007828", "#be1e1e"
 
 
@@ -31,7 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gallery", "", "file that holds the neighbours; empty: the same, without the query")
     add("--queries", 4, "rows of the picture, spread evenly over the file", flags.small_int)
     add("--neighbours", 5, "neighbours of each", flags.small_int)
-    add("--output", "./output/neighbours.png", "the picture")
+    add("--output", "./output/neighbours.gif", "the picture")
     return parser.parse_args(argv)
 
 
@@ -48,19 +52,22 @@ def read(path: str) -> tuple[np.ndarray, list[str], list[str]]:
     return vectors, paths.tolist(), names
 
 
-def draw_cell(path: str, caption: str, colour: str) -> Image.Image:
-    """Draw the square in the middle of a video's middle frame, and text below it."""
-    cell = Image.new("RGB", (SIDE + GAP, SIDE + TEXT + GAP), "white")
+def draw_cell(path: str, caption: str, colour: str) -> Tensor:
+    """Draw the middle square of a video's frames above a caption: uint8 [FRAMES, H, W, 3]."""
     try:
         with Video(local_path(text_to_path(path))) as video:
-            _, frame = next(video.frames([video.num_frames // 2]))
+            numbers = np.linspace(0, video.num_frames - 1, FRAMES).round().astype(int)
+            frames = dict(video.frames(sorted(set(numbers.tolist()))))
     except VideoError as error:
         raise UserError(str(error)) from error
-    cell.paste(ImageOps.fit(Image.fromarray(frame), (SIDE, SIDE)), (GAP // 2, GAP // 2))
-    place = SIDE // 2, SIDE + GAP // 2 + TEXT // 2
-    font = ImageFont.load_default(12)
-    ImageDraw.Draw(cell).text(place, caption[:24], colour, font, anchor="mm")
-    return cell
+    blank = Image.new("RGB", (SIDE + GAP, SIDE + TEXT + GAP), "white")
+    place = blank.width // 2, SIDE + (GAP + TEXT) // 2
+    ImageDraw.Draw(blank).text(place, caption[:20], colour, ImageFont.load_default(9), anchor="mm")
+    cells = [blank.copy() for _ in numbers]
+    for cell, number in zip(cells, numbers.tolist(), strict=True):
+        square = ImageOps.fit(Image.fromarray(frames[number]), (SIDE, SIDE))
+        cell.paste(square, (GAP // 2, GAP // 2))
+    return torch.from_numpy(np.stack(cells))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -74,17 +81,19 @@ def main(args: argparse.Namespace) -> None:
     if not args.gallery:
         similarity[range(len(rows)), rows] = -np.inf
     count = min(args.neighbours, len(gallery) - (not args.gallery))
-    # A row for each query: itself, a gap, and its neighbours from the nearest on
-    width, height = SIDE + GAP, SIDE + TEXT + GAP
-    sheet = Image.new("RGB", ((count + 1) * width + 36, len(rows) * height), "white")
-    for y, row in enumerate(rows):
-        sheet.paste(draw_cell(paths[row], labels[row], BLACK), (0, y * height))
-        for x, other in enumerate(np.argsort(-similarity[y])[:count].tolist(), start=1):
+
+    # A row for each query: itself, a gap, and its neighbours from the nearest on.
+    sheet = []
+    for row, cosines in zip(rows, similarity, strict=True):
+        cells = [draw_cell(paths[row], labels[row], BLACK)]
+        cells.append(torch.full_like(cells[0][:, :, : 4 * GAP], 255))
+        for other in np.argsort(-cosines, kind="stable")[:count].tolist():
             colour = GREEN if other_labels[other] == labels[row] else RED
-            cell = draw_cell(other_paths[other], other_labels[other], colour)
-            sheet.paste(cell, (x * width + 36, y * height))
+            cells.append(draw_cell(other_paths[other], other_labels[other], colour))
+        sheet.append(torch.cat(cells, dim=2))
+    data = encode_gif(torch.cat(sheet, dim=1), FPS)
     make_dirs(os.path.dirname(os.path.abspath(args.output)))
-    write_atomically(args.output, lambda file: sheet.save(file, "PNG"))
+    write_atomically(args.output, lambda file: file.write(data))
     print(f"{args.output}: {len(rows)} queries, {count} neighbours of each")
 
 

@@ -543,7 +543,7 @@ def test_neighbours(videos, tmp_path, capsys):
                  classes=classes)  # fmt: skip
     drawn, draw_cell = [], neighbours.draw_cell
     neighbours.draw_cell = lambda *cell: drawn.append(cell[1:]) or draw_cell(*cell)
-    output = tmp_path / "new/picture.png"
+    output = tmp_path / "new/picture.gif"
     try:
         argv = [str(tmp_path / "queries.npz"), "--neighbours", "1", "--output", str(output)]
         neighbours.main(neighbours.parse_args([*argv, "--gallery", str(tmp_path / "gallery.npz")]))
@@ -555,7 +555,7 @@ def test_neighbours(videos, tmp_path, capsys):
     finally:
         neighbours.draw_cell = draw_cell
     with Image.open(output) as picture:
-        assert picture.size == (2 * 150 + 36, 2 * 170)
+        assert (picture.size, picture.n_frames) == ((2 * 92 + 16, 2 * 108), neighbours.FRAMES)
     np.savez(tmp_path / "other.npz", a=1)
     with pytest.raises(UserError, match=r"other\.npz is not a feature file"):
         neighbours.main(neighbours.parse_args([str(tmp_path / "other.npz")]))
