@@ -51,7 +51,7 @@ def test_a_run_goes_on_with_the_weights_of_another(videos, start, tmp_path, caps
     assert loss < 0.9 * fresh_loss
     out = capsys.readouterr().out
     loaded = f"loaded {len(found)} of {len(found)} tensors from"
-    assert f"{loaded} {start} (autoencoder, MAE format)\n" in out
+    assert f"{loaded} {start} (MAE format)\n" in out
     assert "starts afresh" not in out
 
 

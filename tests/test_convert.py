@@ -903,7 +903,7 @@ def test_every_tensor_is_accounted_for(tmp_path, capsys):
     path = saved(tmp_path / "ps.pyth", formats.pyslowfast(fused=True))
     classifier(path, keep_head=False, num_classes=5, num_frames=16)
     out = capsys.readouterr().out
-    assert f"loaded 40 of 42 tensors from {path} (PySlowFast)" in out
+    assert f"loaded 40 of 42 tensors from {path} (PySlowFast format)" in out
     lines = [line for line in out.splitlines()[1:] if "note: " not in line]
     rows = dict(line.split(": ", 1)[::-1] for line in lines)
     counts = {text: int(row.split()[0]) for text, row in rows.items()}

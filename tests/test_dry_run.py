@@ -20,9 +20,10 @@ TINY = {
     " --decoder_num_heads 4 --pred_t_dim 4",
     main_finetune: f"{SIZES} --model vit_tiny_patch8 --num_classes 3",
 }
+SMALL = {"synthetic_finetune": 32, "small_finetune": 137, "finetune_ucf101": 9537}  # videos
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 WARNINGS = {
-    "rate": "is far below that of the recipes (8e-4 or more): give --lr, or more",
+    "rate": "is far below that of the recipes (5e-4 or more): give --lr, or more",
     "updates": "updates are few: every recipe makes more than",
     "videos": "videos are few to pre-train on from fresh weights",
 }
@@ -106,11 +107,11 @@ def test_recipes_give_no_warning(path, capsys):
     args = module.parse_args([f"@{path}", "--path_to_data_dir", "X"])
     args.ranks, counted, num_videos = int(ranks[1]) if ranks else 1, "videos", 240_000
     if not ranks:
-        num_videos = 2048
-        if module is main_finetune:
-            num_videos = {"synthetic_finetune": 32, "ablation_finetune": 512}[path.stem]
+        num_videos = 2048 if module is main_pretrain else 512
+    if path.stem in SMALL:
+        num_videos = SMALL[path.stem]
     counted = "videos" if module is main_pretrain else "clips"
-    assert effective_lr(args, counted, num_videos) >= 8e-4
+    assert effective_lr(args, counted, num_videos) >= 5e-4
     out = capsys.readouterr().out
     assert "WARNING" not in out and " updates in " in out
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from util.dist import print0, world_size
 from util.errors import UserError
 
-# Below these, a run is warned. The recipes have rates of 8e-4 and more; in pre-training, 1,024
+# Below these, a run is warned. The recipes have rates of 5e-4 and more; in pre-training, 1,024
 # updates and more on 2,048 videos and more; in fine-tuning, 160 updates and more.
 LOW_RATE = 1e-4
 FEW_UPDATES = {"videos": 1000, "clips": 100}  # in pre-training and in fine-tuning, see effective_lr
@@ -82,7 +82,7 @@ def _warn_of_little(
     """Warn if rate, updates or videos are far below those of any recipe."""
     if lr < LOW_RATE:
         print0(
-            f"WARNING: the peak learning rate {lr:.3g} is far below that of the recipes (8e-4 or "
+            f"WARNING: the peak learning rate {lr:.3g} is far below that of the recipes (5e-4 or "
             "more): give --lr, or more videos per update by --accum_iter"
         )
     if updates < FEW_UPDATES[counted]:

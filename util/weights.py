@@ -132,7 +132,8 @@ def _interpret(checkpoint: dict[str, Any], path: str, use_ema: bool) -> Weights:
     flags["sampling_rate"] = cfg.get("DATA.SAMPLING_RATE", flags.get("sampling_rate"))
     if not isinstance(flags["sampling_rate"], int) or not 1 <= flags["sampling_rate"] <= 1000:
         del flags["sampling_rate"]
-    flags["sampling"] = "segments" if flags.get("sampling") == "segments" else "dense"
+    if flags.get("sampling") not in ("dense", "segments"):
+        flags.pop("sampling", None)
     source = formats.find_source(theirs, cfg)
     state, converted = formats.our_names(theirs)
     if not any(name.startswith("blocks.") for name in state):
@@ -439,8 +440,7 @@ def apply_weights(
     is_meta = any(tensor.is_meta for tensor in own.values())
     state = {k: v.to(own[k].dtype, copy=is_meta) for k, v in state.items()}
     model.load_state_dict(state, strict=False, assign=is_meta)
-    for name in weights.flags.keys() & {"sampling_rate", "sampling"}:  # for load_clips
-        setattr(model, name, weights.flags[name])
+    vars(model).update((k, v) for k, v in weights.flags.items() if k.startswith("sampling"))
 
     # report what became of every tensor of the model and of the file
     rows: dict[str, list[str]] = {"loaded": []}
@@ -449,8 +449,7 @@ def apply_weights(
         rows.setdefault(row, []).append(name)
     if dropped := dropped + weights.unused:
         rows["dropped"] = dropped
-    kind = "classifier" if weights.has_head else "autoencoder" if weights.has_decoder else "encoder"
-    source = f"{weights.path} ({kind}, {weights.source} format)"
+    source = f"{weights.path} ({weights.source} format)"
     print0(f"loaded {len(state)} of {len(own)} tensors from {source}")
     for note in weights.notes:
         print0(f"  note: {note}")
