@@ -418,7 +418,7 @@ class Checkpoints:
         """Take flags of KEEP that are not given from the run so far; older runs kept all files."""
         before = {name: then.get(name, 0) for name in self.not_given}
         vars(self.args).update(before)
-        if any(value != KEEP[name] for name, value in before.items()):
+        if before.items() - KEEP.items():
             shown = " ".join(f"--{name} {value}" for name, value in before.items())
             print0(f"checkpoints are kept as until now: {shown}")
 
