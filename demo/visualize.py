@@ -375,7 +375,7 @@ def main(args: argparse.Namespace) -> None:
         defaults = parse_args([])
         given = [n for n in MASK_FLAGS if getattr(args, n) != getattr(defaults, n)]
         if given:
-            raise UserError(f"--{given[0]} is of reconstructions, and here nothing is masked")
+            raise UserError(f"--{given[0]} is for reconstructions; here nothing is masked")
     make_dirs(args.output_dir)
     sheets, names, fps = [], Counter(), args.fps
     for number, path in enumerate(videos):
