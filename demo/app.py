@@ -25,7 +25,7 @@ from demo.visualize import (
     load_clip,
     load_model,
 )
-from util.args import between
+from util.args import adder, between
 from util.errors import UserError
 from util.file_io import path_to_text, printable
 from util.masking import MASK_TYPES
@@ -142,16 +142,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--checkpoint",
-        help="path, address or name of a pre-trained or fine-tuned model; None: as in python -m "
-        "demo.visualize",
-    )
-    parser.add_argument(
-        "--port",
-        type=between(int, 1, 65535),
-        help="port of the page; None: the first free one from 7860",
-    )
+    add = adder(parser)
+    text = "path, address or name of a pre-trained or fine-tuned model; None: as in python -m "
+    add("--checkpoint", None, text + "demo.visualize")
+    text = "port of the page; None: the first free one from 7860"
+    add("--port", None, text, between(int, 1, 65535))
     return parser.parse_args(argv)
 
 

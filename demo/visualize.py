@@ -345,28 +345,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "videos", nargs="*", metavar="VIDEO", help="files; none: the embedded synthetic videos"
     )
     add = flags.adder(parser)
-    add(
-        "--checkpoint",
-        None,
+    text = (
         "path, address or name of a pre-trained or fine-tuned model; None: the newest pre-trained "
-        f"one of `make demo`, or else {RELEASED}",
     )
+    add("--checkpoint", None, text + f"one of `make demo`, or else {RELEASED}")
     add("--attention", False, "draw where the last block of the encoder looks")
     ratios = "shares of patches to remove, a column for each"
     add("--mask_ratio", [0.95, 0.98], ratios, mask_ratio, nargs="+")
-    add(
-        "--mask_type",
-        "random",
-        "what to remove: random patches, the same places at all times (tube), time steps, or "
-        "cuboids (block)",
-        choices=MASK_TYPES,
-    )
-    add(
-        "--seed",
-        0,
-        "seed of the first video's masks; one more for each video after it",
-        flags.natural_int,
-    )
+    text = "what to remove: random patches, the same places at all times (tube), time steps, or "
+    add("--mask_type", "random", text + "cuboids (block)", choices=MASK_TYPES)
+    text = "seed of the first video's masks; one more for each video after it"
+    add("--seed", 0, text, flags.natural_int)
     add("--paste_visible", True, "show the true pixels of visible patches in the reconstruction")
     start = "position of the clip, from 0 (the start of a video) to 1 (its end)"
     add("--clip_start", 0.5, start, flags.share)
@@ -386,7 +375,7 @@ def main(args: argparse.Namespace) -> None:
         defaults = parse_args([])
         given = [n for n in MASK_FLAGS if getattr(args, n) != getattr(defaults, n)]
         if given:
-            raise UserError(f"--{given[0]} is of reconstructions, and here nothing is masked")
+            raise UserError(f"--{given[0]} is for reconstructions; here nothing is masked")
     make_dirs(args.output_dir)
     sheets, names, fps = [], Counter(), args.fps
     for number, path in enumerate(videos):

@@ -447,9 +447,9 @@ def test_superfluous_checkpoints():
     before = [*middle, *names("00004")]
     for keep_last in (0, 2):
         assert superfluous(before, before[-1], keep_last, 0, None) == middle[1:]
-    assert superfluous(before, before[-1], 1, 0, None) == [*middle[1:3], middle[0]]
+    assert superfluous(before, before[-1], 1, 0, None) == middle[:3]
     assert superfluous(before, before[-1], 1, 0, 3) == middle[1:]
-    assert superfluous(before, before[-1], 1, 0, None, True) == [*middle[1:], middle[0]]
+    assert superfluous(before, before[-1], 1, 0, None, True) == middle
     assert superfluous(ended, ended[-1], 0, 0, None, True) == ended[:2]
     assert superfluous(middle, middle[-1], 0, 0, None, True) == middle[1:2]  # after a signal
     assert superfluous(paths[:3], paths[3], 1, 0, None) == paths[:3]  # not listed yet
@@ -531,6 +531,16 @@ def test_by_default_every_fiftieth_epoch_is_kept(tmp_path):
     folder = {"output_dir": str(tmp_path), "keep_last": None, "keep_every": None}
     training = Training(init=0, **folder, checkpoint_period=10)
     assert left_by(training, tmp_path, range(130)) == [49, 99, 109, 119, 129]
+
+
+def test_files_of_another_run_stay(tmp_path, trained):
+    """--resume takes one file into a folder that has files of another run, too."""
+    for epoch in range(3):
+        (tmp_path / f"checkpoint-0000{epoch}.pth").touch()
+    resume = trained.save(tmp_path / "elsewhere")
+    training = Training(init=0, output_dir=str(tmp_path), keep_last=1, resume=resume)
+    training.resume(resume)
+    assert left_by(training, tmp_path, (4, 5)) == [0, 1, 2, 5]
 
 
 # --- log.txt

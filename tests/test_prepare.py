@@ -361,6 +361,9 @@ def test_val_share_takes_validation_videos_from_train(tmp_path, capsys):
     assert "WARNING" not in capsys.readouterr().out
     prepare("folders", tmp_path / "parts", tmp_path / "o", "--val_share", 0)  # none on purpose
     assert "WARNING" not in capsys.readouterr().out and len(lines(tmp_path / "o/train.csv")) == 20
+    shutil.rmtree(tmp_path / "parts/train")  # nothing to train on, either
+    prepare("folders", tmp_path / "parts", tmp_path / "o")
+    assert "WARNING" not in capsys.readouterr().out and len(lines(tmp_path / "o/test.csv")) == 20
 
 
 def test_val_share_without_effect_is_refused(tmp_path):

@@ -368,10 +368,10 @@ def test_results_that_are_not_numbers_are_refused(tmp_path, videos, kind):
 
 def test_flags_of_masks_are_refused_where_nothing_is_masked(tmp_path, videos):
     checkpoint = saved(tmp_path / "vit.pth", small_classifier(num_classes=7))
-    with pytest.raises(UserError, match=r"--mask_ratio is of reconstructions"):
+    with pytest.raises(UserError, match=r"--mask_ratio is for reconstructions"):
         run(videos / "v0.mp4", "--checkpoint", checkpoint, "--mask_ratio", "0.5")
     checkpoint = saved(tmp_path / "mae.pth", small_model())
-    with pytest.raises(UserError, match=r"--seed is of reconstructions"):
+    with pytest.raises(UserError, match=r"--seed is for reconstructions"):
         run(videos / "v0.mp4", "--checkpoint", checkpoint, "--attention", "--seed", "2")
 
 

@@ -165,7 +165,7 @@ def add_optim_args(parser: ArgumentParser) -> None:
     )
     add("--skip_nonfinite", 0, text, natural_int, metavar="N")
     add("--compile", False, "compile blocks and loss with torch.compile")
-    add("--ranks", None, "with --dry_run: ranks to reckon with, which do not run", positive_int)
+    add("--ranks", None, "with --dry_run: ranks to assume; none are started", positive_int)
     add("--grad_checkpointing", False, "recompute the blocks in the backward pass, to save memory")
 
 

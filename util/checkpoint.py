@@ -91,19 +91,15 @@ def superfluous(
     def order(path: str) -> tuple[int, float]:
         return checkpoint_order(path) or (0, 0.0)
 
-    def is_kept(path: str) -> bool:
-        epoch, _ = order(path)
-        return epoch == best_epoch or bool(keep_every and (epoch + 1) % keep_every == 0)
-
     older = [path for path in paths if order(path) < order(newest)]
-    finished = [path for path in older if order(path)[1] == END]
-    ends_epoch = order(newest)[1] == END
-    others = keep_last - int(ends_epoch)
-    expired = finished[: max(len(finished) - others, 0)] if keep_last else []
-    expired = [path for path in expired if not is_kept(path)]
-    spare = not (ends_epoch and (is_last or finished[-1:] != expired[-1:]))
-    mid_epoch = [path for path in (older[:-1] if spare else older) if order(path)[1] != END]
-    return mid_epoch + expired
+    ends = {path: order(path)[0] for path in [*older, newest] if order(path)[1] == END}
+    kept = set(list(ends)[-keep_last:])  # all if keep_last is 0
+    for path, epoch in ends.items():
+        if epoch == best_epoch or (keep_every and (epoch + 1) % keep_every == 0):
+            kept.add(path)
+    if not (newest in ends and (is_last or len(kept) > 1)):
+        kept.update(set(older[-1:]) - ends.keys())
+    return [path for path in older if path not in kept]
 
 
 def read_intact(path: str) -> dict[str, Any]:
@@ -361,8 +357,11 @@ class Checkpoints:
         # Delete older checkpoints only now that this one is on the disk.
         args = self.args
         keep = args.keep_last, args.keep_every, best_epoch, is_last
+        first = checkpoint_order(args.resume) or (-1, END)  # files up to this are of another run
         try:
-            for old in superfluous(list_checkpoints(args.output_dir), path, *keep):
+            files = list_checkpoints(args.output_dir)
+            own = [file for file in files if (checkpoint_order(file) or first) > first]
+            for old in superfluous(own, path, *keep):
                 path_manager.rm(old)
         except OSError as error:
             print0(f"WARNING: could not delete an old checkpoint: {error}")
@@ -419,7 +418,7 @@ class Checkpoints:
         """Take flags of KEEP that are not given from the run so far; older runs kept all files."""
         before = {name: then.get(name, 0) for name in self.not_given}
         vars(self.args).update(before)
-        if any(value != KEEP[name] for name, value in before.items()):
+        if before.items() - KEEP.items():
             shown = " ".join(f"--{name} {value}" for name, value in before.items())
             print0(f"checkpoints are kept as until now: {shown}")
 

@@ -101,10 +101,10 @@ def step_memory(
     model.grad_checkpointing = args.grad_checkpointing
     with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live:
         model.to_empty(device=cpu).train()
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        everything = list(model.parameters())
+        parameters = [p for p in everything if p.requires_grad]
         optimizer = make_optimizer([{"params": parameters}], args.beta, cpu)
-        has_average = getattr(args, "model_ema", 0.0) > 0
-        average = [torch.empty_like(p) for p in model.parameters() if has_average]
+        average = [torch.empty_like(p) for p in everything if getattr(args, "model_ema", 0.0)]
         scaler = make_scaler(cpu, "fp32")  # that of fp16 needs but a few numbers
         clips, activations = torch.empty(shape, dtype=dtype), 0
         for micro_steps in (1, 2 if held else 1):  # the moments come with the first update
@@ -119,10 +119,11 @@ def step_memory(
                 activations = live.now - before
                 loss.backward()
             optim_step(optimizer, scaler, parameters, args.clip_grad)
-    weights, trained = (sum(p.nbytes for p in x) for x in (model.parameters(), parameters))
+    weights, trained, averaged = (
+        sum(p.nbytes for p in x) for x in (everything, parameters, average)
+    )
     parts = {"weights": weights, "gradients": trained, "AdamW's moments": 2 * trained}
-    if average:
-        parts["moving average"] = sum(p.nbytes for p in average)
+    parts |= {"moving average": averaged} if averaged else {}
     return live.peak, parts | {"activations": activations}
 
 
@@ -150,4 +151,4 @@ def print_step(model: nn.Module, args: Namespace, dtype: torch.dtype, **options:
     print_flops(model, args, **options)
     peak, parts = step_memory(model, args, dtype, **lowest)
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-    print0(f"estimated memory of a step: at most {_bytes(peak)} ({listed})")
+    print0(f"estimated peak memory of a step: {_bytes(peak)} ({listed})")

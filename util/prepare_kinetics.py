@@ -241,7 +241,7 @@ def read_folders(args: argparse.Namespace) -> DataSet:
         wanted = wanted - {"train"} | {0.0: {"train"}, 1.0: {"val"}}.get(
             val_share, {"train", "val"}
         )
-    elif "val" not in wanted:
+    elif "train" in wanted and "val" not in wanted:
         print_any(
             "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; "
             "--val_share 0.2 takes a fifth of the training videos of each class"
