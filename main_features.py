@@ -52,12 +52,8 @@ def add_feature_args(parser: argparse.ArgumentParser) -> None:
     add("--layer", None, text, flags.positive_int)
     add("--tokens", False, "write all patch tokens, too")
     add("--half", False, "write tokens in float16")
-    add(
-        "--num_clips",
-        1,
-        "clips spread evenly over a video; a single one is centred",
-        flags.small_int,
-    )
+    text = "clips spread evenly over a video; a single one is centred"
+    add("--num_clips", 1, text, flags.small_int)
     add("--num_crops", 1, "crops of a clip; a single one is centred", flags.small_int)
     add("--batch_size", 32, "views of a video per forward pass", flags.positive_int)
 
@@ -98,14 +94,8 @@ def load_model(weights: Weights, **arguments: Any) -> Encoder:
     """Rebuild the model of a checkpoint for its features, on the CPU and in evaluation mode.
 
     It is a classifier if the file has a head, else an autoencoder; one without a decoder gets one
-    of no blocks. The file also sets the model's `sampling_rate` and `sampling`.
-
-    Args:
-        weights: see util.weights.read_weights.
-        arguments: arguments of the constructor that replace the file's.
-
-    Raises:
-        UserError: weights are missing or do not fit the arguments.
+    of no blocks. The file also sets the model's `sampling_rate` and `sampling`. `arguments` of the
+    constructor replace the file's; UserError if weights are missing or do not fit them.
     """
     is_whole = weights.has_head or weights.has_decoder
     if not is_whole:
@@ -179,16 +169,10 @@ def extract(
     index: VideoIndex,
     classes: list[str],
     device: torch.device,
-) -> str:
-    """Write the features of an index to OUTPUT_DIR/NAME.npz, on all ranks; return its path.
+) -> None:
+    """Write the features of an index to OUTPUT_DIR/NAME.npz, on all ranks.
 
-    Args:
-        args: the flags of data, model, features and run.
-        model: on the device.
-        classes: their names; empty if unknown.
-
-    Raises:
-        UserError: no video can be read, features are not finite, or the folder has others.
+    Raise UserError if no video can be read, features are not finite, or the folder has others.
     """
     views, embed = args.num_clips * args.num_crops, model.patch_embed
     shape = (views, embed.num_patches, embed.proj.out_channels) if args.tokens else ()
@@ -198,8 +182,7 @@ def extract(
     file = FeatureFile(args.output_dir, name, index, describe(args, model) | rows, shape)
     chunks = on_main(file.open)
     if chunks is None:
-        print0(f"{file.path} is complete")
-        return file.path
+        return print0(f"{file.path} is complete")
     if len(chunks) < len(file.chunks):
         print0(f"{name}: going on with {len(chunks)} of {len(file.chunks)} parts")
     own = [row for chunk in chunks[rank() :: world_size()] for row in file.rows(chunk)]
@@ -213,7 +196,6 @@ def extract(
         file.add(row, made, errors)
     barrier()
     print0(on_main(partial(file.merge, classes)))
-    return file.path
 
 
 def extract_windows(
@@ -265,8 +247,7 @@ def extract_windows(
                       "label": index.labels[row], "arguments": json.dumps(arguments)}  # fmt: skip
             write_atomically(paths[row], lambda file, arrays=arrays: np.savez(file, **arrays))
         if (step + 1) % args.print_freq == 0:
-            done = sum(share.values())
-            seconds = time.perf_counter() - start
+            done, seconds = sum(share.values()), time.perf_counter() - start
             eta = timedelta(seconds=int(seconds * (len(rows) / done - 1)))
             line = f"{name}  [{done:.1f}/{len(rows)} videos]  eta {eta}"
             print0(f"{line}  windows/s {count / seconds:.1f}")

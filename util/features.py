@@ -38,22 +38,15 @@ def load_clips(
     """Read the views of a video that main_test.py scores: float32 [V, 3, T, H, W], on the CPU.
 
     The pixels are normalised, and the clips have the size and the sampling that the model was
-    trained with (model.sampling_rate and model.sampling, which loading a checkpoint sets).
-
-    Args:
-        path: path or address.
-        num_clips: clips spread evenly over the video; a single one is centred.
-        num_crops: crops of each clip along the longer side of the frames; a single one is centred.
-
-    Raises:
-        UserError: the video cannot be read, or the numbers are not positive; it names the file.
+    trained with (model.sampling_rate and model.sampling, which loading a checkpoint sets). They are
+    spread evenly over the video, and the crops of each along the longer side of its frames. Raise
+    UserError, which names the file, if it cannot be read or a number is not positive.
     """
     path, embed = os.fspath(path), model.patch_embed
     if min(num_clips, num_crops) < 1:
         raise UserError(f"{path}: num_clips = {num_clips}, num_crops = {num_crops} give no view")
     sizes = embed.img_size, embed.num_frames, model.sampling_rate
-    views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
-    views["sampling"] = model.sampling
+    views: Any = {"num_clips": num_clips, "num_crops": num_crops, "sampling": model.sampling}
     sample = Kinetics(VideoIndex.of_files([path]), "test", *sizes, **views)[0, 0]
     if sample.errors:
         raise UserError("; ".join(sample.errors.values()))
@@ -164,8 +157,7 @@ class FeatureFile:
     def open(self) -> list[int] | None:
         """Return the chunks that are still to make; None if the file is there.
 
-        Raises:
-            UserError: the folder has features of another kind, or the disk has no room for tokens.
+        Raise UserError if the folder has features of another kind, or no room for tokens.
         """
         check_folder(self.folder, self.name, self.arguments)
         if os.path.exists(self.path):
@@ -202,11 +194,7 @@ class FeatureFile:
         self.made, self.errors = [], []
 
     def merge(self, classes: list[str]) -> str:
-        """Write the file from its parts, remove these, and return what is in it.
-
-        Raises:
-            UserError: no video could be read, or a part is damaged.
-        """
+        """Write the file from its parts, remove these, and return what is in it."""
         names = "features", "rows", "unreadable"
         parts = [read_npz(self.part(chunk), *names) for chunk in self.chunks]
         rows, unreadable = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
