@@ -28,8 +28,8 @@ from util.classes import is_absent, read_classes
 from util.dist import barrier, gather_objects, print0, rank, world_size
 from util.dry_run import print_flops
 from util.errors import UserError
-from util.features import FeatureFile, check_folder, encode, on_main, read_npz
-from util.file_io import is_remote, make_dirs, path_to_text, printable, write_atomically
+from util.features import NAMES, FeatureFile, check_folder, count_videos, encode, on_main, read_npz
+from util.file_io import is_remote, make_dirs, path_to_text, write_atomically
 from util.formats import Weights, is_decoder
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader, default_num_workers, make_loader
@@ -40,7 +40,7 @@ from util.video_vit import Encoder
 from util.weights import SIZES, WHOLE, apply_weights, checkpoint_flags, read_weights
 from util.windows import WindowReader, window_names
 
-SPLITS = ("train", "val", "test")
+SPLITS = NAMES[:3]
 
 
 def add_feature_args(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +52,8 @@ def add_feature_args(parser: argparse.ArgumentParser) -> None:
     add("--layer", None, text, flags.positive_int)
     add("--tokens", False, "write all patch tokens, too")
     add("--half", False, "write tokens in float16")
-    add(
-        "--num_clips",
-        1,
-        "clips spread evenly over a video; a single one is centred",
-        flags.small_int,
-    )
+    text = "clips spread evenly over a video; a single one is centred"
+    add("--num_clips", 1, text, flags.small_int)
     add("--num_crops", 1, "crops of a clip; a single one is centred", flags.small_int)
     add("--batch_size", 32, "views of a video per forward pass", flags.positive_int)
 
@@ -98,14 +94,8 @@ def load_model(weights: Weights, **arguments: Any) -> Encoder:
     """Rebuild the model of a checkpoint for its features, on the CPU and in evaluation mode.
 
     It is a classifier if the file has a head, else an autoencoder; one without a decoder gets one
-    of no blocks. The file also sets the model's `sampling_rate` and `sampling`.
-
-    Args:
-        weights: see util.weights.read_weights.
-        arguments: arguments of the constructor that replace the file's.
-
-    Raises:
-        UserError: weights are missing or do not fit the arguments.
+    of no blocks. The file also sets the model's `sampling_rate` and `sampling`. `arguments` of the
+    constructor replace the file's; UserError if weights are missing or do not fit them.
     """
     is_whole = weights.has_head or weights.has_decoder
     if not is_whole:
@@ -179,25 +169,20 @@ def extract(
     index: VideoIndex,
     classes: list[str],
     device: torch.device,
-) -> str:
-    """Write the features of an index to OUTPUT_DIR/NAME.npz, on all ranks; return its path.
+) -> None:
+    """Write the features of an index to OUTPUT_DIR/NAME.npz, on all ranks.
 
-    Args:
-        args: the flags of data, model, features and run.
-        model: on the device.
-        classes: their names; empty if unknown.
-
-    Raises:
-        UserError: no video can be read, features are not finite, or the folder has others.
+    Raise UserError if no video can be read, features are not finite, or the folder has others.
     """
     views, embed = args.num_clips * args.num_crops, model.patch_embed
     shape = (views, embed.num_patches, embed.proj.out_channels) if args.tokens else ()
-    rows = {"csv": index.csv_path, "index": index.fingerprint()}
+    paths = [index.path(row) for row in range(len(index))]
+    absolute = "\0".join(path if is_remote(path) else os.path.abspath(path) for path in paths)
+    rows = {"csv": index.csv_path, "index": zlib.crc32(os.fsencode(absolute), index.fingerprint())}
     file = FeatureFile(args.output_dir, name, index, describe(args, model) | rows, shape)
     chunks = on_main(file.open)
     if chunks is None:
-        print0(f"{file.path} is complete")
-        return file.path
+        return print0(f"{file.path} is complete")
     if len(chunks) < len(file.chunks):
         print0(f"{name}: going on with {len(chunks)} of {len(file.chunks)} parts")
     own = [row for chunk in chunks[rank() :: world_size()] for row in file.rows(chunk)]
@@ -211,30 +196,29 @@ def extract(
         file.add(row, made, errors)
     barrier()
     print0(on_main(partial(file.merge, classes)))
-    return file.path
 
 
 def extract_windows(
     args: argparse.Namespace, model: Encoder, name: str, index: VideoIndex, device: torch.device
 ) -> None:
-    """Write the features of windows over each video to OUTPUT_DIR/windows; see extract."""
-    folder, names = os.path.join(args.output_dir, "windows"), window_names(index)
+    """Write the features of windows over each video to OUTPUT_DIR/windows/NAME; see extract."""
+    folder, names = os.path.join(args.output_dir, "windows", name), window_names(index)
+    paths = {row: os.path.join(folder, f"{stem}.npz") for row, stem in names.items()}
     arguments = describe(args, model)
 
     def list_missing() -> list[int]:
         make_dirs(folder)
         check_folder(args.output_dir, name, arguments)
-        missing = {}  # row by file, as a csv may list a video twice
-        for row, stem in enumerate(names):
-            path = os.path.join(folder, f"{stem}.npz")
-            if not os.path.exists(path):
-                missing[path] = row
-            elif (other := read_npz(path, "path")[0]) != path_to_text(index.path(row)):
-                raise UserError(f"{path} has the windows of {other}: give another --output_dir")
-        return list(missing.values())
+        there = [row for row, path in paths.items() if os.path.exists(path)]
+        for row in there:
+            other, label = (str(x) for x in read_npz(paths[row], "path", "label"))
+            if (other, label) != (path_to_text(index.path(row)), str(index.labels[row])):
+                made = f"{paths[row]} was made of {other} with label {label}"
+                raise UserError(f"{made}: give another --output_dir")
+        return sorted(paths.keys() - there)
 
     missing = on_main(list_missing)
-    print0(f"{name}: windows of {len(missing)} videos; {len(index) - len(missing)} are there")
+    print0(f"{name}: windows of {len(missing)} videos; {len(paths) - len(missing)} are there")
 
     # Start the workers; each reads whole videos.
     rows = missing[rank() :: world_size()]
@@ -261,22 +245,15 @@ def extract_windows(
             features, times = map(np.concatenate, zip(*made.pop(row), strict=True))
             arrays = {"features": features, "times": times, "path": path_to_text(path),
                       "label": index.labels[row], "arguments": json.dumps(arguments)}  # fmt: skip
-            target = os.path.join(folder, f"{names[row]}.npz")
-            write_atomically(target, lambda file, arrays=arrays: np.savez(file, **arrays))
+            write_atomically(paths[row], lambda file, arrays=arrays: np.savez(file, **arrays))
         if (step + 1) % args.print_freq == 0:
-            done = sum(share.values())
-            seconds = time.perf_counter() - start
+            done, seconds = sum(share.values()), time.perf_counter() - start
             eta = timedelta(seconds=int(seconds * (len(rows) / done - 1)))
             line = f"{name}  [{done:.1f}/{len(rows)} videos]  eta {eta}"
             print0(f"{line}  windows/s {count / seconds:.1f}")
 
     unreadable = [error for errors in gather_objects(errors) for error in errors]
-    print0(f"{folder}: windows of {len(index) - len(unreadable)} videos of {name}")
-    if unreadable:
-        listed = "".join(f"\n  {printable(error)}" for error in unreadable)
-        print0(f"{len(unreadable)} unreadable videos:{listed}")
-    if len(unreadable) == len(index):
-        raise UserError(f"none of the {len(index)} videos of {index.csv_path} could be read", 1)
+    print0(f"{folder}: windows of {count_videos(index, len(paths) - len(unreadable), unreadable)}")
 
 
 def main(args: argparse.Namespace) -> None:

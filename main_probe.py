@@ -73,9 +73,7 @@ def read_splits(folder: str) -> tuple[probes.Splits, list[str], dict[str, Any]]:
         if not os.path.exists(path):
             continue
         keys = "features", "labels", "classes", "arguments", "unreadable"
-        features, labels, classes, arguments, unreadable = found = read_npz(path, *keys)
-        if any(array is None for array in found) or features.ndim != 3:
-            raise UserError(f"{path} is not a file of main_features.py")
+        features, labels, classes, arguments, unreadable = read_npz(path, *keys)
         told[name] = json.loads(str(arguments))
         first = next(iter(told.values()))
         for key in first.keys() - {"checkpoint", "csv", "index"}:

@@ -42,8 +42,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read(path: str) -> tuple[np.ndarray, list[str], list[str]]:
     """Read a file's unit vectors [V, D], the mean of each video's views, and paths and labels."""
     features, paths, labels, classes = read_npz(path, "features", "paths", "labels", "classes")
-    if classes is None:
-        raise UserError(f"{path} is not a feature file of main_features.py")
     vectors = features.mean(axis=1)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     names = [str(classes[label]) if len(classes) else f"class {label}" for label in labels]

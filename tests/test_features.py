@@ -319,6 +319,17 @@ def test_a_finished_split_is_left_as_it_is(videos, checkpoints, tmp_path, capsys
     assert (tmp_path / "val.npz").stat().st_mtime_ns == before
 
 
+def test_other_videos_of_the_same_names_are_refused(videos, checkpoints, tmp_path, capsys):
+    for folder, number in (("a", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "val.csv").write_text("v.mp4 0\n")
+        shutil.copy(videos / f"v{number}.mp4", tmp_path / folder / "v.mp4")
+    run(checkpoints["mae"], tmp_path / "out", "--path_to_data_dir", tmp_path / "a")
+    with pytest.raises(SystemExit):
+        run(checkpoints["mae"], tmp_path / "out", "--path_to_data_dir", tmp_path / "b")
+    assert "val.npz was made of other videos or labels: give" in capsys.readouterr().err
+
+
 def test_a_damaged_part_is_named(many, checkpoints, tmp_path, capsys, monkeypatch):
     flags = ["--path_to_data_dir", many, "--tokens"]
     monkeypatch.setattr(features.FeatureFile, "merge", lambda *_: "")
@@ -328,7 +339,7 @@ def test_a_damaged_part_is_named(many, checkpoints, tmp_path, capsys, monkeypatc
     part.write_bytes(part.read_bytes()[:5000])
     with pytest.raises(SystemExit):
         run(checkpoints["mae"], tmp_path, *flags)
-    assert re.search(rf"{part} is damaged .*; delete it and run", capsys.readouterr().err)
+    assert re.search(rf"{part} is damaged .*: delete it and extract", capsys.readouterr().err)
     part.unlink()
     assert len(run(checkpoints["mae"], tmp_path, *flags)["val"]["features"]) == 40
 
@@ -352,12 +363,12 @@ def test_unreadable_videos_are_listed(videos, checkpoints, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"features of 2 videos; 2 unreadable videos:\n  {first}\n  {second}\n" in out
 
-    (tmp_path / "val.csv").write_text(f"{bad}\n")
+    (tmp_path / "val.csv").write_text(f"{bad}\n{bad}\n")
     for stride in ([], ["--window_stride", 1]):
         with pytest.raises(SystemExit) as end:
             run(checkpoints["mae"], tmp_path / f"none{len(stride)}", *flags[:2], *stride)
         assert end.value.code == 1
-        assert "none of the 1 videos of" in capsys.readouterr().err
+        assert re.search(r"none of the [12] videos of .* cannot be op", capsys.readouterr().err)
     assert not list((tmp_path / "none0").glob("**/*.npz"))  # the next run tries again
 
 
@@ -422,7 +433,7 @@ def test_values_that_are_not_finite(scale, flags, what, videos, checkpoints, tmp
 
 def test_a_disk_without_room_for_tokens(videos, checkpoints, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    need = 6 * 2 * 32 * 128 * 4  # bytes
+    need = 2 * 6 * 2 * 32 * 128 * 4  # bytes: in one part, and merged
     for free, status in ((need - 1, 1), (need, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         flags = ["--path_to_data_dir", videos, "--splits", "val", "--tokens", "--num_clips", 2]
@@ -431,11 +442,11 @@ def test_a_disk_without_room_for_tokens(videos, checkpoints, tmp_path, capsys, m
                 run(checkpoints["mae"], tmp_path, *flags)
             assert end.value.code == status
             out, err = capsys.readouterr()
-            assert "val: the tokens of 6 videos take 0.000197 GB" in out
-            assert re.search(r"--tokens: .* has only 0.000197 GB free", err)
+            assert "val: the tokens of 6 videos need 0.000393 GB" in out
+            assert re.search(r"--tokens: .* has only 0.000393 GB free", err)
         else:
             run(checkpoints["mae"], tmp_path, *flags)
-    assert (tmp_path / "val.tokens.npy").stat().st_size == need + 128
+    assert (tmp_path / "val.tokens.npy").stat().st_size == need // 2 + 128
 
 
 # --- windows
@@ -457,7 +468,7 @@ def test_windows_are_clips_that_start_there(
     monkeypatch.setattr(Video, "_to_rgb", lambda *x: decoded.append(1) or to_rgb(*x))
     flags = ["--videos", long_video, "--window_stride", 0.3, "--batch_size", 1]
     run(checkpoints["mae"], tmp_path, *flags, "--num_workers", workers)
-    found = read(tmp_path / "windows/long.npz")
+    found = read(tmp_path / "windows/videos/long.npz")
     length = 4 * 4 / 30  # seconds: num_frames x sampling_rate at 30 fps
     count = int((20 - length) / 0.3) + 1
     expected = 0.3 * np.arange(count)[:, None] + [0, length]
@@ -505,7 +516,7 @@ def test_windows_of_short_odd_and_equally_named_videos(
     out = capsys.readouterr().out
     assert re.search(rf"1 unreadable videos:\n  {broken}: ", out), out
     assert re.search(r"videos  \[\d\.\d/4 videos\]  eta 0:00:0\d  windows/s \d", out)
-    found = {path: read(path) for path in (tmp_path / "out/windows").iterdir()}
+    found = {path: read(path) for path in (tmp_path / "out/windows/videos").iterdir()}
     by_name = {arrays["path"].item(): arrays for arrays in found.values()}
     assert by_name.keys() == {short, f"{tmp_path}/a/v.mp4", f"{tmp_path}/b/v.mp4"}
     assert by_name[short]["times"].tolist() == [[0, pytest.approx(5 / 30)]]
@@ -527,7 +538,25 @@ def test_windows_of_short_odd_and_equally_named_videos(
     shutil.copy(short, tmp_path / "a/short.mp4")
     with pytest.raises(SystemExit):
         run(checkpoints["mae"], tmp_path / "out", "--videos", tmp_path / "a/short.mp4", *flags[-2:])
-    assert f"has the windows of {short}: give another" in capsys.readouterr().err
+    assert f"was made of {short} with label -1: give another" in capsys.readouterr().err
+
+
+def test_windows_of_splits_and_changed_labels(videos, checkpoints, tmp_path, capsys):
+    """Videos of two splits may have the same names; what was made with another label is refused."""
+    for split, number in (("train", 0), ("val", 1)):
+        (tmp_path / split).mkdir()
+        shutil.copy(videos / f"v{number}.mp4", tmp_path / split / "v.mp4")
+        (tmp_path / f"{split}.csv").write_text(f"{split}/v.mp4 {number}\n" * 2)
+    flags = ["--path_to_data_dir", tmp_path, "--window_stride", 1]
+    run(checkpoints["mae"], tmp_path / "out", *flags)
+    assert "val: windows of 1 videos; 0 are there" in capsys.readouterr().out
+    found = [read(tmp_path / f"out/windows/{split}/v.npz") for split in ("train", "val")]
+    assert [int(x["label"]) for x in found] == [0, 1]
+    assert [x["path"].item() for x in found] == [f"{tmp_path}/{x}/v.mp4" for x in ("train", "val")]
+    (tmp_path / "val.csv").write_text("val/v.mp4 3\n")
+    with pytest.raises(SystemExit):
+        run(checkpoints["mae"], tmp_path / "out", *flags)
+    assert "val/v.mp4 with label 1: give another --output_dir" in capsys.readouterr().err
 
 
 # --- nearest neighbours
@@ -557,5 +586,9 @@ def test_neighbours(videos, tmp_path, capsys):
     with Image.open(output) as picture:
         assert (picture.size, picture.n_frames) == ((2 * 92 + 16, 2 * 108), neighbours.FRAMES)
     np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(UserError, match=r"other\.npz is not a feature file"):
-        neighbours.main(neighbours.parse_args([str(tmp_path / "other.npz")]))
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    for name, problem in (("other", "is damaged or not a file of main_features"),
+                          ("array", "is damaged or"), ("gone", "No such file")):  # fmt: skip
+        with pytest.raises(UserError, match=rf"{name}\.npz:? {problem}"):
+            neighbours.main(neighbours.parse_args([str(tmp_path / f"{name}.npz")]))

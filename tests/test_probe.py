@@ -369,7 +369,7 @@ def test_mistakes_of_flags_and_folders_are_named(movements, probed, tmp_path, ca
         (["--features", probed, "--path_to_data_dir", "x"], "not both"),
         (["--features", tmp_path / "empty"], "empty has no train.npz"),
         (["--features", tmp_path / "other"], "val.npz differs from the other splits in weights"),
-        (["--features", tmp_path / "foreign"], "train.npz is not a file of main_features.py"),
+        (["--features", tmp_path / "foreign"], "train.npz is damaged or not a file of main_feat"),
         (["--features", tmp_path / "other", "--probes", "attentive"], "differs"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -17,17 +17,18 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from torch import Tensor
 
 from util.dist import broadcast_object, is_main, print0
 from util.errors import UserError
-from util.file_io import make_dirs, path_to_text, printable, write_atomically
+from util.file_io import make_dirs, open_file, path_to_text, printable, write_atomically
 from util.kinetics import Kinetics, VideoIndex
 from util.optim import autocast
 from util.video.transforms import channels_first, normalize
 from util.video_vit import Encoder
 
+NAMES = ("train", "val", "test", "videos")  # of feature files: those of csvs, and of --videos
 Result = TypeVar("Result")
 
 
@@ -37,22 +38,15 @@ def load_clips(
     """Read the views of a video that main_test.py scores: float32 [V, 3, T, H, W], on the CPU.
 
     The pixels are normalised, and the clips have the size and the sampling that the model was
-    trained with (model.sampling_rate and model.sampling, which loading a checkpoint sets).
-
-    Args:
-        path: path or address.
-        num_clips: clips spread evenly over the video; a single one is centred.
-        num_crops: crops of each clip along the longer side of the frames; a single one is centred.
-
-    Raises:
-        UserError: the video cannot be read, or the numbers are not positive; it names the file.
+    trained with (model.sampling_rate and model.sampling, which loading a checkpoint sets). They are
+    spread evenly over the video, and the crops of each along the longer side of its frames. Raise
+    UserError, which names the file, if it cannot be read or a number is not positive.
     """
     path, embed = os.fspath(path), model.patch_embed
     if min(num_clips, num_crops) < 1:
         raise UserError(f"{path}: num_clips = {num_clips}, num_crops = {num_crops} give no view")
     sizes = embed.img_size, embed.num_frames, model.sampling_rate
-    views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
-    views["sampling"] = model.sampling
+    views: Any = {"num_clips": num_clips, "num_crops": num_crops, "sampling": model.sampling}
     sample = Kinetics(VideoIndex.of_files([path]), "test", *sizes, **views)[0, 0]
     if sample.errors:
         raise UserError("; ".join(sample.errors.values()))
@@ -103,35 +97,31 @@ def on_main(function: Callable[[], Result]) -> Result:
 
 
 def read_npz(path: str, *names: str) -> list[Any]:
-    """Return arrays of an .npz file, None for those that it lacks; UserError if it is damaged."""
+    """Return arrays of an .npz file; UserError if it is damaged or lacks one of them."""
     try:
-        with np.load(path) as file:
-            return [file.get(name) for name in names]
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
-        again = "delete it and run the same command again"
-        raise UserError(f"{path} is damaged ({error}); {again}", status=1) from error
+        with open_file(path, "rb") as file, np.load(file) as arrays:
+            return [arrays[name] for name in names]
+    except (OSError, ValueError, TypeError, KeyError, BadZipFile, RuntimeError) as error:
+        reason = f"{path} is damaged or not a file of main_features.py ({error})"
+        raise UserError(f"{reason}: delete it and extract it again") from error
 
 
 def check_folder(folder: str, name: str, arguments: dict[str, Any]) -> None:
     """Raise UserError if feature files of a folder were made with other arguments.
 
-    The checkpoint and the csv may be in other places now. Only the files of split `name` must have
-    the same rows.
+    The checkpoint may be in another place now. Only those of split `name` must have its videos.
     """
-    for path in sorted(
-        x for kind in ("", "parts", "windows") for x in glob(f"{escape(folder)}/{kind}/*.npz")
-    ):
-        theirs = read_npz(path, "arguments")[0]
-        theirs = (
-            arguments if theirs is None else json.loads(str(theirs))
-        )  # None: not of this script
+    kinds = *(f"{split}.npz" for split in NAMES), "parts/*.npz", "windows/*/*.npz"
+    for path in [path for kind in kinds for path in sorted(glob(f"{escape(folder)}/{kind}"))]:
+        theirs = json.loads(str(read_npz(path, "arguments")[0]))
+        is_other_split = not re.match(f"{name}[-.]", os.path.basename(path))
         for key, value in arguments.items():
-            elsewhere = key == "index" and not re.match(
-                rf"{name}(-\d+)?\.npz", os.path.basename(path)
-            )
-            if key not in ("checkpoint", "csv") and not elsewhere and theirs.get(key) != value:
-                made = f"{path} was made with {key} = {theirs.get(key)}, not {value}"
-                raise UserError(f"{made}: give another --output_dir")
+            if key in ("checkpoint", "csv") or (key == "index" and is_other_split):
+                continue
+            if theirs.get(key) != value:
+                made = f"with {key} = {theirs.get(key)}, not {value}"
+                made = "of other videos or labels" if key == "index" else made
+                raise UserError(f"{path} was made {made}: give another --output_dir")
 
 
 @dataclass
@@ -151,10 +141,10 @@ class FeatureFile:
 
     def __post_init__(self) -> None:
         self.path = os.path.join(self.folder, f"{self.name}.npz")
-        self.tokens_path = os.path.join(self.folder, f"{self.name}.tokens.npy")
         self.size = 8 if self.token_shape else 64  # videos of a chunk
         self.chunks = range(-(-len(self.index) // self.size))
         self.dtype = np.dtype("float16" if self.arguments["half"] else "float32")
+        self.video_bytes = math.prod(self.token_shape) * self.dtype.itemsize
         self.made: list[tuple[int, np.ndarray, np.ndarray]] = []  # rows of the chunk in the making
         self.errors: list[str] = []
 
@@ -167,8 +157,7 @@ class FeatureFile:
     def open(self) -> list[int] | None:
         """Return the chunks that are still to make; None if the file is there.
 
-        Raises:
-            UserError: the folder has features of another kind, or the disk has no room for tokens.
+        Raise UserError if the folder has features of another kind, or no room for tokens.
         """
         check_folder(self.folder, self.name, self.arguments)
         if os.path.exists(self.path):
@@ -178,9 +167,10 @@ class FeatureFile:
         missing = [chunk for chunk in self.chunks if not os.path.exists(self.part(chunk))]
         if self.token_shape:
             videos = sum(len(self.rows(chunk)) for chunk in missing)
-            needed = videos * math.prod(self.token_shape) * self.dtype.itemsize / 1e9
+            # while parts are merged, one of them is on the disk twice
+            needed = (videos + len(self.rows(0))) * self.video_bytes / 1e9
             free = shutil.disk_usage(self.folder).free / 1e9
-            print0(f"{self.name}: the tokens of {videos} videos take {needed:.3g} GB")
+            print0(f"{self.name}: the tokens of {videos} videos need {needed:.3g} GB")
             if needed > free:
                 raise UserError(f"--tokens: {self.folder} has only {free:.3g} GB free", status=1)
         return missing
@@ -194,8 +184,7 @@ class FeatureFile:
             return
         if self.token_shape:
             tokens = np.array([tokens for _, _, tokens in self.made], self.dtype)
-            tokens = tokens.reshape(-1, *self.token_shape)
-            write_atomically(self.part(chunk, ".tokens.npy"), lambda file: np.save(file, tokens))
+            write_atomically(self.part(chunk, ".tokens"), lambda file: file.write(tokens.data))
         part = {
             "features": np.array([features for _, features, _ in self.made], np.float32),
             "rows": np.array([row for row, _, _ in self.made], np.int64),
@@ -205,18 +194,13 @@ class FeatureFile:
         self.made, self.errors = [], []
 
     def merge(self, classes: list[str]) -> str:
-        """Write the file from its parts, remove these, and return what is in it.
-
-        Raises:
-            UserError: no video could be read, or a part is damaged.
-        """
+        """Write the file from its parts, remove these, and return what is in it."""
         names = "features", "rows", "unreadable"
         parts = [read_npz(self.part(chunk), *names) for chunk in self.chunks]
-        counts = [len(rows) for _, rows, _ in parts]
         rows, unreadable = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
         if len(rows):
             if self.token_shape:
-                self._merge_tokens(counts)
+                self._merge_tokens([len(rows) for _, rows, _ in parts])
             paths = [path_to_text(self.index.path(row)) for row in rows.tolist()]
             whole = {
                 "features": np.concatenate([features for features, rows, _ in parts if len(rows)]),
@@ -226,13 +210,8 @@ class FeatureFile:
             }  # fmt: skip
             write_atomically(self.path, lambda file: np.savez(file, **whole))
         self._remove_parts()
-        if not len(rows):
-            raise UserError(
-                f"none of the {len(self.index)} videos of {self.index.csv_path} could be read", 1
-            )
-        listed = "".join(f"\n  {printable(error)}" for error in unreadable.tolist())
-        unread = f"; {len(unreadable)} unreadable videos:{listed}" if listed else ""
-        return f"{self.path}: features of {len(rows)} videos{unread}"
+        counts = count_videos(self.index, len(rows), unreadable.tolist())
+        return f"{self.path}: features of {counts}"
 
     def _remove_parts(self) -> None:
         for path in glob(os.path.join(escape(self.folder), "parts", f"{self.name}-*")):
@@ -242,16 +221,33 @@ class FeatureFile:
 
     def _merge_tokens(self, counts: list[int]) -> None:
         """Move the parts' tokens to their places in one file, so that they are on the disk once."""
-        parts = [self.part(chunk, ".tokens.npy") for chunk in self.chunks]
+        parts = [self.part(chunk, ".tokens") for chunk in self.chunks]
         there = [os.path.exists(part) for part in parts]
-        partial_path = f"{self.tokens_path}.partial"
-        if not any(there) and os.path.exists(self.tokens_path) and not os.path.exists(partial_path):
+        whole = os.path.join(self.folder, f"{self.name}.tokens.npy")
+        partial = f"{whole}.partial"
+        if not any(there) and os.path.exists(whole) and not os.path.exists(partial):
             return  # an earlier run was killed when it had moved all
-        mode = "w+" if all(there) else "r+"  # "r+": it was killed between two moves
-        tokens = open_memmap(partial_path, mode, self.dtype, (sum(counts), *self.token_shape))
-        for part, start, count in zip(parts, np.cumsum([0, *counts]), counts, strict=False):
-            if os.path.exists(part):
-                tokens[start : start + count] = np.load(part, "r")
-                tokens.flush()
+        shape = sum(counts), *self.token_shape
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        # "r+b": an earlier run was killed between two moves
+        with open(partial, "wb" if all(there) else "r+b") as file:
+            write_array_header_1_0(file, header)
+            for part, count in zip(parts, counts, strict=True):
+                if not os.path.exists(part):
+                    file.seek(count * self.video_bytes, os.SEEK_CUR)
+                    continue
+                with open(part, "rb") as source:
+                    shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
                 os.remove(part)
-        os.replace(partial_path, self.tokens_path)
+        os.replace(partial, whole)
+
+
+def count_videos(index: VideoIndex, readable: int, unreadable: list[str]) -> str:
+    """Say how many videos were read, and which were not; UserError if none was."""
+    if not readable:
+        all_of = f"none of the {len(unreadable)} videos of {index.csv_path} could be read"
+        raise UserError(f"{all_of}: {unreadable[0]}", 1)
+    listed = [f"; {len(unreadable)} unreadable videos:", *map(printable, unreadable)]
+    return f"{readable} videos" + ("\n  ".join(listed) if unreadable else "")

@@ -17,9 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from util.errors import UserError
 from util.file_io import local_path
-from util.kinetics import Kinetics, VideoIndex, dense_frames, scale_frame, timeline
+from util.kinetics import Kinetics, VideoIndex, scale_frame, timeline
 from util.video.decode import Video, VideoError
-from util.video.sampling import clip_length, uniform_crop_box
+from util.video.sampling import clip_length, frame_indices, uniform_crop_box
 from util.video.time_limit import call_within
 
 
@@ -41,14 +41,11 @@ def window_frames(
     A window starts every `stride` seconds, as long as it fits into the video, and has the frames
     that dense sampling takes for a clip which starts there. A short video has one window.
     """
-    total, fps, _ = timeline(video)
+    total, fps, shown = timeline(video)
     length = clip_length(num_frames, sampling_rate, fps)
     count = int(max(total - length, 0) / (stride * fps) + 1e-6) + 1
     starts = np.arange(count) * (stride * fps)
-    frames = [
-        dense_frames(video, num_frames, sampling_rate, lambda *_, start=start: start)
-        for start in starts.tolist()
-    ]
+    frames = [frame_indices(start, length, num_frames, total, shown) for start in starts.tolist()]
     return np.stack(frames), np.stack([starts, np.minimum(starts + length, total)], 1) / fps
 
 
@@ -89,8 +86,9 @@ class WindowReader(IterableDataset):
                 while (batch := call_within(limit + 1, batches)) is not None:
                     yield batch
             except (VideoError, UserError, TimeoutError) as error:
-                hangs = f"{self.dataset.index.path(row)}: does not answer within {limit:g} seconds"
-                yield Windows(row, nothing, nothing, 1.0, " ".join(str(error).split()) or hangs)
+                slow = f"a batch of its windows took longer than --item_timeout {limit:g} seconds"
+                slow = f"{self.dataset.index.path(row)}: {slow}"
+                yield Windows(row, nothing, nothing, 1.0, " ".join(str(error).split()) or slow)
 
     def _read(self, row: int) -> Iterator[Windows]:
         data = self.dataset
@@ -102,12 +100,12 @@ class WindowReader(IterableDataset):
                 yield Windows(row, np.stack(list(islice(clips, len(some)))), some, share)
 
 
-def window_names(index: VideoIndex) -> list[str]:
-    """Name every row by its video, with a checksum of its path if other paths share the name."""
-    paths = [index.path(row) for row in range(len(index))]
-    stem = {path: os.path.splitext(os.path.basename(path))[0] for path in paths}
+def window_names(index: VideoIndex) -> dict[int, str]:
+    """Return by row, one for each video, its name, and its path's checksum if others share that."""
+    rows = {index.path(row): row for row in range(len(index))}
+    stem = {path: os.path.splitext(os.path.basename(path))[0] for path in rows}
     shared = Counter(stem.values())
-    return [
-        stem[path] + (f"-{zlib.crc32(os.fsencode(path)):08x}" if shared[stem[path]] > 1 else "")
-        for path in paths
-    ]
+    return {
+        row: stem[path] + f"-{zlib.crc32(os.fsencode(path)):08x}" * (shared[stem[path]] > 1)
+        for path, row in rows.items()
+    }
