@@ -65,7 +65,7 @@ def draw_cell(path: str, caption: str, colour: str) -> Tensor:
     for cell, number in zip(cells, numbers.tolist(), strict=True):
         square = ImageOps.fit(Image.fromarray(frames[number]), (SIDE, SIDE))
         cell.paste(square, (GAP // 2, GAP // 2))
-    return torch.from_numpy(np.stack(cells))
+    return torch.from_numpy(np.stack([np.asarray(cell) for cell in cells]))
 
 
 def main(args: argparse.Namespace) -> None:
