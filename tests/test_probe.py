@@ -118,10 +118,10 @@ def test_batches_cover_all_videos_and_depend_on_the_seed():
     orders = []
     for seed in (0, 0, 1):
         seen.clear()
-        layer, weights = nn.Linear(2, 4), torch.ones(1)
-        optimizer = torch.optim.SGD(layer.parameters())
+        heads, weights = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 4))), torch.ones(1)
+        optimizer = torch.optim.SGD(heads.parameters())
         options = {"batch_size": 15, "least": 8, "seed": seed}
-        probes.sweep(three(), lambda x: layer(x)[:, None], optimizer, weights, read, **options)
+        probes.sweep(three(), heads, optimizer, weights, read, **options)
         batches = [numbers for name, numbers in seen if name == "train"]
         orders.append(batches)
         assert len(batches) == 80 + 4  # 20 epochs of 4 batches, and one pass to count
@@ -431,6 +431,7 @@ def test_curve_is_leave_one_out_and_leaves_training_alone(videos, probe_csv):
     assert all(p.grad is None for p in model.parameters())
     assert curve.measure(model, 0, log, stop=lambda: True) == {}
     args.num_workers = 2
+    curve = probes.ProbeCurve(args, CPU)
     assert curve.measure(model, 0, log, stop=lambda: False) == found
     assert not multiprocessing.active_children()  # none until the next measurement
 
