@@ -60,8 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_splits(folder: str) -> tuple[probes.Splits, list[str], dict[str, Any]]:
-    """Read what main_features.py has written; return also the classes' names and the arguments.
+def read_splits(folder: str) -> tuple[probes.Splits, dict[str, Any]]:
+    """Read what main_features.py has written; return also its arguments.
 
     Raises:
         UserError: there is no train.npz, or the files are damaged or of different encoders.
@@ -90,14 +90,13 @@ def read_splits(folder: str) -> tuple[probes.Splits, list[str], dict[str, Any]]:
         splits[name] = probes.Split(torch.from_numpy(features), torch.from_numpy(labels), array)
     if "train" not in splits:
         raise UserError(f"{folder} has no train.npz: a probe learns from the features of train")
-    return splits, names, told
+    return splits, told
 
 
 def run_probes(args: argparse.Namespace, folder: str, device: torch.device) -> None:
     """Run the probes on the features in a folder; print a table, write all numbers."""
-    splits, names, arguments = read_splits(folder)
+    splits, arguments = read_splits(folder)
     splits = probes.prepare(splits, device, args.seed)
-    num_classes = max(len(names), *(int(x.labels.max()) + 1 for x in splits.values()))
     has_tokens = all(split.tokens is not None for split in splits.values())
     chosen = args.probes or (PROBES if has_tokens else PROBES[:2])
     if "attentive" in chosen and not has_tokens:
@@ -111,7 +110,7 @@ def run_probes(args: argparse.Namespace, folder: str, device: torch.device) -> N
     chance = {name: 100 * probes.guessing(split.labels) for name, split in splits.items()}
     print(f"{'top-1':10} {'chosen':10}" + "".join(f"{x:>10}" for x in (*splits, "chance")))
     for name in (x for x in PROBES if x in chosen):
-        more = () if name == "knn" else (num_classes, args.seed)
+        more = () if name == "knn" else (args.seed,)
         result: probes.Result = getattr(probes, name)(splits, *more)
         best, tries = result.best, 1 if judge == "test" else len(result.values)
         is_chance = probes.is_chance(result.right[judge][best], splits[judge].labels, tries)
@@ -124,7 +123,7 @@ def run_probes(args: argparse.Namespace, folder: str, device: torch.device) -> N
         found.append(one | {"is_chance": is_chance})
 
     if args.output_dir:
-        whole = {"probes": found, "chance": chance, "videos": videos, "num_classes": num_classes}
+        whole = {"probes": found, "chance": chance, "videos": videos}
         text = json.dumps(whole | {"features": arguments, "arguments": vars(args)}, indent=2)
         path = os.path.join(args.output_dir, "probe.json")
         write_atomically(path, lambda file: file.write(text.encode()))

@@ -102,7 +102,7 @@ def test_linear_probe_is_a_plain_loop():
         name: int((layer((v - mean) / (var + 1e-6).sqrt()).argmax(1) == splits[name].labels).sum())
         for name, v in x.items()
     }
-    result = probes.linear(splits, 4, rates=[1e-6, rate])
+    result = probes.linear(splits, rates=[1e-6, rate])
     assert {name: counts[1] for name, counts in result.right.items()} == right
     assert result.right["train"][0] != right["train"]
     assert right["test"] > 25  # of 50, in 4 classes
@@ -173,12 +173,12 @@ def test_attentive_probe_finds_what_the_mean_hides(tmp_path):
         for seed, (name, videos) in enumerate(sizes.items())
     }
     splits = probes.prepare(splits, CPU)
-    mean = probes.linear(splits, 2, rates=[0.01, 0.1])
+    mean = probes.linear(splits, rates=[0.01, 0.1])
     assert probes.is_chance(mean.right["test"][mean.best], splits["test"].labels)
-    found = probes.attentive(splits, 2, rates=[1e-5, 3e-3])
+    found = probes.attentive(splits, rates=[1e-5, 3e-3])
     assert found.best == 1
     assert found.right["test"][1] >= 95
-    again = probes.attentive(splits, 2, rates=[1e-5, 3e-3])
+    again = probes.attentive(splits, rates=[1e-5, 3e-3])
     assert found == again
 
 
@@ -200,6 +200,15 @@ def test_without_val_a_share_of_every_class_is_held_out(capsys, tmp_path):
         numbers = torch.arange(len(part.labels)).flip(0)
         torch.testing.assert_close(part.read_tokens(numbers).mean(dim=1, keepdim=True),
                                    part.features[numbers])  # fmt: skip
+
+
+def test_labels_may_be_any_numbers():
+    splits = three()
+    expected = probes.knn(splits), probes.linear(splits, rates=[0.01])
+    for split in splits.values():
+        split.labels = torch.tensor([3, 70, 71, 10**15])[split.labels]
+    splits = probes.prepare(splits, CPU)
+    assert (probes.knn(splits), probes.linear(splits, rates=[0.01])) == expected
 
 
 @pytest.mark.parametrize("n, p", [(80, 0.25), (50, 0.5), (8, 0.125)])
@@ -253,7 +262,7 @@ def test_unlabelled_test_and_unknown_classes_are_said(capsys):
     assert "train lacks the classes of 10 videos of val, which count as wrong" in out
     assert splits.keys() == {"train", "val"}
     assert max(probes.knn(splits).right["val"]) <= 30
-    assert max(probes.linear(splits, 4, rates=[0.1]).right["val"]) <= 30
+    assert max(probes.linear(splits, rates=[0.1]).right["val"]) <= 30
 
 
 # --- on real videos -----------------------------------------------------------------------------
@@ -385,7 +394,7 @@ def test_ten_thousand_features_take_two_minutes_on_two_cores():
     torch.set_num_threads(1)  # more threads wait for each other on a busy machine
     start = time.process_time()
     splits = probes.prepare(splits, CPU)
-    results = probes.knn(splits), probes.linear(splits, 400)
+    results = probes.knn(splits), probes.linear(splits)
     assert time.process_time() - start < 2 * 120
     for result in results:
         assert not probes.is_chance(result.right["test"][result.best], splits["test"].labels)

@@ -7,6 +7,7 @@ are averaged (for neighbours after each is scaled to length 1), and their tokens
 Shapes: V videos, N of them in a batch, D width, L tokens of a view, C classes, S settings, H heads.
 """
 
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -85,8 +86,9 @@ def refuse(is_wrong: bool, problem: str) -> None:
 
 
 def prepare(splits: Splits, device: torch.device, seed: int = 0) -> Splits:
-    """Return train, val and maybe test on a device; without a labelled val, divide train.
+    """Return train, val and maybe test on a device, with the labels 0, 1, ... of their classes.
 
+    Without a labelled val, a part of train validates (see hold_out).
     A video of val or test whose class train lacks stays, and counts as wrong.
 
     Raises:
@@ -103,12 +105,13 @@ def prepare(splits: Splits, device: torch.device, seed: int = 0) -> Splits:
     refuse(len(used["train"].labels.unique()) < 2, "train has less than two classes to tell apart")
     if "val" not in used:
         used["train"], used["val"] = hold_out(used["train"], seed)
+    classes = torch.cat([split.labels for split in used.values()]).unique()
     for name, split in used.items():
         if unknown := int((~torch.isin(split.labels, used["train"].labels)).sum()):
             lacks = f"train lacks the classes of {unknown} videos of {name}"
             print0(f"WARNING: {lacks}, which count as wrong")
-        features, labels = split.features.to(device), split.labels.to(device)
-        used[name] = Split(features, labels, split.tokens, split.rows)
+        features, labels = split.features, torch.searchsorted(classes, split.labels)
+        used[name] = Split(features.to(device), labels.to(device), split.tokens, split.rows)
     return used
 
 
@@ -227,9 +230,12 @@ def sweep(
     return right
 
 
-def linear(
-    splits: Splits, num_classes: int, seed: int = 0, rates: Sequence[float] = LINEAR_RATES
-) -> Result:
+def count_classes(splits: Splits) -> int:
+    """Return the number of classes of prepared splits."""
+    return 1 + max(int(split.labels.max()) for split in splits.values())
+
+
+def linear(splits: Splits, seed: int = 0, rates: Sequence[float] = LINEAR_RATES) -> Result:
     """Train linear layers on normalised features by SGD with momentum.
 
     As in MAE, BatchNorm without affine parameters comes first; here its mean and variance are those
@@ -239,13 +245,14 @@ def linear(
     variance, mean = torch.var_mean(x["train"], dim=0, correction=0)
     x = {name: (features - mean) * (variance + 1e-6).rsqrt() for name, features in x.items()}
     # One layer holds all: with SGD, a weight of a loss acts as a rate.
-    layer = nn.Linear(len(mean), len(rates) * num_classes, device=mean.device)
+    shape = len(rates), count_classes(splits)
+    layer = nn.Linear(len(mean), math.prod(shape), device=mean.device)
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     optimizer, weights = SGD(layer.parameters(), momentum=0.9), mean.new_tensor(rates)
 
     def heads(x: Tensor) -> Tensor:
-        return layer(x).unflatten(1, (len(rates), num_classes))
+        return layer(x).unflatten(1, shape)
 
     def read(name: str, numbers: Tensor) -> Tensor:
         return x[name][numbers.to(mean.device)]
@@ -277,9 +284,7 @@ class AttentiveProbe(nn.Module):
         return self.head(x + self.mlp(x))
 
 
-def attentive(
-    splits: Splits, num_classes: int, seed: int = 0, rates: Sequence[float] = ATTENTIVE_RATES
-) -> Result:
+def attentive(splits: Splits, seed: int = 0, rates: Sequence[float] = ATTENTIVE_RATES) -> Result:
     """Train attentive probes by AdamW on tokens, read by batches and normalised by LayerNorm."""
     features = splits["train"].features
     D, device = features.shape[-1], features.device
@@ -287,7 +292,7 @@ def attentive(
     with torch.random.fork_rng(devices=[]):
         for _ in rates:  # all start alike
             torch.manual_seed(seed)
-            models.append(AttentiveProbe(D, num_classes))
+            models.append(AttentiveProbe(D, count_classes(splits)))
     groups = [{"params": model.to(device).parameters(), "lr_scale": rate}
               for model, rate in zip(models, rates, strict=True)]  # fmt: skip
     optimizer, weights = AdamW(groups, weight_decay=0.01), torch.ones(len(rates), device=device)
