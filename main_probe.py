@@ -27,7 +27,6 @@ from util.dry_run import print_flops
 from util.errors import UserError
 from util.features import read_npz
 from util.file_io import is_remote, write_atomically
-from util.meters import append_log
 from util.weights import checkpoint_flags
 
 PROBES = ("knn", "linear", "attentive")
@@ -61,8 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_splits(folder: str) -> tuple[probes.Splits, list[str], dict[str, Any]]:
-    """Read what main_features.py has written; return also the classes' names and the arguments.
+def read_splits(folder: str) -> tuple[probes.Splits, dict[str, Any]]:
+    """Read what main_features.py has written; return also its arguments.
 
     Raises:
         UserError: there is no train.npz, or the files are damaged or of different encoders.
@@ -84,20 +83,18 @@ def read_splits(folder: str) -> tuple[probes.Splits, list[str], dict[str, Any]]:
         names = names or classes.tolist()
         if len(unreadable):
             print(f"{name}: {len(unreadable)} unreadable videos are left out")
-        array = np.load(tokens, mmap_mode="r") if os.path.exists(tokens) else None
-        if array is not None and len(array) != len(labels):
-            raise UserError(f"{tokens} has another number of videos than {path}")
+        has_tokens = first["tokens"] and os.path.exists(tokens)  # not those of an earlier run
+        array = np.load(tokens, mmap_mode="r") if has_tokens else None
         splits[name] = probes.Split(torch.from_numpy(features), torch.from_numpy(labels), array)
     if "train" not in splits:
         raise UserError(f"{folder} has no train.npz: a probe learns from the features of train")
-    return splits, names, told
+    return splits, told
 
 
 def run_probes(args: argparse.Namespace, folder: str, device: torch.device) -> None:
-    """Run the probes on the features in a folder; print a table, write probe.json and log.txt."""
-    splits, names, arguments = read_splits(folder)
-    num_classes = len(names) or max(int(x.labels.max()) for x in splits.values()) + 1
-    splits = probes.prepare(splits, num_classes, device, args.seed)
+    """Run the probes on the features in a folder; print a table, write all numbers."""
+    splits, arguments = read_splits(folder)
+    splits = probes.prepare(splits, device, args.seed)
     has_tokens = all(split.tokens is not None for split in splits.values())
     chosen = args.probes or (PROBES if has_tokens else PROBES[:2])
     if "attentive" in chosen and not has_tokens:
@@ -106,37 +103,28 @@ def run_probes(args: argparse.Namespace, folder: str, device: torch.device) -> N
         return
 
     # Each is judged by test, or by val, of which it has seen the best, if there is no test.
-    judge = "test" if "test" in splits else "val"
+    judge, found = "test" if "test" in splits else "val", []
     videos = {name: len(split.labels) for name, split in splits.items()}
     chance = {name: 100 * probes.guessing(split.labels) for name, split in splits.items()}
     print(f"{'top-1':10} {'chosen':10}" + "".join(f"{x:>10}" for x in (*splits, "chance")))
-    found, words, record = [], [], {"finetune": args.finetune, "features": folder}
     for name in (x for x in PROBES if x in chosen):
-        more = () if name == "knn" else (num_classes, args.seed)
-        result = getattr(probes, name)(splits, *more)
-        top1 = {x: [100 * n / videos[x] for n in counts] for x, counts in result.right.items()}
+        more = () if name == "knn" else (args.seed,)
+        result: probes.Result = getattr(probes, name)(splits, *more)
         best, tries = result.best, 1 if judge == "test" else len(result.values)
-        right, labels = result.right[judge][best], splits[judge].labels
+        is_chance = probes.is_chance(result.right[judge][best], splits[judge].labels, tries)
+        top1 = {x: [100 * n / videos[x] for n in counts] for x, counts in result.right.items()}
+        shown = *(values[best] for values in top1.values()), chance[judge]
         setting = f"{result.setting} {result.values[best]:.3g}"
-        cells = [*(f"{values[best]:8.1f} %" for values in top1.values()), f"{chance[judge]:8.1f} %"]
-        print(f"{name:10} {setting:10}" + "".join(cells), flush=True)
-        is_chance = probes.is_chance(right, labels, tries)
-        words += [f"{name}: {probes.verdict(right, labels, tries)}"] if is_chance else []
-        found.append({
-            "probe": name, "setting": result.setting, "values": result.values, "best": best,
-            "top1": top1, "is_chance": is_chance,
-        })  # fmt: skip
-        record |= {f"{name}_{result.setting}": result.values[best]}
-        record |= {f"{name}_{split}_acc1": values[best] for split, values in top1.items()}
-    print(*words, sep="\n", flush=True)
+        cells = "".join(f"{x:8.1f} %" for x in shown)
+        print(f"{name:10} {setting:10}{cells}{probes.NO_BETTER * is_chance}", flush=True)
+        one = {"probe": name, **result._asdict(), "best": best, "top1": top1}
+        found.append(one | {"is_chance": is_chance})
 
-    # Write all numbers.
     if args.output_dir:
-        whole = {"probes": found, "chance": chance, "videos": videos, "num_classes": num_classes}
+        whole = {"probes": found, "chance": chance, "videos": videos}
         text = json.dumps(whole | {"features": arguments, "arguments": vars(args)}, indent=2)
         path = os.path.join(args.output_dir, "probe.json")
         write_atomically(path, lambda file: file.write(text.encode()))
-        append_log(args.output_dir, record | {"videos": videos, "chance": chance[judge]})
 
 
 def main(args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import re
 import shutil
 import time
 from argparse import Namespace
@@ -100,7 +102,7 @@ def test_linear_probe_is_a_plain_loop():
         name: int((layer((v - mean) / (var + 1e-6).sqrt()).argmax(1) == splits[name].labels).sum())
         for name, v in x.items()
     }
-    result = probes.linear(splits, 4, rates=[1e-6, rate])
+    result = probes.linear(splits, rates=[1e-6, rate])
     assert {name: counts[1] for name, counts in result.right.items()} == right
     assert result.right["train"][0] != right["train"]
     assert right["test"] > 25  # of 50, in 4 classes
@@ -116,9 +118,10 @@ def test_batches_cover_all_videos_and_depend_on_the_seed():
     orders = []
     for seed in (0, 0, 1):
         seen.clear()
-        heads = nn.ModuleList([nn.Linear(2, 4)])
+        heads, weights = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 4))), torch.ones(1)
         optimizer = torch.optim.SGD(heads.parameters())
-        probes.sweep(three(), heads, optimizer, [0.1], read, batch_size=15, least=8, seed=seed)
+        options = {"batch_size": 15, "least": 8, "seed": seed}
+        probes.sweep(three(), heads, optimizer, weights, read, **options)
         batches = [numbers for name, numbers in seen if name == "train"]
         orders.append(batches)
         assert len(batches) == 80 + 4  # 20 epochs of 4 batches, and one pass to count
@@ -126,16 +129,20 @@ def test_batches_cover_all_videos_and_depend_on_the_seed():
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_attention_without_keys_and_values_is_multi_head_attention():
+def test_attention_with_keys_merged_is_multi_head_attention():
     torch.manual_seed(0)
-    probe = probes.AttentiveProbe(128, 3)
-    assert probe.attn.num_heads == 2
-    nn.init.normal_(probe.attn.in_proj_bias)
-    nn.init.normal_(probe.query)
-    tokens = 3 * torch.randn(5, 7, 128)
-    query = probe.query.expand(5, 1, 128)
-    expected, _ = probe.attn(query, tokens, tokens)
-    torch.testing.assert_close(probe.attend(tokens), expected.squeeze(1))
+    D, H, tokens = 128, 2, 3 * torch.randn(5, 7, 128)
+    probe, attn = probes.AttentiveProbe(D, 3), nn.MultiheadAttention(D, H, batch_first=True)
+    query = 10 * torch.randn(D)
+    w_q, w_k, w_v = attn.in_proj_weight.view(3, H, D // H, D)
+    with torch.no_grad():
+        keyed = torch.einsum("hid,hie,e->dh", w_k, w_q, query)
+        probe.queries.copy_(keyed * (D // H) ** -0.5)
+        probe.values.copy_(w_v.mT)
+        probe.proj.load_state_dict(attn.out_proj.state_dict())
+        attended = attn(query.expand(5, 1, D), tokens, tokens)[0].squeeze(1)
+        expected = probe.head(attended + probe.mlp(attended))
+        torch.testing.assert_close(probe(tokens), expected)
 
 
 def one_token(videos, seed, path=None, L=16, D=16):
@@ -160,18 +167,18 @@ def one_token(videos, seed, path=None, L=16, D=16):
 
 
 def test_attentive_probe_finds_what_the_mean_hides(tmp_path):
-    sizes = {"train": 128, "val": 64, "test": 100}
+    sizes = {"train": 256, "val": 64, "test": 100}
     splits = {
         name: one_token(videos, seed, tmp_path / f"{name}.npy")
         for seed, (name, videos) in enumerate(sizes.items())
     }
-    splits = probes.prepare(splits, 2, CPU)
-    mean = probes.linear(splits, 2, rates=[0.01, 0.1])
+    splits = probes.prepare(splits, CPU)
+    mean = probes.linear(splits, rates=[0.01, 0.1])
     assert probes.is_chance(mean.right["test"][mean.best], splits["test"].labels)
-    found = probes.attentive(splits, 2, rates=[1e-5, 3e-3])
+    found = probes.attentive(splits, rates=[1e-5, 3e-3])
     assert found.best == 1
     assert found.right["test"][1] >= 95
-    again = probes.attentive(splits, 2, rates=[1e-5, 3e-3])
+    again = probes.attentive(splits, rates=[1e-5, 3e-3])
     assert found == again
 
 
@@ -182,7 +189,7 @@ def test_without_val_a_share_of_every_class_is_held_out(capsys, tmp_path):
     whole = one_token(40, 0)
     whole.labels[7] = 2  # the only video of its class stays in train
     parts = probes.prepare(
-        {"train": whole, "val": Split(whole.features[:0], whole.labels[:0])}, 3, CPU
+        {"train": whole, "val": Split(whole.features[:0], whole.labels[:0])}, CPU
     )
     assert "without a val, 8 of 40 videos of train (20 % of every class)" in capsys.readouterr().out
     assert parts["val"].labels.bincount().tolist() == [4, 4]
@@ -193,6 +200,15 @@ def test_without_val_a_share_of_every_class_is_held_out(capsys, tmp_path):
         numbers = torch.arange(len(part.labels)).flip(0)
         torch.testing.assert_close(part.read_tokens(numbers).mean(dim=1, keepdim=True),
                                    part.features[numbers])  # fmt: skip
+
+
+def test_labels_may_be_any_numbers():
+    splits = three()
+    expected = probes.knn(splits), probes.linear(splits, rates=[0.01])
+    for split in splits.values():
+        split.labels = torch.tensor([3, 70, 71, 10**15])[split.labels]
+    splits = probes.prepare(splits, CPU)
+    assert (probes.knn(splits), probes.linear(splits, rates=[0.01])) == expected
 
 
 @pytest.mark.parametrize("n, p", [(80, 0.25), (50, 0.5), (8, 0.125)])
@@ -206,26 +222,16 @@ def test_chance_is_a_binomial_bound(n, p):
         assert probes.is_chance(right, labels) == (tail(right) > 0.01)
         assert probes.is_chance(right, labels, tries=13) == (13 * tail(right) > 0.01)
     assert probes.guessing(torch.tensor([0, 1, 1, 1])) == 0.75
-    assert probes.verdict(0, labels) == f"0.0 % is what guessing gives ({100 * p:.1f} %)"
-    assert probes.verdict(n, labels) == "100.0 %"
 
 
 def broken(fault):
     splits = three()
-    if fault == "no train":
-        del splits["train"]
     if fault == "no labels":
         splits["train"].labels[:] = -1
     if fault == "some labels":
         splits["test"].labels[3] = -1
-    if fault == "large label":
-        splits["val"].labels[3] = 4
     if fault == "one class":
         splits["train"].labels[:] = 1
-    if fault == "not finite":
-        splits["val"].features[3, 1, 2] = math.inf
-    if fault == "width":
-        splits["test"] = clusters(8, 0, D=8)
     if fault == "nothing to hold out":
         splits = {"train": clusters(4, 0)}
     return splits
@@ -234,19 +240,15 @@ def broken(fault):
 @pytest.mark.parametrize(
     "fault, problem",
     [
-        ("no train", "no features of train"),
         ("no labels", "60 of 60 videos of train have no label"),
         ("some labels", "1 of 50 videos of test have no label"),
-        ("large label", r"val has the labels \[4\] of 4 classes"),
         ("one class", "train has less than two classes"),
-        ("not finite", "features of 1 of 40 videos of val are not finite"),
-        ("width", "features of test have the width 8, those of train 16"),
         ("nothing to hold out", "no class of train has two videos"),
     ],
 )
 def test_bad_splits_are_refused(fault, problem):
     with pytest.raises(UserError, match=problem):
-        probes.prepare(broken(fault), 4, CPU)
+        probes.prepare(broken(fault), CPU)
 
 
 def test_unlabelled_test_and_unknown_classes_are_said(capsys):
@@ -254,13 +256,13 @@ def test_unlabelled_test_and_unknown_classes_are_said(capsys):
     splits["test"].labels[:] = -1
     kept = splits["train"].labels != 3
     splits["train"] = Split(splits["train"].features[kept], splits["train"].labels[kept])
-    splits = probes.prepare(splits, 4, CPU)
+    splits = probes.prepare(splits, CPU)
     out = capsys.readouterr().out
     assert "test is not used: it has no labels" in out
     assert "train lacks the classes of 10 videos of val, which count as wrong" in out
     assert splits.keys() == {"train", "val"}
     assert max(probes.knn(splits).right["val"]) <= 30
-    assert max(probes.linear(splits, 4, rates=[0.1]).right["val"]) <= 30
+    assert max(probes.linear(splits, rates=[0.1]).right["val"]) <= 30
 
 
 # --- on real videos -----------------------------------------------------------------------------
@@ -310,9 +312,6 @@ def test_movements_are_told_apart_by_random_weights(probed):
     assert linear["best"] == np.argmax(linear["top1"]["val"])
     assert result["chance"] == {"train": 25.0, "val": 25.0, "test": 25.0}
     assert result["videos"] == {"train": 128, "val": 40, "test": 64}
-    line = simplejson.loads((probed / "log.txt").read_text())
-    assert line["linear_test_acc1"] == linear["top1"]["test"][linear["best"]]
-    assert line["linear_lr"] == linear["values"][linear["best"]]
 
 
 def test_shuffled_labels_are_at_chance_and_the_table_says_so(probed, tmp_path, capsys):
@@ -324,9 +323,9 @@ def test_shuffled_labels_are_at_chance_and_the_table_says_so(probed, tmp_path, c
     call(main_probe, "--features", tmp_path, "--output_dir", tmp_path / "out", "--device", "cpu")
     found = read_probes(tmp_path / "out")["probes"]
     assert [one["is_chance"] for one in found] == [True, True]
-    words = [line for line in table(capsys.readouterr().out) if "what guessing gives" in line]
-    assert [word.split(":")[0] for word in words] == ["knn", "linear"]
-    assert all(word.endswith("(25.0 %)") for word in words)
+    words = [line for line in table(capsys.readouterr().out) if "guessing" in line]
+    assert [word.split()[0] for word in words] == ["knn", "linear"]
+    assert all(word.endswith("25.0 %, no better than guessing") for word in words)
 
 
 def test_features_are_extracted_once_and_read_from_a_folder(movements, probed, tmp_path, capsys):
@@ -375,8 +374,11 @@ def test_mistakes_of_flags_and_folders_are_named(movements, probed, tmp_path, ca
         with pytest.raises(SystemExit, match="2"):
             call(main_probe, *argv, *out)
         assert problem in capsys.readouterr().err
-    for name in ("train", "val", "test"):
-        shutil.copy(probed / f"{name}.npz", tmp_path / "empty")
+    for name in ("train", "val", "test"):  # beside tokens of an earlier run
+        arrays = dict(np.load(probed / f"{name}.npz"))
+        arrays["arguments"] = json.dumps(json.loads(str(arrays["arguments"])) | {"tokens": False})
+        np.savez(tmp_path / "empty" / f"{name}.npz", **arrays)
+        shutil.copy(probed / f"{name}.tokens.npy", tmp_path / "empty")
     with pytest.raises(SystemExit, match="2"):
         call(main_probe, "--features", tmp_path / "empty", "--probes", "attentive", *out)
     assert "lacks tokens" in capsys.readouterr().err
@@ -391,8 +393,8 @@ def test_ten_thousand_features_take_two_minutes_on_two_cores():
     }
     torch.set_num_threads(1)  # more threads wait for each other on a busy machine
     start = time.process_time()
-    splits = probes.prepare(splits, 400, CPU)
-    results = probes.knn(splits), probes.linear(splits, 400)
+    splits = probes.prepare(splits, CPU)
+    results = probes.knn(splits), probes.linear(splits)
     assert time.process_time() - start < 2 * 120
     for result in results:
         assert not probes.is_chance(result.right["test"][result.best], splits["test"].labels)
@@ -414,7 +416,7 @@ def test_curve_of_nearest_neighbours(videos, probe_csv, tmp_path, capsys):
     call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", tmp_path, "--epochs", 3,
          "--vis_period", 2, "--probe_csv", probe_csv, *PRETRAIN)  # fmt: skip
     out = capsys.readouterr().out
-    assert out.count("kNN on --probe_csv: ") == 2
+    assert len(re.findall(r"kNN on --probe_csv: .* %, chance: 33.3 %.* \(.* s\)", out)) == 2
     assert out.count("missing.mp4: ") == 1
     log = [simplejson.loads(line) for line in (tmp_path / "log.txt").open()]
     assert ["probe_knn_acc1" in line for line in log] == [False, True, True]
@@ -437,6 +439,10 @@ def test_curve_is_leave_one_out_and_leaves_training_alone(videos, probe_csv):
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert curve.measure(model, 0, log, stop=lambda: True) == {}
+    args.num_workers = 2
+    curve = probes.ProbeCurve(args, CPU)
+    assert curve.measure(model, 0, log, stop=lambda: False) == found
+    assert not multiprocessing.active_children()  # none until the next measurement
 
     dataset = Kinetics(VideoIndex(str(probe_csv)), "test", **clip_options(args))
     with torch.no_grad():

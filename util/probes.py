@@ -7,7 +7,8 @@ are averaged (for neighbours after each is scaled to length 1), and their tokens
 Shapes: V videos, N of them in a batch, D width, L tokens of a view, C classes, S settings, H heads.
 """
 
-import copy
+import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from util.dist import gather_objects, is_main, print0, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex
 from util.loader import VideoLoader
-from util.lr_sched import learning_rate
+from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import is_vis_epoch, last_x
 from util.optim import autocast
 from util.video.transforms import channels_first
@@ -40,6 +41,7 @@ ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 HELD_OUT = 0.2  # share of every class of train that validates if there is no other validation
 EPOCHS, WARMUP = 20, 0.05  # of the trained probes; the warm-up is a share of all updates
 LEVEL = 0.01  # probability that guessing passes for more
+NO_BETTER = ", no better than guessing"  # what is said of a number that is_chance
 
 
 @dataclass(eq=False)
@@ -64,7 +66,6 @@ Splits = dict[str, Split]  # "train", "val" and, maybe, "test"
 class Result(NamedTuple):
     """How many videos a probe gets right with every setting."""
 
-    probe: str
     setting: str  # what varies: k or lr
     values: Sequence[float]  # [S]
     right: dict[str, list[int]]  # of each split, [S]
@@ -84,40 +85,33 @@ def refuse(is_wrong: bool, problem: str) -> None:
         raise UserError(problem)
 
 
-def prepare(splits: Splits, num_classes: int, device: torch.device, seed: int = 0) -> Splits:
-    """Return train, val and maybe test on a device; without a labelled val, divide train.
+def prepare(splits: Splits, device: torch.device, seed: int = 0) -> Splits:
+    """Return train, val and maybe test on a device, with the labels 0, 1, ... of their classes.
 
+    Without a labelled val, a part of train validates (see hold_out).
     A video of val or test whose class train lacks stays, and counts as wrong.
 
     Raises:
-        UserError: train has less than two classes, some labels are missing or too large, or
-            features are not finite or do not fit those of train.
+        UserError: some labels are missing, or train has less than two classes.
     """
-    refuse("train" not in splits, "there are no features of train, from which a probe learns")
-    used, train = {}, splits["train"]
+    used = {}
     for name, split in splits.items():
         videos, unlabelled = len(split.labels), int((split.labels < 0).sum())
         if name != "train" and videos == unlabelled:
-            print0(f"{name} is not used: it has no {'labels' if videos else 'videos'}")
+            print0(f"{name} is not used: it has no labels")
             continue
         refuse(unlabelled > 0, f"{unlabelled} of {videos} videos of {name} have no label")
-        high = split.labels[split.labels >= num_classes].tolist()
-        refuse(bool(high), f"{name} has the labels {high[:5]} of {num_classes} classes")
-        D, expected = (x.features.shape[-1] for x in (split, train))
-        refuse(expected != D, f"features of {name} have the width {D}, those of train {expected}")
-        odd = int((~split.features.isfinite().flatten(1).all(dim=1)).sum())
-        refuse(odd > 0, f"features of {odd} of {videos} videos of {name} are not finite")
         used[name] = split
-    refuse(len(train.labels.unique()) < 2, "train has less than two classes to tell apart")
+    refuse(len(used["train"].labels.unique()) < 2, "train has less than two classes to tell apart")
     if "val" not in used:
-        used["train"], used["val"] = hold_out(train, seed)
+        used["train"], used["val"] = hold_out(used["train"], seed)
+    classes = torch.cat([split.labels for split in used.values()]).unique()
     for name, split in used.items():
-        unknown = int((~torch.isin(split.labels, used["train"].labels)).sum())
-        if unknown:
+        if unknown := int((~torch.isin(split.labels, used["train"].labels)).sum()):
             lacks = f"train lacks the classes of {unknown} videos of {name}"
             print0(f"WARNING: {lacks}, which count as wrong")
-        features, labels = split.features.to(device), split.labels.to(device)
-        used[name] = Split(features, labels, split.tokens, split.rows)
+        features, labels = split.features, torch.searchsorted(classes, split.labels)
+        used[name] = Split(features.to(device), labels.to(device), split.tokens, split.rows)
     return used
 
 
@@ -144,13 +138,6 @@ def hold_out(train: Split, seed: int) -> tuple[Split, Split]:
 def guessing(labels: Tensor) -> float:
     """Return the share of the commonest class, which guessing reaches; it is at least 1 / C."""
     return labels.bincount().max().item() / len(labels)
-
-
-def verdict(right: int, labels: Tensor, tries: int = 1) -> str:
-    """Return the share of right answers, and whether guessing gives as much (see is_chance)."""
-    share, chance = (f"{100 * x:.1f} %" for x in (right / len(labels), guessing(labels)))
-    is_guess = is_chance(right, labels, tries)
-    return f"{share} is what guessing gives ({chance})" if is_guess else f"{share}"
 
 
 def is_chance(right: int, labels: Tensor, tries: int = 1) -> bool:
@@ -202,48 +189,53 @@ def knn(splits: Splits) -> Result:
     ks = [k for k in NEIGHBOURS if k <= len(x["train"])]
     bank = x["train"], splits["train"].labels, ks
     right = {name: neighbours_right(x[name], splits[name].labels, *bank) for name in splits}
-    return Result("knn", "k", ks, right)
+    return Result("k", ks, right)
 
 
 # --- trained probes -----------------------------------------------------------------------------
 
 
 def sweep(
-    splits: Splits, heads: nn.ModuleList, optimizer: Optimizer, rates: Sequence[float],
+    splits: Splits, heads: Callable[[Tensor], Tensor], optimizer: Optimizer, weights: Tensor,
     read: Callable[[str, Tensor], Tensor], batch_size: int, least: int, seed: int,
 ) -> dict[str, list[int]]:  # fmt: skip
-    """Train S heads on the same batches, each at its own rate; count what they get right.
+    """Train S heads on the same batches; count what they get right.
 
     Args:
-        read: takes the name of a split and numbers of videos; returns what the heads take.
+        heads: takes what `read` returns; returns logits [N, S, C].
+        optimizer: of parameter groups with a peak rate each, `lr_scale`; without: 1.
+        weights: of the heads' losses in their sum, float32 [S].
+        read: takes the name of a split and numbers of videos.
         least: updates for small sets; larger ones are seen EPOCHS times.
     """
-    num, device = len(splits["train"].labels), splits["train"].labels.device
-    batch_size = min(batch_size, num)
-    updates = max(EPOCHS * num // batch_size, least)
-    generator, epochs = torch.Generator().manual_seed(seed), -(-updates * batch_size // num)
-    order = torch.cat([torch.randperm(num, generator=generator) for _ in range(epochs)])
+    labels, generator = splits["train"].labels, torch.Generator().manual_seed(seed)
+    batch_size = min(batch_size, len(labels))
+    updates = max(EPOCHS * len(labels) // batch_size, least)
+    epochs = -(-updates * batch_size // len(labels))
+    order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(epochs)])
     for update, numbers in enumerate(order.split(batch_size)[:updates]):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = learning_rate(update / updates, rate, 0.0, WARMUP, 1)
-        x, y = read("train", numbers), splits["train"].labels[numbers.to(device)]
+        set_learning_rate(optimizer, learning_rate(update / updates, 1.0, 0.0, WARMUP, 1))
+        logits, y = heads(read("train", numbers)), labels[numbers.to(labels.device)]
+        y = y.unsqueeze(1).expand(logits.shape[:2])  # (N, S)
+        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         optimizer.zero_grad()
-        torch.stack([F.cross_entropy(head(x), y) for head in heads]).sum().backward()
+        (losses.mean(dim=0) @ weights).backward()
         optimizer.step()
     right = {}
-    for name, split in splits.items():
-        guesses = []
-        for numbers in torch.arange(len(split.labels)).split(batch_size):
-            x = read(name, numbers)
-            with torch.no_grad():
-                guesses.append(torch.stack([head(x).argmax(dim=1) for head in heads]))  # (S, N)
-        right[name] = (torch.cat(guesses, dim=1) == split.labels).sum(dim=1).tolist()
+    with torch.no_grad():
+        for name, split in splits.items():
+            batches = torch.arange(len(split.labels)).split(batch_size)
+            guesses = torch.cat([heads(read(name, numbers)).argmax(dim=2) for numbers in batches])
+            right[name] = (guesses == split.labels.unsqueeze(1)).sum(dim=0).tolist()
     return right
 
 
-def linear(
-    splits: Splits, num_classes: int, seed: int = 0, rates: Sequence[float] = LINEAR_RATES
-) -> Result:
+def count_classes(splits: Splits) -> int:
+    """Return the number of classes of prepared splits."""
+    return 1 + max(int(split.labels.max()) for split in splits.values())
+
+
+def linear(splits: Splits, seed: int = 0, rates: Sequence[float] = LINEAR_RATES) -> Result:
     """Train linear layers on normalised features by SGD with momentum.
 
     As in MAE, BatchNorm without affine parameters comes first; here its mean and variance are those
@@ -252,70 +244,67 @@ def linear(
     x = {name: split.features.mean(dim=1) for name, split in splits.items()}  # (V, D)
     variance, mean = torch.var_mean(x["train"], dim=0, correction=0)
     x = {name: (features - mean) * (variance + 1e-6).rsqrt() for name, features in x.items()}
-    heads = nn.ModuleList(nn.Linear(len(mean), num_classes) for _ in rates).to(mean.device)
-    for parameter in heads.parameters():
+    # One layer holds all: with SGD, a weight of a loss acts as a rate.
+    shape = len(rates), count_classes(splits)
+    layer = nn.Linear(len(mean), math.prod(shape), device=mean.device)
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    optimizer = SGD([{"params": list(head.parameters())} for head in heads], momentum=0.9)
+    optimizer, weights = SGD(layer.parameters(), momentum=0.9), mean.new_tensor(rates)
+
+    def heads(x: Tensor) -> Tensor:
+        return layer(x).unflatten(1, shape)
 
     def read(name: str, numbers: Tensor) -> Tensor:
         return x[name][numbers.to(mean.device)]
 
-    right = sweep(splits, heads, optimizer, rates, read, batch_size=256, least=1000, seed=seed)
-    return Result("linear", "lr", rates, right)
+    right = sweep(splits, heads, optimizer, weights, read, batch_size=256, least=1000, seed=seed)
+    return Result("lr", rates, right)
 
 
 class AttentiveProbe(nn.Module):
-    """A learnt query reads the tokens of a video; a residual MLP and a linear layer follow."""
+    """Multi-head attention over the tokens of a video; a residual MLP and a linear layer follow.
+
+    Each head has one query, of width D: a projection of the tokens to keys would only turn it. The
+    values are projected after the weighted sum, of a vector in place of all tokens.
+    """
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
-        heads = next(h for h in range(max(dim // 64, 1), 0, -1) if dim % h == 0)
-        self.query = nn.Parameter(0.02 * torch.randn(dim))
-        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        H = next(h for h in range(max(dim // 64, 1), 0, -1) if dim % h == 0)
+        self.queries = nn.Parameter(0.02 * torch.randn(dim, H))
+        self.values = nn.Parameter(torch.randn(H, dim, dim // H) * dim**-0.5)
         mlp = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(*mlp)
+        self.proj, self.mlp = nn.Linear(dim, dim), nn.Sequential(*mlp)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
-
-    def attend(self, tokens: Tensor) -> Tensor:
-        """Return what self.attn would for the query and all tokens: [N, L, D] -> [N, D].
-
-        With a single query, no keys and values are computed: the key weights are applied to the
-        query, and the value weights to the weighted sum of the tokens. The keys' bias adds the same
-        to all scores, so it has no effect.
-        """
-        H, D = self.attn.num_heads, len(self.query)
-        w_q, w_k, w_v = self.attn.in_proj_weight.view(3, H, D // H, D)
-        b_q, _, b_v = self.attn.in_proj_bias.view(3, H, D // H)
-        query = (w_q @ self.query + b_q) * (D // H) ** -0.5  # (H, D / H)
-        query = torch.einsum("hd,hdi->ih", query, w_k)  # (D, H)
-        shares = (tokens @ query).softmax(dim=1)  # (N, L, H)
-        pooled = shares.mT @ tokens  # (N, H, D)
-        values = torch.einsum("nhi,hdi->nhd", pooled, w_v) + b_v
-        return self.attn.out_proj(values.flatten(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [N, C] of normalised tokens [N, L, D]."""
-        x = self.query + self.attend(tokens)
+        pooled = (tokens @ self.queries).softmax(dim=1).mT @ tokens  # (N, H, D)
+        x = self.proj(torch.einsum("nhd,hdi->nhi", pooled, self.values).flatten(1))
         return self.head(x + self.mlp(x))
 
 
-def attentive(
-    splits: Splits, num_classes: int, seed: int = 0, rates: Sequence[float] = ATTENTIVE_RATES
-) -> Result:
+def attentive(splits: Splits, seed: int = 0, rates: Sequence[float] = ATTENTIVE_RATES) -> Result:
     """Train attentive probes by AdamW on tokens, read by batches and normalised by LayerNorm."""
     features = splits["train"].features
     D, device = features.shape[-1], features.device
+    models = nn.ModuleList()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        first = AttentiveProbe(D, num_classes)
-    heads = nn.ModuleList(copy.deepcopy(first) for _ in rates).to(device)
-    optimizer = AdamW([{"params": list(head.parameters())} for head in heads], weight_decay=0.01)
+        for _ in rates:  # all start alike
+            torch.manual_seed(seed)
+            models.append(AttentiveProbe(D, count_classes(splits)))
+    groups = [{"params": model.to(device).parameters(), "lr_scale": rate}
+              for model, rate in zip(models, rates, strict=True)]  # fmt: skip
+    optimizer, weights = AdamW(groups, weight_decay=0.01), torch.ones(len(rates), device=device)
+
+    def heads(tokens: Tensor) -> Tensor:
+        return torch.stack([model(tokens) for model in models], dim=1)
 
     def read(name: str, numbers: Tensor) -> Tensor:
         return F.layer_norm(splits[name].read_tokens(numbers).to(device), [D])
 
-    right = sweep(splits, heads, optimizer, rates, read, batch_size=32, least=300, seed=seed)
-    return Result("attentive", "lr", rates, right)
+    right = sweep(splits, heads, optimizer, weights, read, batch_size=32, least=300, seed=seed)
+    return Result("lr", rates, right)
 
 
 # --- during pre-training ------------------------------------------------------------------------
@@ -333,23 +322,17 @@ class ProbeCurve:
     """
 
     def __init__(self, args: Namespace, device: torch.device):
-        self.args, self.device, self.loader = args, device, None
+        self.args, self.device, self.bad = args, device, {}
         if not args.probe_csv:
             return
-        index = VideoIndex(args.probe_csv, args.path_prefix)
-        counts, flag = (
-            np.unique(index.labels, return_counts=True)[1],
-            f"--probe_csv {args.probe_csv}",
-        )
+        index, flag = VideoIndex(args.probe_csv, args.path_prefix), f"--probe_csv {args.probe_csv}"
         refuse(not index.has_labels, f"{flag}: every video needs a label")
-        refuse(
-            len(counts) < 2 or max(counts) < 2, f"{flag} needs two classes, and two videos of one"
-        )
+        counts = np.unique(index.labels, return_counts=True)[1]
+        few = len(counts) < 2 or max(counts) < 2
+        refuse(few, f"{flag} needs two classes, and two videos of one")
         if alone := int((counts == 1).sum()):
             print0(f"{flag}: {alone} videos are alone in their class, so they count as wrong")
-        dataset = Kinetics(index, "test", **clip_options(args))
-        batch_size = args.batch_size * args.repeat_aug
-        self.loader = VideoLoader(dataset, batch_size, args.num_workers, 1.0, device)
+        self.dataset = Kinetics(index, "test", **clip_options(args))
 
     @torch.no_grad()
     def measure(
@@ -363,18 +346,22 @@ class ProbeCurve:
             stop: called before every step that all ranks take. When it returns True, on all ranks
                 at once, this ends without a result.
         """
-        if self.loader is None or not is_vis_epoch(epoch, self.args):
+        args, device = self.args, self.device
+        if not args.probe_csv or not is_vis_epoch(epoch, args):
             return {}
-        dataset, training, own = self.loader.dataset, model.training, []
-        common_steps = len(dataset) // world_size() // self.loader.batch_size
+        # This loader's workers and memory last only until the end of this function.
+        start, own, videos = time.perf_counter(), [], len(self.dataset)
+        loader = VideoLoader(self.dataset, args.batch_size, args.num_workers, 1.0, device)
+        loader.bad = self.bad  # report a video only once
+        common_steps, training = videos // world_size() // args.batch_size, model.training
         model.eval()
         # Loaders draw a random number. Compiled blocks would be compiled again for these clips.
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            for step, batch in enumerate(self.loader):
+            for step, batch in enumerate(loader):
                 if step < common_steps and stop():
                     return {}
-                clips = channels_first(batch.clips.to(self.device).flatten(0, 1))
-                with autocast(self.device, self.args.precision):
+                clips = channels_first(batch.clips.to(device).flatten(0, 1))
+                with autocast(device, args.precision):
                     features, _ = model.encode_features(clips)  # (N, D)
                 read = zip(batch.row.tolist(), features.float().cpu(), batch.errors, strict=True)
                 own += [(row, feature) for row, feature, errors in read if not errors]
@@ -386,13 +373,14 @@ class ProbeCurve:
         if not is_main():
             return {}
         if len(rows) < max(len(found), 2):
-            finite = f"{len(rows)} of {len(dataset)} videos have finite features"
+            finite = f"{len(rows)} of {videos} videos give finite features"
             print0(f"WARNING: kNN on --probe_csv is not measured: {finite}")
             return {}
-        x = directions(torch.stack([found[row] for row in rows]).unsqueeze(1).to(self.device))
-        y = torch.from_numpy(dataset.index.labels[rows]).to(self.device)
+        x = directions(torch.stack([found[row] for row in rows]).unsqueeze(1).to(device))
+        y = torch.from_numpy(self.dataset.index.labels[rows]).to(device)
         right = neighbours_right(x, y, x, y, [CURVE_K])[0]
-        print0(f"kNN on --probe_csv: {verdict(right, y)}")
-        accuracy = 100 * right / len(y)
-        log.scalar("probe/knn_acc1", accuracy, last_x(epoch, self.args.repeat_aug))
+        accuracy, seconds = 100 * right / len(y), time.perf_counter() - start
+        word = f", chance: {100 * guessing(y):.1f} %{NO_BETTER * is_chance(right, y)}"
+        print0(f"kNN on --probe_csv: {accuracy:.1f} %{word} ({seconds:.1f} s)")
+        log.scalar("probe/knn_acc1", accuracy, last_x(epoch, args.repeat_aug))
         return {"probe_knn_acc1": accuracy}
