@@ -230,6 +230,8 @@ def broken(fault):
         splits["train"].labels[:] = -1
     if fault == "some labels":
         splits["test"].labels[3] = -1
+    if fault == "not a number":
+        splits["val"].features[3, 0, 1] = torch.nan
     if fault == "one class":
         splits["train"].labels[:] = 1
     if fault == "nothing to hold out":
@@ -242,6 +244,7 @@ def broken(fault):
     [
         ("no labels", "60 of 60 videos of train have no label"),
         ("some labels", "1 of 50 videos of test have no label"),
+        ("not a number", r"features of 1 of \d+ videos of val are not finite"),
         ("one class", "train has less than two classes"),
         ("nothing to hold out", "no class of train has two videos"),
     ],

@@ -92,7 +92,7 @@ def prepare(splits: Splits, device: torch.device, seed: int = 0) -> Splits:
     A video of val or test whose class train lacks stays, and counts as wrong.
 
     Raises:
-        UserError: some labels are missing, or train has less than two classes.
+        UserError: labels are missing, features not finite, or train has less than two classes.
     """
     used = {}
     for name, split in splits.items():
@@ -101,6 +101,8 @@ def prepare(splits: Splits, device: torch.device, seed: int = 0) -> Splits:
             print0(f"{name} is not used: it has no labels")
             continue
         refuse(unlabelled > 0, f"{unlabelled} of {videos} videos of {name} have no label")
+        odd = int((~split.features.isfinite().flatten(1).all(dim=1)).sum())
+        refuse(odd > 0, f"features of {odd} of {videos} videos of {name} are not finite")
         used[name] = split
     refuse(len(used["train"].labels.unique()) < 2, "train has less than two classes to tell apart")
     if "val" not in used:
