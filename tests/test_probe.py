@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import re
 import shutil
-import time
 from argparse import Namespace
 
 import numpy as np
@@ -385,22 +384,6 @@ def test_mistakes_of_flags_and_folders_are_named(movements, probed, tmp_path, ca
     with pytest.raises(SystemExit, match="2"):
         call(main_probe, "--features", tmp_path / "empty", "--probes", "attentive", *out)
     assert "lacks tokens" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_ten_thousand_features_take_two_minutes_on_two_cores():
-    """ViT-L, 400 classes; the time is that of all cores together."""
-    splits = {
-        name: clusters(videos, seed, noise=3.0, views=1, D=1024, C=400)
-        for seed, (name, videos) in enumerate({"train": 10_000, "val": 1000, "test": 1000}.items())
-    }
-    torch.set_num_threads(1)  # more threads wait for each other on a busy machine
-    start = time.process_time()
-    splits = probes.prepare(splits, CPU)
-    results = probes.knn(splits), probes.linear(splits)
-    assert time.process_time() - start < 2 * 120
-    for result in results:
-        assert not probes.is_chance(result.right["test"][result.best], splits["test"].labels)
 
 
 # --- beside pre-training ------------------------------------------------------------------------
