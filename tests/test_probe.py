@@ -84,7 +84,7 @@ def test_no_more_neighbours_than_videos():
 
 
 def test_linear_probe_is_a_plain_loop():
-    splits, rate, updates = three(), 0.0003, 1000
+    splits, rate, updates = three(), 0.0006, 500
     x = {name: split.features.mean(dim=1) for name, split in splits.items()}
     mean, var = x["train"].mean(dim=0), x["train"].var(dim=0, correction=0)
     layer = nn.Linear(16, 4)

@@ -259,7 +259,7 @@ def linear(splits: Splits, seed: int = 0, rates: Sequence[float] = LINEAR_RATES)
     def read(name: str, numbers: Tensor) -> Tensor:
         return x[name][numbers.to(mean.device)]
 
-    right = sweep(splits, heads, optimizer, weights, read, batch_size=256, least=1000, seed=seed)
+    right = sweep(splits, heads, optimizer, weights, read, batch_size=256, least=500, seed=seed)
     return Result("lr", rates, right)
 
 
