@@ -225,6 +225,10 @@ def load_pretrained(
             f"classes.txt: {some_names(weights.classes)}; leave the flag out"
         )
     apply_weights(model, weights, keep_head, args.allow_missing)
+    for name in ("sampling", "sampling_rate"):
+        theirs, ours = weights.flags.get(name), getattr(args, name)
+        if theirs not in (ours, None):
+            print0(f"WARNING: {args.finetune} has seen clips of --{name} {theirs}, not {ours}")
     if not keep_head:
         torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return names or (weights.classes if keep_head else [])
@@ -287,6 +291,7 @@ def main(args: argparse.Namespace) -> None:
     # Learning rate: unlike in pre-training, the published recipes count the repeated clips.
     args.lr = effective_lr(args, "clips", len(train_set))
     if args.dry_run:
+        train_set.index.refuse_missing()
         return print_step(model, args, torch.float32)
 
     # Optimiser: earlier layers get a smaller learning rate.

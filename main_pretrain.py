@@ -209,6 +209,7 @@ def main(args: argparse.Namespace) -> None:
     # Learning rate: the published recipes count videos as the batch, not their repeated clips.
     args.lr = effective_lr(args, "videos", len(index))
     if args.dry_run:
+        index.refuse_missing()
         options = {k: getattr(args, k) for k in ("mask_ratio", "decoder_mask_ratio", "mask_type")}
         return print_step(model, args, torch.uint8, **options)
 

@@ -66,13 +66,17 @@ def read_splits(folder: str) -> tuple[probes.Splits, dict[str, Any]]:
     Raises:
         UserError: there is no train.npz, or the files are damaged or of different encoders.
     """
-    splits, names, told = {}, [], {}
+    splits, names, told, listed = {}, [], {}, {}
     for name in main_features.SPLITS:
         path, tokens = (os.path.join(folder, name + end) for end in (".npz", ".tokens.npy"))
         if not os.path.exists(path):
             continue
-        keys = "features", "labels", "classes", "arguments", "unreadable"
-        features, labels, classes, arguments, unreadable = read_npz(path, *keys)
+        keys = "features", "labels", "classes", "arguments", "unreadable", "paths"
+        features, labels, classes, arguments, unreadable, paths = read_npz(path, *keys)
+        listed[name] = paths.tolist()
+        if name == "test" and listed["test"] == listed.get("val"):
+            print("test repeats val, which chooses the settings: it is no test")
+            continue
         told[name] = json.loads(str(arguments))
         first = next(iter(told.values()))
         for key in first.keys() - {"checkpoint", "csv", "index"}:

@@ -85,7 +85,7 @@ def test_every_command_of_the_page(tmp_path):
     assert "updates" in everything
     log = (tmp_path / "output/mine/log.txt").read_text().splitlines()
     assert "probe_knn_acc1" in json.loads(log[-1])
-    with open(tmp_path / "output/test/predictions.csv", newline="") as file:
+    with open(tmp_path / "output/mine_prediction/predictions.csv", newline="") as file:
         (row,) = csv.DictReader(file)  # of the last test, of new.mp4
     assert {row["name"]} <= {"wave", "point"}
-    assert list(tmp_path.glob("output/features/*.npz"))
+    assert list(tmp_path.glob("output/mine_features/*.npz"))

@@ -337,6 +337,8 @@ def test_folders_without_lists(tmp_path):
     touch(tmp_path / "plain/lost.mp4")
     with pytest.raises(UserError, match=r"lost\.mp4 is not in a class folder"):
         prepare("folders", tmp_path / "plain", tmp_path)
+    with pytest.raises(UserError, match="plane is no folder"):
+        prepare("folders", tmp_path / "plane", tmp_path)
 
 
 def test_val_share_takes_validation_videos_from_train(tmp_path, capsys):
@@ -769,5 +771,6 @@ def test_verify_lists_the_broken(tmp_path, capsys):
     assert find_damage(damaged).startswith(f"{damaged}: ")
     assert prepare("folders", tmp_path / "v", tmp_path, "--verify", "--val_share", 0) == 1
     out = capsys.readouterr().out
+    assert "1 of 3 videos can be decoded" in out
     assert "2 broken" in out and "short.mp4" in out and "damaged.mp4" in out
     assert "good.mp4" not in out

@@ -330,6 +330,15 @@ def test_shuffled_labels_are_at_chance_and_the_table_says_so(probed, tmp_path, c
     assert all(word.endswith("25.0 %, no better than guessing") for word in words)
 
 
+def test_a_test_that_repeats_val_is_none(probed, tmp_path, capsys):
+    """As prepare_kinetics writes it: judged as a test, it would be too good."""
+    for name, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        shutil.copy(probed / f"{source}.npz", tmp_path / f"{name}.npz")
+    call(main_probe, "--features", tmp_path, "--output_dir", tmp_path / "out", "--device", "cpu")
+    assert "test repeats val, which chooses the settings: it is no test" in capsys.readouterr().out
+    assert read_probes(tmp_path / "out")["videos"].keys() == {"train", "val"}
+
+
 def test_features_are_extracted_once_and_read_from_a_folder(movements, probed, tmp_path, capsys):
     chosen = ["--probes", "knn"]
     call(main_probe, *extracting(movements, probed), *chosen, "--half", "--tokens")

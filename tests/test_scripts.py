@@ -155,6 +155,26 @@ def test_classes_without_videos_are_told(videos, tmp_path, capsys):
     assert "WARNING: 400 classes, but the largest label is 2" in capsys.readouterr().out
 
 
+def test_clips_that_pretraining_has_not_seen_are_told(videos, pretrained, capsys):
+    argv = "--path_to_data_dir", videos, *FINETUNE, "--dry_run"
+    start = pretrained / "checkpoint-00002.pth"
+    call(main_finetune, *argv, "--finetune", start)
+    assert "has seen clips" not in capsys.readouterr().out
+    call(main_finetune, *argv, "--finetune", start, "--sampling", "segments")
+    words = f"WARNING: {start} has seen clips of --sampling dense, not segments\n"
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [main_pretrain, main_finetune])
+def test_a_dry_run_refuses_lists_without_files(tmp_path, capsys, module):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("".join(f"v{i}.mp4 {i % 3}\n" for i in range(8)))
+    flags = PRETRAIN if module is main_pretrain else FINETUNE
+    status, text = fails(capsys, module, "--path_to_data_dir", tmp_path, *flags, "--dry_run")
+    words = f"the files of {tmp_path}/train.csv do not exist, {tmp_path}/v0.mp4 for example"
+    assert status == 2 and words in text
+
+
 def test_flags_by_hand_override_those_of_a_file(tmp_path):
     (tmp_path / "x.args").write_text("--batch_size 7 --epochs 3\n")
     file, data = f"@{tmp_path}/x.args", ["--path_to_data_dir", "X"]

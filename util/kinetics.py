@@ -118,6 +118,14 @@ class VideoIndex:
         """Return a checksum of all rows; a resumed run compares it with its checkpoint's."""
         return zlib.crc32(self.labels.tobytes(), zlib.crc32(self._paths.tobytes()))
 
+    def refuse_missing(self) -> None:
+        """Raise UserError if none of up to 100 files, spread evenly over the rows, exists."""
+        rows = np.linspace(0, len(self) - 1, min(len(self), 100)).astype(int).tolist()
+        paths = [self.path(row) for row in rows]
+        if not any(is_remote(path) or os.path.exists(path) for path in paths):
+            problem = f"the files of {self.csv_path} do not exist, {paths[0]} for example"
+            raise UserError(f"{problem}; --path_prefix is the folder that its paths start from")
+
     def path(self, i: int) -> str:
         """Return the path of row i; a relative one starts from `path_prefix`."""
         start = self._ends[i - 1] if i else 0

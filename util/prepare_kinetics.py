@@ -170,6 +170,8 @@ def find_videos(folder: str) -> list[str]:
 
     Print what is passed over, and which folders beside those of videos hold none.
     """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is no folder")
     found, visited, passed, errors = [], {}, Counter(), []
     for parent, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
         place = os.path.realpath(parent)
@@ -213,7 +215,7 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     videos = find_videos(args.videos)
     parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
     if lost := [path for path in videos if len(parts[path]) < 2]:
-        raise UserError(f"{lost[0]} is not in a class folder")
+        raise UserError(f"{lost[0]} is not in a class folder (links to the videos will do)")
     missing, val_share = list[str](), args.val_share
     if args.train_list or args.test_list or args.hmdb_splits:
         listed = _read_listed(args)
@@ -448,8 +450,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {first}", 1)
     written = write_lists(data, args.out)
     if args.verify:
-        paths = (clip.path for clip in data.clips)
+        paths = dict.fromkeys(clip.path for clip in data.clips)
         failed |= _in_parallel(find_damage, paths, args.workers, "verifying")
+        print_any(f"{len(paths.keys() - failed.keys())} of {len(paths)} videos can be decoded")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
     counts += f"; {len(data.classes)} classes; {len(data.missing)} not found"
