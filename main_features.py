@@ -145,7 +145,7 @@ def open_indices(args: argparse.Namespace) -> dict[str, tuple[VideoIndex, list[s
             if args.splits or not is_absent(error):
                 raise
     if not indices:
-        raise UserError(f"{folder} has none of train.csv, val.csv and test.csv")
+        raise UserError(f"{folder} holds no train.csv, val.csv or test.csv")
     return indices
 
 

@@ -412,7 +412,7 @@ def test_bad_input_gets_one_sentence(argv, message, videos, checkpoints, tmp_pat
 def test_no_csv_at_all(checkpoints, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(checkpoints["mae"], tmp_path / "out", "--path_to_data_dir", tmp_path)
-    assert "has none of train.csv, val.csv and test.csv" in capsys.readouterr().err
+    assert "holds no train.csv, val.csv or test.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("scale", "flags", "what"), [

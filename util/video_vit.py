@@ -159,6 +159,7 @@ class Encoder(nn.Module):
     cls_token: nn.Parameter
     patch_embed: PatchEmbed
     blocks: nn.ModuleList
+    encode_features: Callable[..., tuple[Tensor, Tensor]]  # features and tokens, of either model
     grad_checkpointing = False
     compiled = False  # whether compile_blocks was called
     # How the clips of its training were taken from videos; apply_weights sets what a file records.
@@ -184,10 +185,6 @@ class Encoder(nn.Module):
         for block in blocks:  # checkpoint replays drop path's randomness
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
-
-    def encode_features(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
-        """Encode clips [N, C, T, H, W] to a feature each [N, D], and to patch tokens [N, L, D]."""
-        raise NotImplementedError
 
     def run_layers(self, imgs: Tensor, layer: int) -> Tensor:
         """Encode clips up to block `layer`, counted from 1: all its tokens [N, (class +) L, D]."""
