@@ -27,6 +27,7 @@ from util.video.decode import MAX_PIXELS, ROUNDING, Video, VideoError
 from util.video.rand_augment import RandAugment
 from util.video.rand_augment import apply as augment
 from util.video.sampling import NO_BOX, Box
+from util.video.source import file_of
 from util.video.time_limit import call_within
 from util.video.transforms import resize_frame
 
@@ -89,7 +90,7 @@ class VideoIndex:
         Raise UserError if a file does not exist.
         """
         for path in paths:
-            if not (is_remote(path) or os.path.isfile(path)):
+            if not (is_remote(path) or os.path.isfile(file_of(path))):
                 raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}")
         index = cls.__new__(cls)
         index.csv_path, index.folder = "--videos", ""
@@ -122,7 +123,7 @@ class VideoIndex:
         """Raise UserError if none of up to 100 files, spread evenly over the rows, exists."""
         rows = np.linspace(0, len(self) - 1, min(len(self), 100)).astype(int).tolist()
         paths = [self.path(row) for row in rows]
-        if not any(is_remote(path) or os.path.exists(path) for path in paths):
+        if not any(is_remote(path) or os.path.exists(file_of(path)) for path in paths):
             problem = f"the files of {self.csv_path} do not exist, {paths[0]} for example"
             raise UserError(f"{problem}; --path_prefix is the folder that its paths start from")
 

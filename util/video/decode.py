@@ -10,7 +10,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 import av
 import numpy as np
@@ -19,12 +18,11 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 
+from util.video.source import file_of, open_container
 from util.video.time_limit import TimeLimit
 
 # Width * height: more than 8K footage has (7680 x 4320), less than a decompression bomb.
 MAX_PIXELS = 8192 * 8192
-# A title in an unknown encoding does not make a video unusable (PyAV 19 has no such argument).
-LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
 MAX_HOLD = 8  # a frame may stand in for at most this many missing frames after it
 MAX_GAP = 10.0  # seconds; a longer time between two frames may be a jump of the clock
 MAX_PAUSE = 600.0  # seconds; in MP4 and Matroska a longer one is such a jump
@@ -67,9 +65,10 @@ class Video:
         self._containers: list[InputContainer] = []  # several if the file must be reopened
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
-        if not os.path.isfile(path):
-            kind = "a folder" if os.path.isdir(path) else "not a regular file"
-            raise VideoError(f"{path}: {kind if os.path.exists(path) else 'no such file'}")
+        file = file_of(path)
+        if not os.path.isfile(file):
+            kind = "a folder" if os.path.isdir(file) else "not a regular file"
+            raise VideoError(f"{path}: {kind if os.path.exists(file) else 'no such file'}")
         try:
             stream = self._open_stream()
             self._read_packets(stream)
@@ -94,14 +93,8 @@ class Video:
         """Open the file, possibly once more, and prepare a decoder for its video stream."""
         path, max_pixels = self.path, self._max_pixels
         try:
-            # An absolute path cannot be read as a protocol ("http:name.mp4"). The whitelist keeps
-            # playlists off the network. Decoders check max_pixels wherever a stream changes size.
-            container = av.open(
-                os.path.abspath(path),
-                options={"max_pixels": str(max_pixels)},
-                container_options={"protocol_whitelist": "file"},
-                **LENIENT,
-            )
+            # Decoders check max_pixels wherever a stream changes size.
+            container = open_container(path, {"max_pixels": str(max_pixels)})
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({_reason(error)})") from error
         self._containers.append(container)

@@ -12,7 +12,8 @@ from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from util.video.decode import LENIENT, MAX_PIXELS, Video, VideoError, orientation, video_stream
+from util.video.decode import MAX_PIXELS, Video, VideoError, orientation, video_stream
+from util.video.source import open_container
 
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
 # All copies are BT.601 in limited range, which readers that ignore the tags assume. Without
@@ -29,7 +30,7 @@ COLOURS: dict[str, Any] = {
 def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a video to decode all of it on this thread."""
     Video(path).close()  # raises VideoError if it is not a video or too large
-    with av.open(os.path.abspath(path), **LENIENT) as container:
+    with open_container(path) as container:
         stream = video_stream(container)
         assert stream is not None  # Video has opened it
         stream.codec_context.thread_type = "NONE"
