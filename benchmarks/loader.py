@@ -330,7 +330,7 @@ def main(args: argparse.Namespace) -> int:
         videos = find_videos(args.videos or scratch)[: args.num_videos]
         recoded = [f"{scratch}/{Path(video).stem}.recoded.mp4" for video in videos]
         for video, target in zip(videos, recoded, strict=True):
-            transcode(video, target, short_side=None, gop=30, tune=None)
+            transcode(video, target, short_side=None, gop=30, options={})
         csv_path = f"{scratch}/train.csv"
         for kind, paths in (("as given", videos), ("30-frame GOPs", recoded)):
             Path(csv_path).write_text("".join(f"{Path(path).resolve()} 0\n" for path in paths))
