@@ -1,17 +1,18 @@
-"""Compare recipes for copies that are cheap to decode: time, size and faithfulness.
+"""Compare recipes for copies that are cheap to decode: CPU time, size and faithfulness.
 
-    python -m benchmarks.copies --videos FOLDER
+    python -m benchmarks.copies --videos FOLDER           all recipes (half an hour for 12 clips)
+    python -m benchmarks.copies --videos FOLDER --check   the default one; exit 1 below its targets
 
-"decode" is the CPU time of bare decoding (benchmarks/loader.py) for a pre-training item of the copy,
-divided by that of the video itself, which takes turns with it; PSNR is over all samples of all
-planes. Numbers are medians over videos, sizes are sums.
+"decode" is the CPU time of bare decoding (benchmarks/loader.py) for pre-training items of the copy,
+over that for the video itself, with which it takes turns. PSNR is over all samples of all planes.
+These are medians over videos; "size" compares the sums of all video streams.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -26,63 +27,66 @@ from util.args import adder, positive_int
 from util.kinetics import Kinetics
 from util.prepare_kinetics import find_videos
 from util.video.decode import Video
+from util.video.transcode import CHEAP
 
-# Three of four frames are B-frames to which no other refers, so that they need not be decoded.
-DROPPABLE = {"tune": "fastdecode", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}
-STYLES = {
-    "x264": {},
-    "x264, no B-frames": {"bf": "0"},
-    "x264, fastdecode": {"tune": "fastdecode"},
-    "x264, fastdecode, no B-frames": {"tune": "fastdecode", "bf": "0"},
-    "x264, fastdecode, 3 droppable B-frames": DROPPABLE,
+MAX_DECODE, MIN_PSNR = 0.45, 42.0
+DEFAULT = "3 droppable B-frames, fastdecode"
+STYLES = {  # of x264
+    DEFAULT: CHEAP,
+    "B-frames, fastdecode": {"tune": "fastdecode"},
+    "no B-frames, fastdecode": {"tune": "fastdecode", "bf": "0"},
+    "B-frames": {},
+    "no B-frames": {"bf": "0"},
 }
-OTHERS = {
-    "HEVC": ("libx265", {"x265-params": "log-level=none:pools=1"}, (24, 27)),
-    "HEVC, fastdecode": ("libx265", {"tune": "fastdecode", "x265-params": "log-level=none:pools=1"}, (22, 25)),
-    "AV1": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1"}, (28, 34)),
-    "AV1, fast-decode 2": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1:fast-decode=2"}, (28, 34)),
-}
-RECIPES = {
-    f"{name}, crf {crf}, GOP {gop}": ("libx264", {"crf": str(crf), "g": str(gop), **options})
-    for name, options in STYLES.items()
-    for crf, gop in ((22, 32), (20, 32), (23, 32), (26, 32), (22, 16), (22, 64))
-}
-RECIPES = dict(sorted(RECIPES.items(), key=lambda x: "crf 22" not in x[0] or "GOP 32" not in x[0]))
-RECIPES |= {f"{n}, crf {crf}, GOP 32": (codec, {"crf": str(crf), "g": "32", **o}) for n, (codec, o, crfs) in OTHERS.items() for crf in crfs}
+QUIET = {"x265-params": "log-level=none:pools=1"}
+OTHERS = {  # encoder, options, values of crf
+    "HEVC": ("libx265", QUIET, (24, 27)),
+    "HEVC, fastdecode": ("libx265", {"tune": "fastdecode", **QUIET}, (22, 25)),
+    "AV1": ("libsvtav1", {"svtav1-params": "lp=1"}, (28, 34)),
+    "AV1, fast-decode": ("libsvtav1", {"svtav1-params": "lp=1:fast-decode=2"}, (34,)),
+}  # fmt: skip
+RECIPES = [  # name, encoder, options, crf, GOP
+    *((name, "libx264", options, crf, gop) for name, options in STYLES.items()
+      for crf, gop in ((23, 32), (20, 32), (22, 32), (26, 32), (22, 16), (22, 64))),
+    *((name, codec, options, crf, 32) for name, (codec, options, crfs) in OTHERS.items()
+      for crf in crfs),
+]  # fmt: skip
 
 
-def encode(source: str, target: str, codec: str, options: dict[str, str]) -> float:
-    """Re-encode a video at its own size; return the CPU seconds that it takes."""
-    start = time.process_time()
+def encode(source: str, target: str, codec: str, options: dict[str, str]) -> None:
+    """Re-encode a video at its own size, with frames at an even rate."""
     with av.open(source) as old, av.open(target, "w") as new:
         stream = old.streams.video[0]
         stream.codec_context.thread_type = "NONE"
-        encoder = new.add_stream(codec, rate=stream.average_rate or Fraction(30), options=options)
+        rate = stream.average_rate or Fraction(30)
+        encoder = new.add_stream(codec, rate=rate, options=options)
         encoder.width, encoder.height, encoder.pix_fmt = stream.width, stream.height, "yuv420p"
         encoder.codec_context.thread_count = 1
-        base = 1 / Fraction(stream.average_rate or 30)
-        encoder.codec_context.time_base = base
+        encoder.codec_context.time_base = 1 / rate
         for number, frame in enumerate(old.decode(stream)):
             frame = frame.reformat(format="yuv420p")
-            frame.pts, frame.time_base, frame.pict_type = number, base, 0
+            frame.pts, frame.time_base, frame.pict_type = number, 1 / rate, 0
             new.mux(encoder.encode(frame))
         new.mux(encoder.encode(None))
-    return time.process_time() - start
-
-
-def planes(path: str) -> Iterator[np.ndarray]:
-    with av.open(path) as container:
-        container.streams.video[0].codec_context.thread_type = "NONE"
-        for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="yuv420p").astype(np.float32)
 
 
 def psnr(path: str, other: str) -> float:
-    errors = [float(((a - b) ** 2).mean()) for a, b in zip(planes(path), planes(other), strict=True)]
-    return 10 * np.log10(255**2 / max(np.mean(errors), 1e-9))
+    """Return how much two videos differ, dB."""
+    errors = []
+    with av.open(path) as one, av.open(other) as two:
+        for frames in zip(one.decode(video=0), two.decode(video=0), strict=True):
+            a, b = (frame.to_ndarray(format="yuv420p").astype(np.float32) for frame in frames)
+            errors.append(float(np.square(a - b).mean()))
+    return 10 * float(np.log10(255**2 / max(np.mean(errors), 1e-9)))
 
 
-def item(dataset: Kinetics, path: str, epoch: int):
+def stream_size(path: str) -> int:
+    """Return the bytes of a video's pictures."""
+    with av.open(path) as container:
+        return sum(packet.size for packet in container.demux(video=0))
+
+
+def bare(dataset: Kinetics, path: str, epoch: int) -> Callable[[], None]:
     """Return the bare decoding of a pre-training item of a video."""
     rngs = [np.random.default_rng((0, epoch, 0, r)) for r in range(dataset.repeat_aug)]
     with Video(path) as video:
@@ -91,23 +95,22 @@ def item(dataset: Kinetics, path: str, epoch: int):
         return partial(bare_decode, path, video._runs(sorted(wanted)), wanted)
 
 
-def decode_ratio(dataset: Kinetics, path: str, other: str, rounds: int) -> tuple[float, float]:
-    """Return the CPU ms of items of a copy, and their ratio to those of its source."""
-    spent = {path: 0.0, other: 0.0}
+def decode_ratio(dataset: Kinetics, path: str, copy: str, rounds: int) -> tuple[float, float]:
+    """Return the CPU ms of an item of a copy, and their ratio to those of the video itself."""
+    spent = {path: 0.0, copy: 0.0}
     for epoch in range(rounds):
-        ways = {name: item(dataset, name, epoch) for name in spent}
-        times = {name: [] for name in spent}
+        methods, times = {p: bare(dataset, p, epoch) for p in spent}, {p: [] for p in spent}
         for _ in range(3):
-            for name, way in ways.items():
+            for name, method in methods.items():
                 start = time.process_time()
-                way()
+                method()
                 times[name].append(time.process_time() - start)
-        for name in spent:
-            spent[name] += 1000 * median(times[name]) / rounds
-    return spent[other], spent[other] / spent[path]
+        spent = {name: total + 1000 * median(times[name]) for name, total in spent.items()}
+    return spent[copy] / rounds, spent[copy] / spent[path]
 
 
 def main(args: argparse.Namespace) -> int:
+    """Print the table; return 1 when --check finds a target missed."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         if not args.videos:
@@ -116,28 +119,35 @@ def main(args: argparse.Namespace) -> int:
         csv_path, copy = Path(scratch, "train.csv"), f"{scratch}/copy.mp4"
         csv_path.write_text(f"{Path(videos[0]).resolve()} 0\n")
         dataset = data_set("pretrain", str(csv_path))
-        print("recipe | decode ms | decode / source | size / source | PSNR | encode s")
-        for name, (codec, options) in RECIPES.items():
-            if args.only and not any(x in name for x in args.only):
-                continue
-            rows = []
+        print("| recipe | crf | GOP | decode, ms | decode | size | PSNR, dB | encode, s |")
+        for name, codec, options, crf, gop in RECIPES[: 1 if args.check else None]:
+            rows, options = [], {"crf": str(crf), "g": str(gop), **options}
             for video in videos:
-                spent = encode(video, copy, codec, options)
-                with av.open(video) as c:
-                    size = sum(p.size for p in c.demux(video=0))
-                with av.open(copy) as c:
-                    own = sum(p.size for p in c.demux(video=0))
-                rows.append((*decode_ratio(dataset, video, copy, args.rounds), own, size, psnr(video, copy), spent))
-            ms, ratio, own, size, db, spent = zip(*rows)
-            print(f"{name} | {median(ms):.1f} | {median(ratio):.3f} | {sum(own)/sum(size):.2f} | {median(db):.1f} | {median(spent):.1f}", flush=True)
+                start = time.process_time()
+                encode(video, copy, codec, options)
+                seconds = time.process_time() - start
+                speed = decode_ratio(dataset, video, copy, args.rounds)
+                sizes = stream_size(copy), stream_size(video)
+                rows.append((*speed, psnr(video, copy), seconds, *sizes))
+            (ms, ratio, db, seconds), sizes = np.median(rows, 0)[:4], np.sum(rows, 0)[4:]
+            line = f"{ms:.1f} | {ratio:.2f} | {sizes[0] / sizes[1]:.2f} | {db:.1f} | {seconds:.1f}"
+            print(f"| {name} | {crf} | {gop} | {line} |", flush=True)
+            if args.check and (ratio > MAX_DECODE or db < MIN_PSNR):
+                print(f"target missed: decode {MAX_DECODE:g} at {MIN_PSNR:g} dB")
+                return 1
     return 0
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+def get_args_parser() -> argparse.ArgumentParser:
+    """Build the flags."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = adder(parser)
-    add("--videos", "", "folder")
-    add("--num_videos", 12, "n", positive_int)
-    add("--rounds", 2, "n", positive_int)
-    add("--only", [], "names", nargs="*")
-    sys.exit(main(parser.parse_args()))
+    add("--videos", "", "folder of videos; empty: synthetic clips")
+    add("--num_videos", 12, "at most so many", positive_int)
+    add("--rounds", 2, "items of every video", positive_int)
+    add("--check", False, "measure only the default recipe; exit 1 below the targets")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

@@ -410,7 +410,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     count = between(int, 1, 65535)
     add("--short_side", 256, "short side of the copies, pixels, at most", count)
     add("--gop", 32, "frames between key frames", count)
-    add("--crf", 22, "x264's quality from 0 to 51, smaller is better", between(float, 0, 51))
+    add("--crf", 23, "x264's quality from 0 to 51, smaller is better", between(float, 0, 51))
     add("--verify", False, "decode all videos and name the broken ones")
     add("--workers", available_cpus(), "videos processed at a time", count)
     commands = parser.add_subparsers(dest="kind", required=True)

@@ -45,7 +45,7 @@ def transcode(
     target: str,
     short_side: int | None = 256,
     gop: int = 32,  # frames from one key frame to the next, at most
-    crf: float = 22,  # x264's quality; smaller is better, 18 is visually lossless
+    crf: float = 23,  # x264's quality; smaller is better, 18 is visually lossless
     options: Mapping[str, str] = CHEAP,  # of x264
 ) -> int:
     """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
