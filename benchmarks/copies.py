@@ -42,9 +42,8 @@ QUIET = {"x265-params": "log-level=none:pools=1"}
 OTHERS = {  # encoder, options, values of crf
     "HEVC": ("libx265", QUIET, (24, 27)),
     "HEVC, fastdecode": ("libx265", {"tune": "fastdecode", **QUIET}, (22, 25)),
-    "AV1": ("libsvtav1", {"svtav1-params": "lp=1"}, (28, 34)),
-    "AV1, fast-decode": ("libsvtav1", {"svtav1-params": "lp=1:fast-decode=2"}, (34,)),
-}  # fmt: skip
+    "AV1": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1"}, (28, 34)),
+}
 RECIPES = [  # name, encoder, options, crf, GOP
     *((name, "libx264", options, crf, gop) for name, options in STYLES.items()
       for crf, gop in ((23, 32), (20, 32), (22, 32), (26, 32), (22, 16), (22, 64))),
