@@ -12,7 +12,8 @@ from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from util.video.decode import MAX_PIXELS, Video, VideoError, orientation, video_stream
+from util.video.decode import MAX_PIXELS, Video, VideoError, orientation
+from util.video.packets import video_stream
 from util.video.source import open_container
 
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
