@@ -158,6 +158,7 @@ class Packets:
         for number in range(self._next or 0, last + 1):
             packet = self._read_one(check_time)
             if packet is None or _row(packet) != self._entry(number):
+                self.is_sound = False
                 if self._from_start:
                     raise VideoError(f"{self.path}: changed while it was read")
                 raise LostError
@@ -171,7 +172,7 @@ class Packets:
             self.reopen()
         seek = seek and self._can_seek and self._entry(first)[0] != NO_STAMP
         ahead = -1 if self._next is None else first - self._next  # packets before it
-        if ahead == 0 or (ahead > 0 and self._from_start and not seek):
+        if (ahead == 0 and seek) or (ahead >= 0 and self._from_start and not seek):
             return
         if seek:
             before = self.keys[: np.searchsorted(self.keys, first, "right")]
@@ -273,7 +274,8 @@ def _forget() -> None:
     """Start anew in a forked process, which would share the places in the open files."""
     global _lock
     _lock = Lock()
-    _kept.clear()
+    while _kept:
+        _kept.popitem()[1][0].close()
 
 
 os.register_at_fork(after_in_child=_forget)
