@@ -90,7 +90,7 @@ class Video:
         self._packets, numbering = take(path, max_pixels, status)
         try:
             if numbering is None:
-                self._packets.scan(self._check_time)
+                self._packets.open(self._check_time)
                 numbering = self._number_frames()
         except BaseException:
             self._packets.close()
@@ -284,6 +284,7 @@ class Video:
 
     def _delivered(self) -> Iterator[tuple[int, VideoFrame]]:
         """Decode all packets but those that fail, and number the frames that come."""
+        self._packets.rewind()
         decoder, count, stamps = self._restarted_decoder(), 0, self._stamps
         last = len(self._packets.stamps) - 1
         packets = self._packets.read(0, last, self._check_time, seek=False)
@@ -317,6 +318,8 @@ class Video:
         """Return a frame as uint8 RGB [H, W, 3], upright."""
         if self._orientation is None:
             self._orientation = orientation(frame)
+            if not self._packets.is_probed:
+                self._size = frame.height, frame.width
         height, width = self._size
         try:
             # PyAV starts a pool of threads at every call unless told not to.

@@ -20,11 +20,13 @@ from av import VideoStream
 from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 
-from util.video.source import find_member, open_container
+from util.video.mp4 import composition_offsets
+from util.video.source import file_of, find_member, open_container
 
 SMALL = 16 * 2**20  # bytes; the packets of a file that is no larger are kept in memory
 NO_STAMP = -(2**63)  # a packet without a time stamp
-KEY, DISCARD, HIDDEN = 1, 2, 4  # flags of a packet
+KEY, DISCARD, HIDDEN = 1, 2, 4  # flags of a packet; the first two are FFmpeg's
+HEAD, IDR = 4096, 5  # bytes of a key frame that are searched; the kind of H.264's key frames
 MAX_UNKNOWN = 4  # packets after a seek that are not in the table, such as parts of packets
 MAX_KEPT = 8  # large files whose tables and open containers a process keeps
 MAX_KEPT_BYTES = 32 * 2**20  # of them all, but for the one that was used last
@@ -51,32 +53,31 @@ class Packets:
 
     def __init__(self, path: str, max_pixels: int, status: os.stat_result):
         self.path, self.max_pixels, self.signature = path, max_pixels, signature(status)
-        member = find_member(path)
+        self._file, member = file_of(path), find_member(path)
+        self._start, self._bytes = member[2:] if member else (0, status.st_size)
+        self.is_large = self._bytes > SMALL
         self._can_seek = self.is_sound = True
-        self.is_large = (member.size if member else status.st_size) > SMALL
-        self._held: list[av.Packet] = []  # all packets of a small file
+        self._held: list[av.Packet] | None = None  # all packets, if they are kept
         self._containers: list[InputContainer] = []  # several if a small file must be reopened
-        try:
-            self.reopen()
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Close the file and free its memory."""
         self._demuxer, self._next = iter(()), None
-        self._held.clear()
+        self._held = None
         while self._containers:
             self._containers.pop().close()
 
-    def reopen(self) -> None:
-        """Open the file, possibly once more, and prepare a decoder for its video stream."""
-        path, max_pixels = self.path, self.max_pixels
-        if self.is_large:
+    def reopen(self, probe: bool = True) -> None:
+        """Open the file, possibly once more, and prepare a decoder for its video stream.
+
+        Without `probe`, `size` may be wrong, but that of any decoded frame is right.
+        """
+        path, max_pixels, self.is_probed = self.path, self.max_pixels, probe
+        if self._held is None:
             self.close()
         try:
             # Decoders check max_pixels wherever a stream changes size.
-            container = open_container(path, {"max_pixels": str(max_pixels)})
+            container = open_container(path, {"max_pixels": str(max_pixels)}, probe)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({reason(error)})") from error
         self._containers.append(container)
@@ -107,39 +108,100 @@ class Packets:
         self._from_start = from_start
         self._next = 0 if from_start else None  # the packet that comes next, if that is known
 
-    def scan(self, check_time: Callable[[], None]) -> None:
-        """Read all packets for the table, and keep those of a small file.
+    def open(self, check_time: Callable[[], None]) -> None:
+        """Open the file, and make the table of all packets.
 
         `changes` tells whether some of them need parameters that an earlier one brings.
         """
-        name, extradata = self.decoder.name, bytes(self.decoder.extradata or b"")
-        rows, packet, sets, self.changes = array("q"), None, {}, False
         try:
-            for number, packet in enumerate(self._demuxer):
-                check_time()
-                stamp, place, size, flags = _row(packet)
-                if flags & KEY:
-                    self.changes |= number > 0 and packet.has_sidedata("new_extradata")
-                    if name in PARAMETER_SETS:
-                        sets[parameter_sets(packet, name, extradata)] = None
-                # A frame of VP8 may be referred to but never shown.
-                if name == "vp8" and not memoryview(packet)[0] & 0x10:
-                    flags |= HIDDEN
-                rows.extend((stamp, place, size, flags))
-                if not self.is_large:
-                    self._held.append(packet)
-        except av.FFmpegError:
-            pass  # a file that breaks off still has the packets before the break
-        if packet and packet.is_corrupt and self.format.startswith(("mov", "flv")):
-            del rows[-4:], self._held[-1:]  # it is cut off
+            file = os.open(self._file, os.O_RDONLY)
+        except OSError as error:
+            problem = f"cannot be opened as a video ({reason(error)})"
+            raise VideoError(f"{self.path}: {problem}") from error
+        try:
+            offsets = composition_offsets(file, self._start, self._start + self._bytes)
+            # Whether a codec reorders frames is known without decoding any if their stamps do.
+            self.reopen(offsets is None or not len(offsets) or bool((offsets == offsets[0]).all()))
+            if offsets is not None and self._take_index(file, offsets, check_time):
+                return
+        finally:
+            os.close(file)
+        if not self.is_probed or not self._from_start or self._next:
+            self.reopen()
+        self._scan(check_time)
+
+    def _take_index(self, file: int, offsets: np.ndarray, check_time: Callable[[], None]) -> bool:
+        """Make the table from the container's own; return False if the two may differ."""
+        rows, entries = array("q"), self.stream.index_entries
+        for entry in entries if len(entries) == len(offsets) else ():
+            rows.extend((entry.timestamp, entry.pos, entry.size, entry.flags & (KEY | DISCARD)))
+        packet = self._read_one(check_time)
+        self._from_start = False
+        if packet is None or not packet.is_keyframe or not rows:
+            return False
+        self._set_table(rows)
+        self.stamps += offsets
+        self.stamps += _row(packet)[0] - self.stamps[0]
+        starts, ends = self.places, self.places + self.sizes
+        inside = (self.sizes > 0) & (starts >= 0) & (ends <= self._bytes)
+        reorders = (np.diff(self.stamps) < 0).any()
+        if not inside.all() or _row(packet) != self._entry(0) or not (self.is_probed or reorders):
+            return False
+        self._demuxer, self._next, extradata = chain([packet], self._demuxer), 0, self._extradata()
+        sets: set[bytes] = set()
+        for key in self.keys.tolist():
+            check_time()
+            size, place = min(HEAD, int(self.sizes[key])), self._start + int(self.places[key])
+            head = os.pread(file, size, place)
+            found, kind = leading_units(head, "h264", extradata)
+            sets.add(found)
+            if kind != IDR or len(sets) > 1:
+                return False
+        self.changes = False
+        return len(self.keys) > 0
+
+    def _extradata(self) -> bytes:
+        return bytes(self.decoder.extradata or b"")
+
+    def _set_table(self, rows: array) -> None:
         table = np.array(rows).reshape(-1, 4)
         self.stamps, self.places, self.sizes, self.flags = (
             np.array(column, kind)
             for column, kind in zip(table.T, (np.int64, np.int64, np.int32, np.uint8), strict=True)
         )
         self.keys = np.flatnonzero(self.flags & KEY)
-        self._next = None
+
+    def _scan(self, check_time: Callable[[], None]) -> None:
+        """Read all packets for the table, and keep those of a small file."""
+        name, extradata, held = self.decoder.name, self._extradata(), []
+        rows, packet, sets, self.changes = array("q"), None, {}, False
+        try:
+            for number, packet in enumerate(self._demuxer):
+                check_time()
+                stamp, place, size, flags = _row(packet)
+                if packet.is_keyframe:
+                    flags |= KEY
+                    self.changes |= number > 0 and packet.has_sidedata("new_extradata")
+                    if name in PARAMETER_SETS:
+                        sets[leading_units(bytes(packet), name, extradata)[0]] = None
+                # A frame of VP8 may be referred to but never shown.
+                if name == "vp8" and not memoryview(packet)[0] & 0x10:
+                    flags |= HIDDEN
+                rows.extend((stamp, place, size, flags))
+                if not self.is_large:
+                    held.append(packet)
+        except av.FFmpegError:
+            pass  # a file that breaks off still has the packets before the break
+        if packet and packet.is_corrupt and self.format.startswith(("mov", "flv")):
+            del rows[-4:], held[-1:]  # it is cut off
+        self._set_table(rows)
+        self._held, self._next = None if self.is_large else held, None
         self.changes |= b"" in sets and len(sets) > (1 if next(iter(sets)) == b"" else 2)
+
+    def rewind(self) -> None:
+        """Let the first packet come next, and all others as they come without seeking."""
+        if self._held is None and not (self._from_start and self._next == 0):
+            self.reopen()
 
     def read(
         self, first: int, last: int, check_time: Callable[[], None], seek: bool = True
@@ -149,7 +211,7 @@ class Packets:
         Raise LostError, possibly after some of them, if seeking led to packets that differ from the
         table; without `seek` this does not happen. Raise VideoError if the file has changed.
         """
-        if not self.is_large:
+        if self._held is not None:
             for number, packet in enumerate(self._held[first : last + 1], first):
                 check_time()
                 yield number, packet
@@ -214,9 +276,8 @@ class Packets:
 
     def _entry(self, number: int) -> tuple[int, int, int, int]:
         """Return the row of the table that equals the `_row` of a packet."""
-        columns = self.stamps, self.places, self.sizes, self.flags
-        stamp, place, size, flags = (int(column[number]) for column in columns)
-        return stamp, place, size, flags & ~HIDDEN
+        stamp, place, size = self.stamps[number], self.places[number], self.sizes[number]
+        return int(stamp), int(place), int(size), int(self.flags[number]) & DISCARD
 
     def cost(self) -> int:
         """Return about how many bytes the table and the open container take."""
@@ -225,9 +286,9 @@ class Packets:
 
 
 def _row(packet: av.Packet) -> tuple[int, int, int, int]:
-    """Return a packet's time stamp, place in the file, size and flags."""
+    """Return a packet's time stamp, place in the file, size and DISCARD or 0."""
     stamp, place = packet.pts, packet.pos
-    flags = KEY * packet.is_keyframe + DISCARD * packet.is_discard
+    flags = DISCARD if packet.is_discard else 0
     return NO_STAMP if stamp is None else stamp, -1 if place is None else place, packet.size, flags
 
 
@@ -297,18 +358,21 @@ PARAMETER_SETS = {
 }
 
 
-def parameter_sets(packet: av.Packet, codec: str, extradata: bytes) -> bytes:
-    """Return the parameter sets of H.264 or HEVC that come before the picture of a packet."""
+def leading_units(data: bytes, codec: str, extradata: bytes) -> tuple[bytes, int]:
+    """Return the parameter sets before the picture of a packet, and the kind of its first unit.
+
+    The kind is -1 if the data hold no unit of a picture.
+    """
     place, shift, mask, sets, pictures = PARAMETER_SETS[codec]
     # A unit's length precedes it in MP4 and Matroska, a start code in other formats.
     digits = (extradata[place] & 3) + 1 if extradata[:1] == b"\1" else 0
     found = b""
-    for unit in _units(bytes(packet), digits):
+    for unit in _units(data, digits):
         kind = unit[0] >> shift & mask
         if kind in pictures:
-            break
+            return found, kind
         found += unit if kind in sets else b""
-    return found
+    return found, -1
 
 
 def _units(data: bytes, digits: int) -> Iterator[bytes]:
