@@ -28,8 +28,12 @@ NO_STAMP = -(2**63)  # a packet without a time stamp
 KEY, DISCARD, HIDDEN = 1, 2, 4  # flags of a packet; the first two are FFmpeg's
 HEAD, IDR = 4096, 5  # bytes of a key frame that are searched; the kind of H.264's key frames
 MAX_UNKNOWN = 4  # packets after a seek that are not in the table, such as parts of packets
+# A seek takes as long as reading on over some packets.
+MAX_GAP_PACKETS, MAX_GAP_BYTES = 64, 2**17
 MAX_KEPT = 8  # large files whose tables and open containers a process keeps
 MAX_KEPT_BYTES = 32 * 2**20  # of them all, but for the one that was used last
+
+Row = tuple[int, int, int, int]  # of the table of packets
 
 
 class VideoError(Exception):
@@ -145,7 +149,11 @@ class Packets:
         starts, ends = self.places, self.places + self.sizes
         inside = (self.sizes > 0) & (starts >= 0) & (ends <= self._bytes)
         reorders = (np.diff(self.stamps) < 0).any()
-        if not inside.all() or _row(packet) != self._entry(0) or not (self.is_probed or reorders):
+        if (
+            not inside.all()
+            or _row(packet) != next(self._rows(0, 0))
+            or not (self.is_probed or reorders)
+        ):
             return False
         self._demuxer, self._next, extradata = chain([packet], self._demuxer), 0, self._extradata()
         sets: set[bytes] = set()
@@ -217,9 +225,10 @@ class Packets:
                 yield number, packet
             return
         self._go_to(first, check_time, seek)
-        for number in range(self._next or 0, last + 1):
+        start = self._next or 0
+        for number, row in enumerate(self._rows(start, last), start):
             packet = self._read_one(check_time)
-            if packet is None or _row(packet) != self._entry(number):
+            if packet is None or _row(packet) != row:
                 self.is_sound = False
                 if self._from_start:
                     raise VideoError(f"{self.path}: changed while it was read")
@@ -232,10 +241,16 @@ class Packets:
         """Let packet `first` come next, or one before it."""
         if self._process != os.getpid():  # a forked process shares its place in the file
             self.reopen()
-        seek = seek and self._can_seek and self._entry(first)[0] != NO_STAMP
+        seek = seek and self._can_seek and self.stamps[first] != NO_STAMP
         ahead = -1 if self._next is None else first - self._next  # packets before it
-        if (ahead == 0 and seek) or (ahead >= 0 and self._from_start and not seek):
-            return
+        if ahead >= 0 and (self._from_start or seek):
+            gap = (
+                self.sizes[first - ahead : first].sum()
+                if ahead <= MAX_GAP_PACKETS
+                else MAX_GAP_BYTES
+            )
+            if not seek or gap < MAX_GAP_BYTES:
+                return
         if seek:
             before = self.keys[: np.searchsorted(self.keys, first, "right")]
             # The key frame before is tried, too: time stamps may mislead a seek.
@@ -246,7 +261,7 @@ class Packets:
 
     def _seek(self, key: int, first: int, check_time: Callable[[], None]) -> bool:
         """Seek to packet `key`, and return whether packet `first`, or one before it, comes next."""
-        stamp, place, *_ = self._entry(key)
+        stamp, place = int(self.stamps[key]), int(self.places[key])
         container, by_place = self._containers[-1], self.format.startswith("mpeg")
         with suppress(av.FFmpegError):
             if by_place:  # these formats have no index of times
@@ -260,7 +275,7 @@ class Packets:
                     break
                 row = _row(packet)
                 for number in np.flatnonzero(self.places == row[1]).tolist():
-                    if self._entry(number) == row:
+                    if next(self._rows(number, number)) == row:
                         self._demuxer, self._next = chain([packet], self._demuxer), number
                         return number <= first
         return False
@@ -269,15 +284,19 @@ class Packets:
         """Return the container's next packet; None after the last one, or where it breaks off."""
         self._next, self.is_sound = None, False
         check_time()
-        with suppress(av.FFmpegError):
+        try:
             packet = next(self._demuxer, None)
-            self.is_sound = packet is not None
-            return packet
+        except av.FFmpegError:
+            return None
+        self.is_sound = packet is not None
+        return packet
 
-    def _entry(self, number: int) -> tuple[int, int, int, int]:
-        """Return the row of the table that equals the `_row` of a packet."""
-        stamp, place, size = self.stamps[number], self.places[number], self.sizes[number]
-        return int(stamp), int(place), int(size), int(self.flags[number]) & DISCARD
+    def _rows(self, first: int, last: int) -> Iterator[Row]:
+        """Yield what `_row` returns for packets first to last."""
+        columns = self.stamps, self.places, self.sizes, self.flags & DISCARD
+        for start in range(first, last + 1, 1024):  # a part at a time, to save memory
+            end = min(start + 1024, last + 1)
+            yield from zip(*(column[start:end].tolist() for column in columns), strict=True)
 
     def cost(self) -> int:
         """Return about how many bytes the table and the open container take."""
@@ -285,7 +304,7 @@ class Packets:
         return 40 * len(self.stamps) + 40 * entries
 
 
-def _row(packet: av.Packet) -> tuple[int, int, int, int]:
+def _row(packet: av.Packet) -> Row:
     """Return a packet's time stamp, place in the file, size and DISCARD or 0."""
     stamp, place = packet.pts, packet.pos
     flags = DISCARD if packet.is_discard else 0
