@@ -148,12 +148,9 @@ class Packets:
         self.stamps += _row(packet)[0] - self.stamps[0]
         starts, ends = self.places, self.places + self.sizes
         inside = (self.sizes > 0) & (starts >= 0) & (ends <= self._bytes)
-        reorders = (np.diff(self.stamps) < 0).any()
-        if (
-            not inside.all()
-            or _row(packet) != next(self._rows(0, 0))
-            or not (self.is_probed or reorders)
-        ):
+        if not inside.all() or _row(packet) != next(self._rows(0, 0)):
+            return False
+        if not self.is_probed and not (np.diff(self.stamps) < 0).any():
             return False
         self._demuxer, self._next, extradata = chain([packet], self._demuxer), 0, self._extradata()
         sets: set[bytes] = set()
@@ -244,12 +241,8 @@ class Packets:
         seek = seek and self._can_seek and self.stamps[first] != NO_STAMP
         ahead = -1 if self._next is None else first - self._next  # packets before it
         if ahead >= 0 and (self._from_start or seek):
-            gap = (
-                self.sizes[first - ahead : first].sum()
-                if ahead <= MAX_GAP_PACKETS
-                else MAX_GAP_BYTES
-            )
-            if not seek or gap < MAX_GAP_BYTES:
+            gap = self.sizes[first - ahead : first]
+            if not seek or (ahead <= MAX_GAP_PACKETS and gap.sum() < MAX_GAP_BYTES):
                 return
         if seek:
             before = self.keys[: np.searchsorted(self.keys, first, "right")]
