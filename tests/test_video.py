@@ -15,7 +15,16 @@ from av.stream import Disposition
 from PIL import Image
 
 from tests.video_files import moving_frames, read_counter, write_counter_video, write_video
+from util.video import packets
 from util.video.decode import Video, VideoError
+
+
+@pytest.fixture(autouse=True, params=["small", "large"])
+def size(request, monkeypatch):
+    """Read every file as a small one, whose packets are kept, and as a large one."""
+    monkeypatch.setattr(packets, "SMALL", {"small": 2**20, "large": -1}[request.param])
+    yield
+    packets._kept.clear()
 
 
 def decode_all(path: str, limit: int | None = None) -> list[np.ndarray]:

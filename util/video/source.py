@@ -42,8 +42,12 @@ def file_of(path: str) -> str:
     return member.shard if member else path
 
 
-def open_container(path: str, options: dict[str, str] | None = None) -> InputContainer:
+def open_container(
+    path: str, options: dict[str, str] | None = None, probe: bool = True
+) -> InputContainer:
     """Open a local video, possibly in a shard, with options for its decoders.
+
+    Without `probe`, nothing is decoded to learn more of a stream than the file's header says.
 
     Raises:
         av.FFmpegError, OSError, ValueError: it cannot be opened as a video.
@@ -56,4 +60,6 @@ def open_container(path: str, options: dict[str, str] | None = None) -> InputCon
         url = f"subfile,,start,{member.offset},end,{end},,:{os.path.abspath(member.shard)}"
         protocols = "subfile,file"
     containers = {"protocol_whitelist": protocols}
+    if not probe:
+        containers["codec_whitelist"] = "none"
     return av.open(url, options=options or {}, container_options=containers, **LENIENT)

@@ -12,7 +12,8 @@ from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from util.video.decode import MAX_PIXELS, Video, VideoError, orientation, video_stream
+from util.video.decode import MAX_PIXELS, Video, VideoError, orientation
+from util.video.packets import video_stream
 from util.video.source import open_container
 
 # Decoding is cheap: no arithmetic coding, no deblocking, and three of four frames are B-frames to
