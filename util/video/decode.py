@@ -18,7 +18,7 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 
-from util.video.source import file_of, open_container
+from util.video.source import find_member, open_container
 from util.video.time_limit import TimeLimit
 
 # Width * height: more than 8K footage has (7680 x 4320), less than a decompression bomb.
@@ -65,10 +65,9 @@ class Video:
         self._containers: list[InputContainer] = []  # several if the file must be reopened
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
-        file = file_of(path)
-        if not os.path.isfile(file):
-            kind = "a folder" if os.path.isdir(file) else "not a regular file"
-            raise VideoError(f"{path}: {kind if os.path.exists(file) else 'no such file'}")
+        if not (find_member(path) or os.path.isfile(path)):
+            kind = "a folder" if os.path.isdir(path) else "not a regular file"
+            raise VideoError(f"{path}: {kind if os.path.exists(path) else 'no such file'}")
         try:
             stream = self._open_stream()
             self._read_packets(stream)
