@@ -460,9 +460,9 @@ def test_labels_are_numbers_names_or_both(clip, tmp_path, capsys):
         "label": [{"json": '{"label": 1}'}, {"json": '{"label": 0, "id": 7}'},
                   {"json": '{"class": "1"}'}],
         "names": [{"json": '{"label": "b c"}'}, {"json": '{"category": "a"}'}, {"cls": "b c"}],
-        "both": [{"cls": "1", "json": '{"class_name": "a"}'}, {"json": '{"cls": 0, "class": "z"}'},
-                 {"cls": "1"}],
-        "own": [{"json": '{"label": [], "verb": "b"}'}, {"json": '{"verb": "a"}'},
+        "both": [{"cls": "1", "json": '{"class_name": "a", "category": "c"}'},
+                 {"json": '{"cls": 0, "class": "z"}'}, {"cls": "1"}],
+        "own": [{"json": '{"label": [], "verb": "b"}', "cls": "9"}, {"json": '{"verb": "a"}'},
                 {"json": '{"verb": "b"}'}],
         "bare": [{"json": '"b"'}, {"json": '"a"'}, {"json": '"b"'}],
     }  # fmt: skip

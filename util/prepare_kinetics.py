@@ -3,6 +3,7 @@
     python -m util.prepare_kinetics kinetics VIDEOS OUT --annotations train.csv val.csv test.csv
     python -m util.prepare_kinetics folders VIDEOS OUT
     python -m util.prepare_kinetics ssv2 VIDEOS OUT --labels labels.json --annotations train.json
+    python -m util.prepare_kinetics webdataset TARS OUT
 
 This writes train.csv, val.csv, test.csv (those that the data set has), classes.txt (one class per
 line, in the order of the labels) and missing.txt (annotated videos that were not found) to OUT.
@@ -483,7 +484,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = adder(
         commands.add_parser("webdataset", parents=[common], help="tars of videos and labels")
     )
-    add("--label_key", "", "key of the label in .json files; empty: label, class and the like")
+    add("--label_key", "", "key of the label in .json files; empty: .cls files, or the usual keys")
     add("--val_share", None, text, share)
     return parser
 

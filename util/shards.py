@@ -18,17 +18,10 @@ from tqdm import tqdm
 from util.classes import some_names
 from util.errors import UserError
 from util.file_io import print_any, text_to_path, write_atomically
-from util.video.source import (
-    COMPRESSED,
-    UNPACK,
-    Member,
-    find_member,
-    is_whole,
-    member_path,
-    plain_name,
-)
+from util.video import source
+from util.video.source import Member, member_path
 
-LABEL_KEYS = ("label", "cls", "class", "category", "label_name", "class_name")
+LABEL_KEYS = ("label", "cls", "class", "label_name", "class_name", "category")
 
 
 def write_shard(shard: str, files: Iterable[tuple[str, str]]) -> list[Member]:
@@ -76,7 +69,7 @@ def index_tars(
     Args:
         splits: tar file -> its split.
         suffixes: those of videos.
-        label_key: the label's key in .json files; empty: those of LABEL_KEYS.
+        label_key: the label's key in .json files; empty: .cls files, or those of LABEL_KEYS.
 
     Returns:
         (path, label, split) of videos; the classes' names in the order of their numbers, otherwise
@@ -89,8 +82,8 @@ def index_tars(
     samples, damaged = list[Sample](), dict[str, str]()
     for tar, split in tqdm(splits.items(), "reading headers"):
         with open(tar, "rb", buffering=0) as file:  # a buffer would read more than the headers
-            if file.read(tarfile.BLOCKSIZE).startswith(COMPRESSED):
-                raise UserError(f"{tar} {UNPACK}")
+            if file.read(tarfile.BLOCKSIZE).startswith(source.COMPRESSED):
+                raise UserError(f"{tar} {source.UNPACK}")
             file.seek(0)
             members, problem = _list_members(file)
             if problem:
@@ -103,8 +96,10 @@ def index_tars(
     rows = [(x.path, label, x.split) for x, label in zip(samples, labels, strict=True)]
     labelled = {split for _, label, split in rows if label}
     if lacking := [path for path, label, split in rows if split in labelled and not label]:
-        keys = ".cls, nor .json with an entry " + (label_key or ", ".join(LABEL_KEYS))
-        raise UserError(f"{lacking[0]} has no label, unlike others: neither {keys}")
+        keys = label_key or ", ".join(LABEL_KEYS)
+        raise UserError(
+            f"{lacking[0]} has no label, unlike others: no .cls, nor a .json with {keys}"
+        )
     return rows, classes, damaged
 
 
@@ -132,19 +127,19 @@ def _find_samples(
     """Return the path of each sample's video, and its files with labels, "cls" or "json"."""
     videos, labels = dict[str, Member](), defaultdict[str, dict[str, tarfile.TarInfo]](dict)
     for info in members:
-        name = plain_name(info.name)
+        name = source.plain_name(info.name)
         match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name, re.DOTALL)
         key, suffix = (match[1], match[2].lower()) if match else ("", "")
         is_label = suffix in ("cls", "json")
         if not (is_label or f".{suffix.rpartition('.')[2]}" in suffixes):
             continue
-        if not is_whole(info):
+        if not source.is_whole(info):
             raise UserError(f"{tar}: {name} is a link or sparse; pack it as a file of its own")
         if is_label:
             labels[key][suffix] = info
             continue
         member = Member(tar, name, info.offset_data, info.size)
-        if find_member(member_path(member)) != member:
+        if source.find_member(member_path(member)) != member:
             raise UserError(f"{tar}: no folder above a tar file may be named .tar; rename it")
         if key in videos:
             raise UserError(f"{tar}: a sample has two videos, {videos[key].name} and {name}")
@@ -158,6 +153,8 @@ def _read_label(
     """Return the first number and the first name among the labels of a sample."""
     values: list[Any] = []
     for kind, info in sorted(files.items()):  # .cls comes before .json
+        if kind == "cls" and label_key:
+            continue
         content = os.pread(fd, info.size, info.offset_data)
         try:
             found = content.decode("utf-8", "surrogateescape")

@@ -128,15 +128,11 @@ def _open_shard(shard: str) -> tuple[int, int]:
 def _give_back(pid: int, shard: str, fd: int, size: int) -> None:
     """Keep a descriptor for the next video of its shard, unless there is one or this is a fork.
 
-    Garbage collection may call this at any moment, so there is no lock: every step is atomic.
+    Garbage collection may call this at any moment, so there is no lock: setdefault is atomic.
     """
-    if pid != os.getpid():  # the descriptor shares its position with the parent's
+    # The descriptor of a forked process shares its position with the parent's.
+    if pid != os.getpid() or _idle.setdefault(shard, (fd, size))[0] != fd:
         os.close(fd)
-        return
-    other = _idle.pop(shard, None)
-    _idle[shard] = fd, size
-    if other:
-        os.close(other[0])
 
 
 def _close_idle() -> None:
