@@ -4,14 +4,13 @@ WebDataset tars are shards that a lab already has. The files of a sample have th
 up to its first dot: a/001.mp4, a/001.cls, a/001.json.
 """
 
-import io
 import json
 import os
 import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -81,7 +80,7 @@ def index_tars(
     """
     samples, damaged = list[Sample](), dict[str, str]()
     for tar, split in tqdm(splits.items(), "reading headers"):
-        with open(tar, "rb", buffering=0) as file:  # a buffer would read more than the headers
+        with open(tar, "rb", buffering=2048) as file:  # a header and a label
             if file.read(tarfile.BLOCKSIZE).startswith(source.COMPRESSED):
                 raise UserError(f"{tar} {source.UNPACK}")
             file.seek(0)
@@ -103,7 +102,7 @@ def index_tars(
     return rows, classes, damaged
 
 
-def _list_members(file: io.FileIO) -> tuple[list[tarfile.TarInfo], str]:
+def _list_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
     """Return the members of a tar file, and what is wrong with it; members after that are lost."""
     members, size = list[tarfile.TarInfo](), os.fstat(file.fileno()).st_size
     end = b""
