@@ -168,6 +168,8 @@ def test_containers_read_in_turns(files, members):
         assert a == b
         count += 1
     assert count >= 30
+    for container in (*alone, *inside):
+        container.close()
 
 
 def test_threads_read_one_shard(files, members):
@@ -224,6 +226,7 @@ def test_what_a_fork_inherits_stays_its_parents(files, members):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [first, *map(bytes, packets)] == wanted
+    container.close()
 
 
 def test_the_least_recently_used_shard_is_closed(files, tmp_path, monkeypatch):
@@ -254,7 +257,8 @@ def test_few_descriptors_are_kept_where_few_are_allowed(files, tmp_path):
 
 def test_a_stale_descriptor_is_replaced(files, members, monkeypatch):
     frames_of(member_path(members[0]))
-    [(shard, (fd, _))] = source._idle.items()
+    shard = os.path.abspath(members[0].shard)
+    fd = source._idle[shard][0]
     calls = []
 
     def pread(number: int, *rest, pread=os.pread) -> bytes:
