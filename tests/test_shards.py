@@ -255,21 +255,16 @@ def test_few_descriptors_are_kept_where_few_are_allowed(files, tmp_path):
     assert run.stdout.strip() == "32", run.stderr
 
 
-def test_a_stale_descriptor_is_replaced(files, members, monkeypatch):
+def test_a_stale_descriptor_is_replaced(members, tmp_path, monkeypatch):
     frames_of(member_path(members[0]))
-    shard = os.path.abspath(members[0].shard)
-    fd = source._idle[shard][0]
-    calls = []
-
-    def pread(number: int, *rest, pread=os.pread) -> bytes:
-        calls.append(number)
-        if number == fd and len(calls) == 1:
-            raise OSError(116, "Stale file handle")
-        return pread(number, *rest)
-
-    monkeypatch.setattr(os, "pread", pread)
-    assert len(frames_of(member_path(members[0]))) == 30
-    assert len(calls) == 2 and open_files(shard) == 1
+    shard, calls, open_shard = os.path.abspath(members[0].shard), [], source._open_shard
+    monkeypatch.setattr(source, "_open_shard", lambda x: calls.append(x) or open_shard(x))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, source._idle[shard][0])  # from now on, reading from it is an error
+    os.close(folder)
+    for _ in range(2):
+        assert len(frames_of(member_path(members[0]))) == 30
+    assert calls == [shard] and open_files(shard) == 1 and open_files(str(tmp_path)) == 0
 
 
 def test_refused_members_leave_no_descriptors(members):
@@ -507,7 +502,12 @@ def test_labels_are_numbers_names_or_both(clip, tmp_path, capsys):
 def test_absent_numbers_are_named(clip, tmp_path, capsys):
     write_tar(tmp_path / "x.tar", {"a.mp4": clip, "a.cls": "3", "b.mp4": clip, "b.cls": "1"})
     assert index(tmp_path, "--val_share", 0)[1] == {"train": [("a.mp4", 3), ("b.mp4", 1)]}
-    assert "WARNING: labels of no video: 0, 2\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "WARNING: labels of no video: 0, 2\n" in out and "; unnamed classes;" in out
+    (tmp_path / "out/classes.txt").write_text("mine\n")
+    index(tmp_path, "--val_share", 0)
+    assert "out/classes.txt is not of this call" in capsys.readouterr().out
+    assert lines(tmp_path / "out/classes.txt") == ["mine"]
 
 
 def test_samples_as_webdataset_groups_them(clip, tmp_path):

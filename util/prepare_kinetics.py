@@ -414,6 +414,8 @@ def write_lists(data: DataSet, out: str) -> list[str]:
     texts["missing.txt"] = data.missing
     if data.classes:  # else the labels are numbers whose names are not known
         texts["classes.txt"] = data.classes
+    elif os.path.exists(path := os.path.join(out, "classes.txt")):
+        print_any(f"WARNING: {path} is not of this call, which has no names of classes")
     for name, lines in texts.items():
         content = os.fsencode("".join(f"{line}\n" for line in lines))
         write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
@@ -455,7 +457,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Write train.csv, val.csv, test.csv and classes.txt for a data set",
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("videos", help="folder of the videos")
+    common.add_argument("videos", help="folder of the videos, or of tars")
     common.add_argument("out", help="folder to write the lists to")
     add = adder(common)
     add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
@@ -515,7 +517,7 @@ def main(args: argparse.Namespace) -> int:
         print_any(f"{len(paths.keys() - failed.keys())} of {len(paths)} videos can be decoded")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
-    counts += f"; {len(data.classes)} classes; {len(data.missing)} not found"
+    counts += f"; {len(data.classes) or 'unnamed'} classes; {len(data.missing)} not found"
     print_any(f"{args.out}: {counts}; wrote {', '.join(written)}")
     if failed:
         print_any("\n  ".join([f"{len(failed)} broken files:", *sorted(failed.values())]))
