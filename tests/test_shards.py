@@ -1,6 +1,7 @@
 """Videos in tar files: read in place like files of their own, refused when wrong, indexed."""
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -17,9 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+import main_features
+import main_test
+from tests.test_features import BUILD, CPU
 from tests.test_imports import ROOT
 from tests.test_kinetics import data_set, loader_of
 from tests.test_prepare import lines, prepare
+from tests.test_scripts import call
 from tests.video_files import moving_frames, write_counter_video, write_video
 from util.errors import UserError
 from util.kinetics import Kinetics, VideoIndex
@@ -456,6 +461,35 @@ def test_videos_of_shards_are_given_by_their_paths(members, tmp_path):
     os.remove(members[0].shard)
     with pytest.raises(UserError, match="do not exist"):
         data_set(tmp_path).index.refuse_missing()
+
+
+def test_scripts_give_the_same_for_members(videos, tmp_path):
+    for kind in ("mean", "mae"):
+        model = BUILD[kind]()
+        content = {"model": model.state_dict(), "arguments": model.arguments}
+        torch.save(content, tmp_path / f"{kind}.pth")
+    files = [f"{videos}/v{i}.mp4" for i in range(3)]
+    members = write_shard(f"{tmp_path}/s.tar", [(f"a b/{i}.mp4", x) for i, x in enumerate(files)])
+    paths, results = {"alone": files, "inside": [*map(member_path, members)]}, []
+    for name, rows in paths.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.csv").write_text("".join(f"{x} 1\n" for x in rows))
+        words = ["--path_to_data_dir", tmp_path / name, "--num_clips", 1, "--num_crops", 1, *CPU]
+        out = tmp_path / name / "out"
+        call(main_test, "--finetune", tmp_path / "mean.pth", "--output_dir", out, *words)
+        words += ["--splits", "test", "--finetune", tmp_path / "mae.pth"]
+        call(main_features, *words, "--output_dir", out)
+        call(main_features, *words, "--output_dir", out / "w", "--window_stride", 0.5)
+        with np.load(out / "scores.npz") as scores, np.load(out / "test.npz") as features:
+            results.append([scores["scores"], features["features"]])
+            assert features["paths"].tolist() == rows
+        with (out / "predictions.csv").open() as file:
+            assert [row["video"] for row in csv.DictReader(file)] == rows
+        windows = sorted((out / "w/windows/test").glob("*.npz"))
+        assert [path.stem[-1] for path in windows] == ["0", "1", "2"]
+        results[-1] += [np.load(path)["features"] for path in windows]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # --- WebDataset -----------------------------------------------------------------------------------
