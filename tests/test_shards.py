@@ -306,6 +306,21 @@ def test_members_that_are_not_there_are_refused(members, tmp_path):
     assert len(frames_of(member_path(members[0]))) == 30  # what is there can be read
 
 
+def test_paths_that_name_no_member_are_files(members):
+    path = member_path(members[0])
+    for odd in (path + "0" * 30, path.replace("+", "+\u0663"), path.replace("@", "@ "), path + "x"):
+        assert find_member(odd) is None and reason(odd) == "no such file"
+
+
+def test_the_long_name_of_the_member_before_does_not_count(clip, tmp_path):
+    write_tar(tmp_path / "s.tar", {LONG: clip, "b.mp4": clip})
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        first, second = tar.getmembers()
+    member = Member(f"{tmp_path}/s.tar", LONG, first.offset_data, first.size)
+    assert len(frames_of(member_path(member))) == 5
+    assert f"its shard has b.mp4 with {first.size}" in changed(member, offset=second.offset_data)
+
+
 def test_shards_that_are_none_are_refused(members, tmp_path):
     member = members[0]
     assert f"{tmp_path}/no.tar does not exist" in changed(member, shard=f"{tmp_path}/no.tar")
@@ -569,6 +584,13 @@ def test_splits_of_tars(clip, tmp_path):
     assert lists["test"] == lists["val"] and len(lists["train"]) == 8
     with pytest.raises(UserError, match="--val_share has no effect"):
         index(tmp_path / "named", "--val_share", 0.1)
+    (tmp_path / "named/k400-val-000.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"k400-val-000\.tar: is not a tar file"):
+        index(tmp_path / "named")
+    write_tar(tmp_path / "named/k400-val-000.tar", {"a.cls": "0"})
+    with pytest.raises(UserError, match=r"val\.csv would be empty: no tar for it has a video"):
+        index(tmp_path / "named")
+    write_tar(tmp_path / "named/k400-val-000.tar", files)
     write_tar(tmp_path / "named/odd.tar", files)
     with pytest.raises(UserError, match=r"odd\.tar: neither train, val nor test is in its path"):
         index(tmp_path / "named")
@@ -606,7 +628,7 @@ def test_the_list_of_an_earlier_call_goes(clip, tmp_path, capsys):
         ({"a.mp4": "", "a.json": '{"label"'}, r"its \.json cannot be read"),
         ({"a.mp4": "", "a.json": '{"label": "\\ud800"}'}, r"its \.json cannot be read"),
         ({"a.mp4": "", "a.cls": "a\nb"}, "holds a line break"),
-        ({"a.jpg": "", "a.cls": "0"}, "no tar below .* has videos"),
+        ({"a.jpg": "", "a.cls": "0"}, r"train\.csv would be empty: no tar for it has a video"),
         (
             {"a.mp4": "", "a.json": '{"label": 1, "class": "u"}', "b.mp4": "",
              "b.json": '{"label": 1, "class": "v"}'},

@@ -326,8 +326,9 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
         stray = min(tar for tar, split in splits.items() if not split)
         raise UserError(f"{stray}: neither train, val nor test is in its path, as in others")
     rows, classes, damaged = index_tars(splits, SUFFIXES, args.label_key)
-    if not rows:
-        raise UserError(min(damaged.values(), default=f"no tar below {args.videos} has videos"), 1)
+    if lost := wanted - {split for _, _, split in rows}:
+        empty = f"{min(lost) or 'train'}.csv would be empty: no tar for it has a video"
+        raise UserError(min(damaged.values(), default=empty), 1)
     label_of = {path: label for path, label, _ in rows}
     split_of = {path: split or "train" for path, _, split in rows}
     if wanted == {""}:
@@ -483,9 +484,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = adder(commands.add_parser("ssv2", parents=[common], help="Something-Something json"))
     add("--labels", None, "json file of templates and their numbers", required=True)
     add("--annotations", None, metavar="JSON", **annotations)
-    add = adder(
-        commands.add_parser("webdataset", parents=[common], help="tars of videos and labels")
-    )
+    add = adder(commands.add_parser("webdataset", parents=[common], help="tars of videos"))
     add("--label_key", "", "key of the label in .json files; empty: .cls files, or the usual keys")
     add("--val_share", None, text, share)
     return parser
@@ -494,7 +493,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
     readers = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}
-    data = (readers | {"webdataset": read_webdataset})[args.kind](args)
+    readers["webdataset"] = read_webdataset
+    data = readers[args.kind](args)
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
