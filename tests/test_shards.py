@@ -522,7 +522,7 @@ def index(folder: Path, *words) -> tuple[int, dict[str, list[tuple[str, int]]]]:
 
 def test_labels_are_numbers_names_or_both(clip, tmp_path, capsys):
     cases = {
-        "cls": [{"cls": "1"}, {"cls": " 0\n"}, {"cls": "1"}],
+        "cls": [{"json": '{"label": 7}', "cls": "1"}, {"cls": " 0\n"}, {"cls": "1"}],
         "label": [{"json": '{"label": 1}'}, {"json": '{"label": 0, "id": 7}'},
                   {"json": '{"class": "1"}'}],
         "names": [{"json": '{"label": "b c"}'}, {"json": '{"category": "a"}'}, {"cls": "b c"}],
@@ -562,7 +562,10 @@ def test_absent_numbers_are_named(clip, tmp_path, capsys):
 def test_samples_as_webdataset_groups_them(clip, tmp_path):
     files = {"d.e/a.mp4": clip, "d.e/a.cls": "0", "d/a.MKV": clip, "d/a.CLS": "1", "b.cls": "1",
              "./b.rgb.mp4": clip, "README": "x", "._c.mp4": "x", "e.jpg": "x"}  # fmt: skip
-    write_tar(tmp_path / "x.tar", files)
+    with tarfile.open(write_tar(tmp_path / "x.tar", files), "a") as tar:
+        info = tarfile.TarInfo("link")  # some writers give links the size of their files
+        info.type, info.linkname, info.size = tarfile.LNKTYPE, "README", 1 << 40
+        tar.addfile(info)
     rows = [("d.e/a.mp4", 0), ("d/a.MKV", 1), ("b.rgb.mp4", 1)]
     assert index(tmp_path, "--val_share", 0)[1] == {"train": rows}
 
@@ -573,15 +576,11 @@ def test_splits_of_tars(clip, tmp_path):
         write_tar(tmp_path / "named" / name, files)
     lists = index(tmp_path / "named")[1]
     assert {split: len(rows) for split, rows in lists.items()} == {"train": 4, "val": 2, "test": 2}
-    many = {
-        f"{i}.{kind}": clip if kind == "mp4" else str(i % 2)
-        for i in range(10)
-        for kind in ("mp4", "cls")
-    }
+    many = {f"{i}.mp4": clip for i in range(20)} | {f"{i}.cls": str(int(i < 5)) for i in range(20)}
     write_tar(tmp_path / "none/0.tar", many)
     lists = index(tmp_path / "none")[1]
-    assert sorted(label for _, label in lists["val"]) == [0, 1]  # a fifth of each class
-    assert lists["test"] == lists["val"] and len(lists["train"]) == 8
+    assert sorted(label for _, label in lists["val"]) == [0, 0, 0, 1]  # a fifth of each class
+    assert lists["test"] == lists["val"] and len(lists["train"]) == 16
     with pytest.raises(UserError, match="--val_share has no effect"):
         index(tmp_path / "named", "--val_share", 0.1)
     (tmp_path / "named/k400-val-000.tar").write_bytes(b"")
@@ -602,6 +601,7 @@ def test_splits_of_tars(clip, tmp_path):
 def test_sets_without_labels_are_listed_for_pretraining(clip, tmp_path):
     write_tar(tmp_path / "x.tar", {"a.mp4": clip, "b.mp4": clip, "b.json": '{"caption": "x"}'})
     assert index(tmp_path)[1] == {"train": [("a.mp4", -1), ("b.mp4", -1)]}
+    assert all(re.search(r"mp4@\d+\+\d+$", line) for line in lines(tmp_path / "out/train.csv"))
     assert not (tmp_path / "out/val.csv").exists() and not (tmp_path / "out/classes.txt").exists()
 
 
