@@ -567,7 +567,7 @@ def test_samples_as_webdataset_groups_them(clip, tmp_path):
         info.type, info.linkname, info.size = tarfile.LNKTYPE, "README", 1 << 40
         tar.addfile(info)
     rows = [("d.e/a.mp4", 0), ("d/a.MKV", 1), ("b.rgb.mp4", 1)]
-    assert index(tmp_path, "--val_share", 0)[1] == {"train": rows}
+    assert index(tmp_path, "--val_share", 0) == (0, {"train": rows})
 
 
 def test_splits_of_tars(clip, tmp_path):
@@ -576,11 +576,11 @@ def test_splits_of_tars(clip, tmp_path):
         write_tar(tmp_path / "named" / name, files)
     lists = index(tmp_path / "named")[1]
     assert {split: len(rows) for split, rows in lists.items()} == {"train": 4, "val": 2, "test": 2}
-    many = {f"{i}.mp4": clip for i in range(20)} | {f"{i}.cls": str(int(i < 5)) for i in range(20)}
+    many = {f"{i}.mp4": clip for i in range(25)} | {f"{i}.cls": str(i % 5) for i in range(25)}
     write_tar(tmp_path / "none/0.tar", many)
     lists = index(tmp_path / "none")[1]
-    assert sorted(label for _, label in lists["val"]) == [0, 0, 0, 1]  # a fifth of each class
-    assert lists["test"] == lists["val"] and len(lists["train"]) == 16
+    assert sorted(label for _, label in lists["val"]) == [0, 1, 2, 3, 4]  # a fifth of each class
+    assert lists["test"] == lists["val"] and len(lists["train"]) == 20
     with pytest.raises(UserError, match="--val_share has no effect"):
         index(tmp_path / "named", "--val_share", 0.1)
     (tmp_path / "named/k400-val-000.tar").write_bytes(b"")
