@@ -734,7 +734,7 @@ def test_reencode_keeps_broken_videos_of_the_test(tmp_path, capsys, with_test):
     assert prepare(*words) == 1
     out = capsys.readouterr().out
     assert "broken videos that stay in test.csv, as the original files: 1" in out
-    assert f"{len(splits)} broken videos:" in out and out.count("test/a/bad.avi:") == with_test
+    assert f"{len(splits)} broken files:" in out and out.count("test/a/bad.avi:") == with_test
     for split in ("train", "val"):
         assert lines(tmp_path / f"{split}.csv") == [f"small/{split}/a/0.mp4 0"]
     tested = splits[-1]

@@ -90,8 +90,9 @@ class VideoIndex:
         Raise UserError if a file does not exist.
         """
         for path in paths:
-            if not (is_remote(path) or os.path.isfile(file_of(path))):
-                raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}")
+            file = file_of(path)
+            if not (is_remote(path) or os.path.isfile(file)):
+                raise UserError(f"{file} is {'a folder' if os.path.isdir(file) else 'no file'}")
         index = cls.__new__(cls)
         index.csv_path, index.folder = "--videos", ""
         index._pack([(os.fsencode(path), NO_LABEL) for path in paths])

@@ -3,6 +3,7 @@
     python -m util.prepare_kinetics kinetics VIDEOS OUT --annotations train.csv val.csv test.csv
     python -m util.prepare_kinetics folders VIDEOS OUT
     python -m util.prepare_kinetics ssv2 VIDEOS OUT --labels labels.json --annotations train.json
+    python -m util.prepare_kinetics webdataset TARS OUT
 
 This writes train.csv, val.csv, test.csv (those that the data set has), classes.txt (one class per
 line, in the order of the labels) and missing.txt (annotated videos that were not found) to OUT.
@@ -20,7 +21,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -33,7 +34,9 @@ from util.classes import check_names
 from util.errors import UserError
 from util.file_io import path_to_text, print_any, read_text, text_to_path, write_atomically
 from util.loader import available_cpus
+from util.shards import index_tars
 from util.video.decode import Video, VideoError
+from util.video.source import file_of
 from util.video.transcode import find_damage, transcode
 
 # without those that are mostly sound (.ogg) or still pictures (.webp)
@@ -73,6 +76,7 @@ class DataSet(NamedTuple):
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found
     wanted: set[str]  # splits that were asked for, and must have videos
+    damaged: Sequence[tuple[str, str]] = ()  # tar files and 'PATH: reason'
 
 
 def read_kinetics(args: argparse.Namespace) -> DataSet:
@@ -165,7 +169,7 @@ def _find(clips: list[Clip], classes: list[str], args: argparse.Namespace) -> Da
     return DataSet(found, classes, missing, {clip.split for clip in clips})
 
 
-def find_videos(folder: str) -> list[str]:
+def find_videos(folder: str, suffixes: Collection[str] = SUFFIXES) -> list[str]:
     """Return the sorted paths of all videos below a folder; links to folders are followed once.
 
     Print what is passed over, and which folders beside those of videos hold none.
@@ -184,7 +188,7 @@ def find_videos(folder: str) -> list[str]:
         folders[:] = sorted(set(folders) - leftovers)
         for name in sorted(set(files) - leftovers):
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
+            if suffix in suffixes:
                 found.append(os.path.join(parent, name))
             else:
                 passed[suffix or "without a suffix"] += 1
@@ -192,7 +196,10 @@ def find_videos(folder: str) -> list[str]:
     if counts := [f"{count} {kind}" for kind, count in passed.most_common() if count]:
         print_any(f"{folder}: files and folders passed over: {', '.join(counts)}")
     if not found:
-        raise UserError(f"{folder} holds no videos (files named .mp4, .avi, .mkv and so on)")
+        kind = "tar files (named .tar, which are not compressed)"
+        if suffixes is SUFFIXES:
+            kind = "videos (files named .mp4, .avi, .mkv and so on)"
+        raise UserError(f"{folder} holds no {kind}")
     filled = {Path(path).parent for path in found}
     depths = {len(path.parts) for path in filled}
     filled = filled.union(*(path.parents for path in filled))
@@ -235,19 +242,7 @@ def read_folders(args: argparse.Namespace) -> DataSet:
             val_share = 0.2 if val_share is None else val_share
         if stray := [path for path in videos if path not in split_of]:
             raise UserError(f"{stray[0]} is not below a folder train, val or test, as others are")
-    if val_share is not None:
-        if "val" in split_of.values():
-            raise UserError("--val_share has no effect: there are validation videos; leave it out")
-        train = [path for path in videos if split_of.get(path) == "train"]
-        split_of |= dict.fromkeys(_draw(train, val_share), "val")
-        wanted = wanted - {"train"} | {0.0: {"train"}, 1.0: {"val"}}.get(
-            val_share, {"train", "val"}
-        )
-    elif "train" in wanted and "val" not in wanted:
-        print_any(
-            "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; "
-            "--val_share 0.2 takes a fifth of the training videos of each class"
-        )
+    wanted = _share_out(split_of, wanted, val_share, os.path.dirname)
     clips = [Clip(path, parts[path][-2], split_of[path]) for path in videos if path in split_of]
     classes = sorted({p[-2] for p in parts.values()}, key=os.fsencode)
     return DataSet(clips, classes, missing, wanted)
@@ -278,14 +273,70 @@ def _read_lines(path: str) -> list[tuple[str, str]]:
     return [(text_to_path(name), word) for name, word in found]
 
 
-def _draw(videos: list[str], val_share: float) -> list[str]:
+def _share_out(
+    split_of: dict[str, str],
+    wanted: set[str],
+    val_share: float | None,
+    class_of: Callable[[str], str],
+) -> set[str]:
+    """Move a share of the training videos to the validation set; return which lists are wanted."""
+    if val_share is not None:
+        if "val" in split_of.values():
+            raise UserError("--val_share has no effect: there are validation videos; leave it out")
+        train = [path for path in split_of if split_of[path] == "train"]
+        split_of |= dict.fromkeys(_draw(train, val_share, class_of), "val")
+        shared = {0.0: {"train"}, 1.0: {"val"}}.get(val_share, {"train", "val"})
+        return wanted - {"train"} | shared
+    if "train" in wanted and "val" not in wanted:
+        print_any(
+            "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; "
+            "--val_share 0.2 takes a fifth of the training videos of each class"
+        )
+    return wanted
+
+
+def _draw(videos: list[str], val_share: float, class_of: Callable[[str], str]) -> list[str]:
     """Draw a share of the videos of each class; the draw depends only on how many there are."""
-    groups = [list(g) for _, g in groupby(sorted(videos, key=os.path.dirname), os.path.dirname)]
+    groups = [list(group) for _, group in groupby(sorted(videos, key=class_of), class_of)]
     counts = [round(val_share * len(paths)) for paths in groups]
     if 0 < val_share < 1 and sum(counts) in (0, len(videos)):  # few videos: a list would be empty
         counts = [min(max(c, 1), len(paths) - 1) for c, paths in zip(counts, groups, strict=True)]
     shuffled = [random.Random(0).sample(paths, len(paths)) for paths in groups]
     return [path for c, paths in zip(counts, shuffled, strict=True) for path in paths[:c]]
+
+
+# --- WebDataset ---------------------------------------------------------------------------------
+
+
+def read_webdataset(args: argparse.Namespace) -> DataSet:
+    """Index the videos in WebDataset tars, which stay where they are.
+
+    The words train, val and test in the names of tars and of folders below args.videos give the
+    splits; if there are none, --val_share does.
+    """
+    splits = {}
+    for tar in find_videos(args.videos, {".tar"}):
+        words = set(re.split(r"[^a-z]+", os.path.relpath(tar, args.videos).lower()))
+        found = {SPLITS[word] for word in words & SPLITS.keys()}
+        if len(found) > 1:
+            raise UserError(f"{tar}: is this {' or '.join(sorted(found))}? Its path says both")
+        splits[tar] = found.pop() if found else ""
+    wanted, val_share = set(splits.values()), args.val_share
+    if "" in wanted and len(wanted) > 1:
+        stray = min(tar for tar, split in splits.items() if not split)
+        raise UserError(f"{stray}: neither train, val nor test is in its path, as in others")
+    rows, classes, damaged = index_tars(splits, SUFFIXES, args.label_key)
+    if lost := wanted - {split for _, _, split in rows}:
+        empty = f"{min(lost) or 'train'}.csv would be empty: no tar for it has a video"
+        raise UserError(min(damaged.values(), default=empty), 1)
+    label_of = {path: label for path, label, _ in rows}
+    split_of = {path: split or "train" for path, _, split in rows}
+    if wanted == {""}:
+        wanted = {"train"}
+        val_share = 0.2 if val_share is None and any(label_of.values()) else val_share
+    wanted = _share_out(split_of, wanted, val_share, label_of.__getitem__)
+    clips = [Clip(path, label, split_of[path]) for path, label in label_of.items()]
+    return DataSet(clips, classes, [], wanted, list(damaged.items()))
 
 
 # --- re-encoding and verifying ------------------------------------------------------------------
@@ -304,7 +355,7 @@ def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str
         targets[path] = target = os.path.join(args.reencode, name)
         if sources.setdefault(target, path) != path:
             raise UserError(f"{path} and {sources[target]} would have the same copy: rename one")
-        if os.path.exists(target) and os.path.samefile(path, target):
+        if os.path.exists(target) and os.path.samefile(file_of(path), target):
             raise UserError(f"--reencode {args.reencode} would overwrite {path}: choose another")
 
     def work(path: str) -> str:
@@ -351,17 +402,21 @@ def write_lists(data: DataSet, out: str) -> list[str]:
     """
     os.makedirs(out, exist_ok=True)
     root = os.path.abspath(out)
-    label_of = {name: i for i, name in enumerate(data.classes)}
+    label_of = {name: str(i) for i, name in enumerate(data.classes)}
     texts: dict[str, list[str]] = {f"{split}.csv": [] for split in LISTS}
     for path, label, split in data.clips:
         path = os.path.abspath(path)
         if os.path.commonpath([path, root]) == root:
             path = os.path.relpath(path, root)
-        texts[f"{split}.csv"].append(f"{_quoted(path)} {label_of[label]}")
+        texts[f"{split}.csv"].append(f"{_quoted(path)} {label_of.get(label, label)}".rstrip(" "))
     for name in [name for name, lines in texts.items() if not lines]:
         _remove_list(os.path.join(out, name))
         del texts[name]
-    texts |= {"classes.txt": data.classes, "missing.txt": data.missing}
+    texts["missing.txt"] = data.missing
+    if data.classes:  # else the labels are numbers whose names are not known
+        texts["classes.txt"] = data.classes
+    elif os.path.exists(path := os.path.join(out, "classes.txt")):
+        print_any(f"WARNING: {path} is not of this call, which has no names of classes")
     for name, lines in texts.items():
         content = os.fsencode("".join(f"{line}\n" for line in lines))
         write_atomically(os.path.join(out, name), lambda file, content=content: file.write(content))
@@ -380,7 +435,7 @@ def _quoted(path: str) -> str:
 def _remove_list(path: str) -> None:
     """Remove a list of an earlier call, but no other file: official csvs have the same names."""
     rows = Path(path).read_bytes().splitlines() if os.path.isfile(path) else [b"no list"]
-    if all(re.search(rb"[ ,\t]\d+\s*$", row) for row in rows):
+    if all(re.search(rb'[ ,\t+]\d+"?\s*$', row) for row in rows):
         os.remove(path)
         print_any(f"removed {path} of an earlier call; this one has no videos for it")
 
@@ -403,7 +458,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Write train.csv, val.csv, test.csv and classes.txt for a data set",
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("videos", help="folder of the videos")
+    common.add_argument("videos", help="folder of the videos, or of tars")
     common.add_argument("out", help="folder to write the lists to")
     add = adder(common)
     add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
@@ -424,16 +479,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--hmdb_splits", "", "folder of CLASS_test_split1.txt files")
     add("--hmdb_split", 1, "HMDB51's split number", positive_int)
     text = "share of the training videos of each class that become validation videos; not given: "
-    add("--val_share", None, text + "0.2 if there are no folders train, val, test or lists", share)
+    text += "0.2 if there are no folders train, val, test or lists"
+    add("--val_share", None, text, share)
     add = adder(commands.add_parser("ssv2", parents=[common], help="Something-Something json"))
     add("--labels", None, "json file of templates and their numbers", required=True)
     add("--annotations", None, metavar="JSON", **annotations)
+    add = adder(commands.add_parser("webdataset", parents=[common], help="tars of videos"))
+    add("--label_key", "", "key of the label in .json files; empty: .cls files, or the usual keys")
+    add("--val_share", None, text, share)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
-    data = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}[args.kind](args)
+    readers = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}
+    readers["webdataset"] = read_webdataset
+    data = readers[args.kind](args)
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
@@ -442,9 +503,10 @@ def main(args: argparse.Namespace) -> int:
     if not any(clip.split == "test" for clip in data.clips):  # test.csv repeats val.csv
         repeated = [clip._replace(split="test") for clip in data.clips if clip.split == "val"]
         data = data._replace(clips=data.clips + repeated)
-    failed: dict[str, str] = {}
+    failed = dict(data.damaged)
     if args.reencode:
-        data, failed = reencode(data, args)
+        data, broken = reencode(data, args)
+        failed |= broken
     if lost := data.wanted - {clip.split for clip in data.clips}:
         first = min(failed.values())
         raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {first}", 1)
@@ -455,10 +517,10 @@ def main(args: argparse.Namespace) -> int:
         print_any(f"{len(paths.keys() - failed.keys())} of {len(paths)} videos can be decoded")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
-    counts += f"; {len(data.classes)} classes; {len(data.missing)} not found"
+    counts += f"; {len(data.classes) or 'unnamed'} classes; {len(data.missing)} not found"
     print_any(f"{args.out}: {counts}; wrote {', '.join(written)}")
     if failed:
-        print_any("\n  ".join([f"{len(failed)} broken videos:", *sorted(failed.values())]))
+        print_any("\n  ".join([f"{len(failed)} broken files:", *sorted(failed.values())]))
     return 1 if failed else 0
 
 

@@ -1,11 +1,26 @@
-"""Shards: uncompressed tar files of videos, which are read in place (util/video/source.py)."""
+"""Shards: uncompressed tar files of videos, which are read in place (util/video/source.py).
 
+WebDataset tars are shards that a lab already has. The files of a sample have the same key, the name
+up to its first dot: a/001.mp4, a/001.cls, a/001.json.
+"""
+
+import json
 import os
+import re
 import tarfile
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from typing import Any, BinaryIO, NamedTuple
 
-from util.file_io import write_atomically
-from util.video.source import Member
+from tqdm import tqdm
+
+from util.classes import some_names
+from util.errors import UserError
+from util.file_io import print_any, text_to_path, write_atomically
+from util.video import source
+from util.video.source import Member, member_path
+
+LABEL_KEYS = ("label", "cls", "class", "label_name", "class_name", "category")
 
 
 def write_shard(shard: str, files: Iterable[tuple[str, str]]) -> list[Member]:
@@ -31,3 +46,147 @@ def write_shard(shard: str, files: Iterable[tuple[str, str]]) -> list[Member]:
 def blocks(size: int) -> int:
     """Return the bytes that the contents of a member take in a tar file."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+# --- WebDataset -----------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A video in a WebDataset tar."""
+
+    path: str  # as csvs hold it
+    split: str
+    number: int | None  # of its class; None and "": not known
+    name: str
+
+
+def index_tars(
+    splits: dict[str, str], suffixes: Collection[str], label_key: str
+) -> tuple[list[tuple[str, str, str]], list[str], dict[str, str]]:
+    """Read headers and labels of WebDataset tars, but no videos.
+
+    Args:
+        splits: tar file -> its split.
+        suffixes: those of videos.
+        label_key: the label's key in .json files; empty: .cls files, or those of LABEL_KEYS.
+
+    Returns:
+        (path, label, split) of videos; the classes' names in the order of their numbers, otherwise
+        of the alphabet; 'TAR: reason' of damaged tars, which give the videos before the damage.
+        Labels are numbers as text if some have no name; empty if no video of the split has one.
+
+    Raises:
+        UserError: a tar is compressed, or a sample has two videos or an odd label.
+    """
+    samples, damaged = list[Sample](), dict[str, str]()
+    for tar, split in tqdm(splits.items(), "reading headers"):
+        with open(tar, "rb", buffering=2048) as file:  # a header and a label
+            if file.read(tarfile.BLOCKSIZE).startswith(source.COMPRESSED):
+                raise UserError(f"{tar} {source.UNPACK}")
+            file.seek(0)
+            members, problem = _list_members(file)
+            if problem:
+                damaged[tar] = f"{tar}: {problem}"
+            for path, files in _find_samples(tar, members, suffixes):
+                number, name = _read_label(path, files, file.fileno(), label_key)
+                if not problem or name or number is not None:  # its label may be beyond the damage
+                    samples.append(Sample(path, split, number, name))
+    labels, classes = _number_classes(samples)
+    rows = [(x.path, label, x.split) for x, label in zip(samples, labels, strict=True)]
+    labelled = {split for _, label, split in rows if label}
+    if lacking := [path for path, label, split in rows if split in labelled and not label]:
+        keys = label_key or ", ".join(LABEL_KEYS)
+        raise UserError(
+            f"{lacking[0]} has no label, unlike others: no .cls, nor a .json with {keys}"
+        )
+    return rows, classes, damaged
+
+
+def _list_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
+    """Return the members of a tar file, and what is wrong with it; members after that are lost."""
+    members, size = list[tarfile.TarInfo](), os.fstat(file.fileno()).st_size
+    end = b""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                if member.isfile() and not 0 <= member.size <= size - member.offset_data:
+                    return members, f"breaks off in {member.name}"
+                members.append(member)
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+    except (tarfile.TarError, ValueError):
+        pass
+    if end == bytes(tarfile.BLOCKSIZE):  # as after the last member of every tar file
+        return members, ""
+    return members, f"breaks off after {members[-1].name}" if members else "is not a tar file"
+
+
+def _find_samples(
+    tar: str, members: list[tarfile.TarInfo], suffixes: Collection[str]
+) -> list[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Return the path of each sample's video, and its files with labels, "cls" or "json"."""
+    videos, labels = dict[str, Member](), defaultdict[str, dict[str, tarfile.TarInfo]](dict)
+    for info in members:
+        name = source.plain_name(info.name)
+        match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name, re.DOTALL)
+        key, suffix = (match[1], match[2].lower()) if match else ("", "")
+        is_label = suffix in ("cls", "json")
+        if not (is_label or f".{suffix.rpartition('.')[2]}" in suffixes):
+            continue
+        if not source.is_whole(info):
+            raise UserError(f"{tar}: {name} is a link or sparse; pack it as a file of its own")
+        if is_label:
+            labels[key][suffix] = info
+            continue
+        member = Member(tar, name, info.offset_data, info.size)
+        if source.find_member(member_path(member)) != member:
+            raise UserError(f"{tar}: no folder above a tar file may be named .tar; rename it")
+        if key in videos:
+            raise UserError(f"{tar}: a sample has two videos, {videos[key].name} and {name}")
+        videos[key] = member
+    return [(member_path(member), labels[key]) for key, member in videos.items()]
+
+
+def _read_label(
+    path: str, files: dict[str, tarfile.TarInfo], fd: int, label_key: str
+) -> tuple[int | None, str]:
+    """Return the first number and the first name among the labels of a sample."""
+    values: list[Any] = []
+    for kind, info in sorted(files.items()):  # .cls comes before .json
+        if kind == "cls" and label_key:
+            continue
+        content = os.pread(fd, info.size, info.offset_data)
+        try:
+            found = content.decode("utf-8", "surrogateescape")
+            if kind == "json":
+                found = json.loads(content)
+                json.dumps(found, ensure_ascii=False).encode()  # escapes may be no characters
+        except ValueError as error:
+            raise UserError(f"{path}: its .json cannot be read: {error}") from error
+        keys = [label_key] if label_key else LABEL_KEYS
+        values += [found.get(key) for key in keys] if isinstance(found, dict) else [found]
+    values = [value for value in values if value is not None]
+    texts = [str(x).strip() for x in values if type(x) in (int, str)]  # not True, which is an int
+    numbers = [int(text) for text in texts if re.fullmatch("[0-9]{1,5}", text)]
+    names = [text_to_path(text) for text in texts if not re.fullmatch("[-+0-9.]*", text)]
+    if values and not (numbers or names):
+        raise UserError(f"{path}: {values[0]!r:.80} is neither the number nor the name of a class")
+    return numbers[0] if numbers else None, names[0] if names else ""
+
+
+def _number_classes(samples: list[Sample]) -> tuple[list[str], list[str]]:
+    """Return the samples' labels and the classes' names; see index_tars."""
+    numbers = {x.number for x in samples if x.number is not None}
+    if not numbers:
+        return [x.name for x in samples], sorted({x.name for x in samples} - {""}, key=os.fsencode)
+    names: dict[int | None, str] = {}
+    for x in samples:
+        if x.name and x.number is None:
+            raise UserError(f"{x.path} has the label {x.name}, but others have numbers")
+        if x.name and names.setdefault(x.number, x.name) != x.name:
+            both = f"{names[x.number]} and {x.name}"
+            raise UserError(f"{x.path}: label {x.number} is called {both}; see --label_key")
+    if absent := [str(i) for i in range(max(numbers)) if i not in numbers]:
+        print_any(f"WARNING: labels of no video: {some_names(absent)}")
+    if len(names) <= max(numbers):  # some are not known
+        return ["" if x.number is None else str(x.number) for x in samples], []
+    return [names.get(x.number, "") for x in samples], [names[i] for i in sorted(numbers)]

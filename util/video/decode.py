@@ -29,7 +29,7 @@ from util.video.packets import (
     reason,
     take,
 )
-from util.video.source import file_of
+from util.video.source import find_member
 from util.video.time_limit import TimeLimit
 
 # Width * height: more than 8K footage has (7680 x 4320), less than a decompression bomb.
@@ -80,14 +80,7 @@ class Video:
         self._left = TimeLimit(time_limit)
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
-        try:
-            status = os.stat(file_of(path))
-        except (OSError, ValueError):
-            raise VideoError(f"{path}: no such file") from None
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise VideoError(f"{path}: {kind}")
-        self._packets, numbering = take(path, max_pixels, status)
+        self._packets, numbering = take(path, max_pixels, self._signature())
         try:
             if numbering is None:
                 self._packets.open(self._check_time)
@@ -98,6 +91,19 @@ class Video:
         self._numbering, self._size = numbering, self._packets.size
         self._shown, self._stamps, self._reopens = numbering[:3]
         self.num_frames, self.fps, self.times = numbering[3:]
+
+    def _signature(self) -> tuple[int, ...]:
+        """Return what changes when the file does; shards may not change."""
+        if find_member(self.path):
+            return ()
+        try:
+            status = os.stat(self.path)
+        except (OSError, ValueError):
+            raise VideoError(f"{self.path}: no such file") from None
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise VideoError(f"{self.path}: {kind}")
+        return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
     def __enter__(self) -> "Video":
         return self

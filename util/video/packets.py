@@ -21,7 +21,7 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 
 from util.video.mp4 import composition_offsets
-from util.video.source import file_of, find_member, open_container
+from util.video.source import find_member, open_bytes, open_container
 
 SMALL = 16 * 2**20  # bytes; the packets of a file that is no larger are kept in memory
 NO_STAMP = -(2**63)  # a packet without a time stamp
@@ -52,13 +52,13 @@ class Packets:
     as they are stored. Raise VideoError if the file cannot be used.
 
     Args:
-        status: what os.stat says of the file; one that changes is a new file.
+        signature: the file's size and what else changes when it does; empty for one in a shard.
     """
 
-    def __init__(self, path: str, max_pixels: int, status: os.stat_result):
-        self.path, self.max_pixels, self.signature = path, max_pixels, signature(status)
-        self._file, member = file_of(path), find_member(path)
-        self._start, self._bytes = member[2:] if member else (0, status.st_size)
+    def __init__(self, path: str, max_pixels: int, signature: tuple[int, ...]):
+        self.path, self.max_pixels, self.signature = path, max_pixels, signature
+        member = find_member(path)
+        self._bytes = member.size if member else signature[0]
         self.is_large = self._bytes > SMALL
         self._can_seek = self.is_sound = True
         self._held: list[av.Packet] | None = None  # all packets, if they are kept
@@ -118,23 +118,23 @@ class Packets:
         `changes` tells whether some of them need parameters that an earlier one brings.
         """
         try:
-            file = os.open(self._file, os.O_RDONLY)
-        except OSError as error:
+            with open_bytes(self.path) as (file, start):
+                offsets = composition_offsets(file, start, start + self._bytes)
+                # Whether a codec reorders frames is known without decoding any if their stamps do.
+                even = offsets is None or not len(offsets) or (offsets == offsets[0]).all()
+                self.reopen(probe=bool(even))
+                if offsets is not None and self._take_index(file, start, offsets, check_time):
+                    return
+        except (OSError, ValueError) as error:
             problem = f"cannot be opened as a video ({reason(error)})"
             raise VideoError(f"{self.path}: {problem}") from error
-        try:
-            offsets = composition_offsets(file, self._start, self._start + self._bytes)
-            # Whether a codec reorders frames is known without decoding any if their stamps do.
-            self.reopen(offsets is None or not len(offsets) or bool((offsets == offsets[0]).all()))
-            if offsets is not None and self._take_index(file, offsets, check_time):
-                return
-        finally:
-            os.close(file)
         if not self.is_probed or not self._from_start or self._next:
             self.reopen()
         self._scan(check_time)
 
-    def _take_index(self, file: int, offsets: np.ndarray, check_time: Callable[[], None]) -> bool:
+    def _take_index(
+        self, file: int, start: int, offsets: np.ndarray, check_time: Callable[[], None]
+    ) -> bool:
         """Make the table from the container's own; return False if the two may differ."""
         rows, entries = array("q"), self.stream.index_entries
         for entry in entries if len(entries) == len(offsets) else ():
@@ -156,7 +156,7 @@ class Packets:
         sets: set[bytes] = set()
         for key in self.keys.tolist():
             check_time()
-            size, place = min(HEAD, int(self.sizes[key])), self._start + int(self.places[key])
+            size, place = min(HEAD, int(self.sizes[key])), start + int(self.places[key])
             head = os.pread(file, size, place)
             found, kind = leading_units(head, "h264", extradata)
             sets.add(found)
@@ -304,26 +304,21 @@ def _row(packet: av.Packet) -> Row:
     return NO_STAMP if stamp is None else stamp, -1 if place is None else place, packet.size, flags
 
 
-def signature(status: os.stat_result) -> tuple[int, ...]:
-    """Return what changes when a file does."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 # The large files that this process used last, and what their user knows of them. Who uses one takes
 # it out, so that no two threads share a container.
 _kept: OrderedDict[tuple[str, int], tuple[Packets, Any]] = OrderedDict()
 _lock = Lock()
 
 
-def take(path: str, max_pixels: int, status: os.stat_result) -> tuple[Packets, Any]:
+def take(path: str, max_pixels: int, signature: tuple[int, ...]) -> tuple[Packets, Any]:
     """Return the packets of a file and what was kept with them, or new ones and None."""
     with _lock:
         kept = _kept.pop((path, max_pixels), None)
-    if kept and kept[0].signature == signature(status):
+    if kept and kept[0].signature == signature:
         return kept
     if kept:
         kept[0].close()
-    return Packets(path, max_pixels, status), None
+    return Packets(path, max_pixels, signature), None
 
 
 def give_back(packets: Packets, knowledge: Any) -> None:
