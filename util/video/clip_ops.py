@@ -259,9 +259,10 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def _scale(clip: np.ndarray, factor: float, offset: float, out: np.ndarray | None) -> np.ndarray:
     """Return clip * factor + offset, which takes half the time of looking it up."""
-    flat, target = (x if x is None else x.reshape(len(x), -1) for x in (clip, out))
-    scaled = cv2.addWeighted(flat, factor, flat, 0, offset + TRUNCATE, dst=target)
-    return scaled.reshape(clip.shape)
+    out = np.empty(clip.shape, np.uint8) if out is None else out
+    flat, target = (x.reshape(len(x), -1) for x in (clip, out))
+    cv2.addWeighted(flat, factor, flat, 0, offset + TRUNCATE, dst=target)
+    return out
 
 
 def _map_channels(clip: np.ndarray, make_tables: Callable, box: Box | None) -> np.ndarray:
