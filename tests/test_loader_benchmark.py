@@ -16,7 +16,8 @@ def run(videos, *words: str) -> int:
 
 
 @pytest.mark.slow
-def test_it_prints_every_method_and_the_split(videos, capsys):
+def test_it_prints_every_method_and_the_split(videos, monkeypatch, capsys):
+    monkeypatch.setattr(loader, "WORKER_SECONDS", 1.0)
     assert run(videos, "--workers", "1") == 0
     out = capsys.readouterr().out
     for line in ("pretrain  textbook", "test      again", "finetune  PIL", "1 workers: "):

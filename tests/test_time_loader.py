@@ -41,7 +41,7 @@ def test_it_prints_rates_shares_cores_and_the_limit(module, flags, videos, tmp_p
     assert [share.rpartition(" ")[0] for share in shares] == [*READING, "transport", *WAITS]
     assert sum(float(x.rstrip("%").split()[-1]) for x in shares) == pytest.approx(100, abs=0.6)
     cores, milliseconds = re.search(r"cores: (\d+) feed 12345 clips/s \(([\d.]+) ms", text).groups()
-    assert int(cores) == pytest.approx(12.345 * float(milliseconds), abs=0.7 + 12.345 * 0.05)
+    assert -0.65 < int(cores) - 12.345 * float(milliseconds) < 1.65  # rounded up
     assert " is the limit: " in text.splitlines()[-1]
     assert "M parameters" not in text and not out.exists()  # no model, no folder
 
@@ -55,13 +55,12 @@ def test_waiting_for_reads_is_told_from_computing(videos, monkeypatch):
         return load(*args)
 
     monkeypatch.setattr(Kinetics, "_load", slow)
-    dataset = data_set(videos)
-    found = measure(dataset, 2, 1, 2.0)
+    found = measure(data_set(videos), 2, 1, 2.0)
     assert sum(found.shares.values()) == pytest.approx(1)
-    assert 0.5 < found.shares["waiting for files"] < 1
+    assert 0.3 < found.shares["waiting for files"] < 1
     assert 10 < found.videos / found.seconds < 1 / 0.04
     waited = found.shares["waiting for files"] * found.seconds / found.videos
-    assert waited == pytest.approx(0.04, rel=0.25)
+    assert 0.036 < waited < 0.06
     sizes = [(videos / f"v{i}.mp4").stat().st_size for i in range(6)]
     assert 0.5 < found.bytes / found.videos / (sum(sizes) / 6) < 3
     assert found.disk <= found.bytes
@@ -108,12 +107,12 @@ def shares(**known: float) -> dict[str, float]:
     [
         (16, 4.8, {"files": 0.62}, "The disk", "62% of the time goes to waiting for reads"),
         (16, 3.0, {"files": 0.3, "queue": 0.5}, "Decoding", "50% of the time"),
-        (14, 13.8, {}, "Decoding", "14 workers keep 13.8 of 16 CPUs busy"),
+        (14, 13.8, {}, "Decoding", "--num_workers 14 keep 13.8 of 16 CPUs busy"),
         (16, 15.5, {"augmentation": 0.7}, "Augmentation", "it takes 72% of the work"),
-        (4, 3.9, {}, "The number of workers", "4 workers keep 3.9 of 16 CPUs busy"),
-        (1, 1.0, {}, "The number of workers", "1 worker keeps 1.0 of 16 CPUs busy"),
-        (4, 1.9, {"idle": 0.5}, "The main process", "workers wait 50% of their time for it"),
-        (4, 3.5, {"files": 0.1}, "The number of workers", "4 workers"),
+        (4, 3.9, {}, "The number of workers", "--num_workers 4 keep 3.9 of 16 CPUs busy"),
+        (1, 1.0, {}, "The number of workers", "--num_workers 1 keep 1.0 of 16"),
+        (4, 1.9, {"idle": 0.5}, "The main process", "workers wait 50% of their time"),
+        (4, 3.5, {"files": 0.1}, "The number of workers", "more --num_workers help"),
     ],
 )
 def test_the_limit(workers, cores, waits, limit, words):
@@ -127,7 +126,7 @@ def test_unreadable_videos_are_named_once_and_counted(videos, tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     rows = [f"{videos}/v{i}.mp4\n" for i in range(6)]
     (tmp_path / "train.csv").write_text("".join([*rows, "broken.mp4\n"]))
-    words = ["--max_bad_share", 0.5, "--num_workers", 2, "--time_loader", 1]
+    words = ["--max_bad_share", 0.5, "--num_workers", 2, "--time_loader", 0.4]
     call(main_pretrain, "--path_to_data_dir", tmp_path, *PRETRAIN, *words)
     text = capsys.readouterr().out
     assert len(re.findall(r"unreadable video \(1 so far\): .*broken.mp4", text)) == 1

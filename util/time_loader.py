@@ -122,7 +122,7 @@ def measure(
     for _ in range(workers):
         next(batches)
     before, start = counts.sum(0), time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < seconds or counts[:, 0].sum() == before[0]:
         next(batches)
     passed, spent = time.perf_counter() - start, (counts.sum(0) - before).tolist()
 
@@ -144,8 +144,7 @@ def measure(
 def find_limit(found: Measured, cpus: int) -> str:
     """Say in one sentence which of disk, computing, main process or workers is the limit."""
     files, queue, idle = list(found.shares.values())[-3:]
-    workers = "workers keep" if found.workers > 1 else "worker keeps"
-    used = f"{found.workers} {workers} {found.cores:.1f} of {cpus} CPUs busy"
+    used = f"--num_workers {found.workers} keep {found.cores:.1f} of {cpus} CPUs busy"
     if files >= 0.2 and files == max(files, queue, idle):
         return (
             f"The disk is the limit: {files:.0%} of the time goes to waiting for reads; {used}; "
@@ -160,9 +159,7 @@ def find_limit(found: Measured, cpus: int) -> str:
             "cheaper to decode (DATASET.md), a faster disk does not."
         )
     if idle >= 0.3:
-        return (
-            f"The main process is the limit: workers wait {idle:.0%} of their time for it; {used}."
-        )
+        return f"The main process is the limit: workers wait {idle:.0%} of their time; {used}."
     return f"The number of workers is the limit: {used}; more --num_workers help."
 
 
@@ -199,5 +196,5 @@ def _print_rates(found: Measured, views: int) -> None:
     print0(
         f"workers: {found.workers}, videos/s: {rate:.1f} ({rate / found.workers:.1f} each), "
         f"clips/s: {rate * views:.1f}, MB/s read: {size / 1e6:.1f} ({disk / 1e6:.1f} "
-        "of them from the disk, the others from the system's cache)"
+        "of them from a local disk, the others cached or over a network)"
     )
