@@ -90,7 +90,7 @@ def test_parts_add_up_to_the_whole_and_end_with_their_context(videos, tmp_path):
         with pytest.raises(VideoError):
             Video(str(tmp_path / "broken.mp4"))
     spent = time.process_time() - start
-    assert sum(seconds.values()) == pytest.approx(spent, rel=0.02) and min(seconds.values()) > 0
+    assert 0.8 < sum(seconds.values()) / spent < 1 and min(seconds.values()) > 0
     assert [getattr(owner, name) for owner, name, _ in time_loader.PARTS] == before
 
 
@@ -106,7 +106,8 @@ def shares(**known: float) -> dict[str, float]:
     ("workers", "cores", "waits", "limit", "words"),
     [
         (16, 4.8, {"files": 0.62}, "The disk", "62% of the time goes to waiting for reads"),
-        (16, 3.0, {"files": 0.3, "queue": 0.5}, "Decoding", "50% of the time"),
+        (16, 3.0, {"files": 0.3, "queue": 0.5}, "Decoding", "(other processes take CPUs, too)"),
+        (32, 15.9, {"queue": 0.49}, "Decoding", "49% of the time goes to waiting for one; more"),
         (14, 13.8, {}, "Decoding", "--num_workers 14 keep 13.8 of 16 CPUs busy"),
         (16, 15.5, {"augmentation": 0.7}, "Augmentation", "it takes 72% of the work"),
         (4, 3.9, {}, "The number of workers", "--num_workers 4 keep 3.9 of 16 CPUs busy"),
@@ -131,6 +132,11 @@ def test_unreadable_videos_are_named_once_and_counted(videos, tmp_path, capsys):
     text = capsys.readouterr().out
     assert len(re.findall(r"unreadable video \(1 so far\): .*broken.mp4", text)) == 1
     assert text.count("broken.mp4: ") == 1 and "unreadable videos: 1, named above" in text
+
+
+def test_some_videos_are_always_counted(videos):
+    found = measure(data_set(videos), 2, 1, 1e-9)
+    assert found.videos > 0 and sum(found.shares.values()) == pytest.approx(1)
 
 
 def test_epochs_may_follow_one_another():

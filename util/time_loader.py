@@ -1,13 +1,14 @@
 """What --time_loader prints: how fast the loader is, where its time goes, and what limits it.
 
 The loader is that of training, but nobody trains: the main process takes batches and drops them.
+Timing the parts costs the workers one or two percent of their speed.
 """
 
 import copy
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ PARTS = [  # what is timed apart, and its name
     (util.kinetics, "resize_frame", "resizing"), (util.kinetics, "augment", "augmentation"),
     (clip_ops, "color_jitter", "augmentation"),
     (util.kinetics, "cut_views", "decoding"), (util.kinetics, "read_clip", "decoding"),
+    (Kinetics, "_load", "packing"),
 ]  # fmt: skip
 READING = ["opening", "decoding", "conversion", "resizing", "augmentation", "packing"]
 COUNTED = ["videos", "wall", "reading", "cpu", "queued", "bytes", "disk", *READING]  # by a worker
@@ -39,38 +41,36 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
     """Add the CPU time of the parts of reading videos, each without the parts inside of it."""
     inside = [0.0]  # seconds of the parts inside of each part that runs
 
-    @contextmanager
-    def part(label: str) -> Iterator[None]:
-        start = time.process_time()
-        inside.append(0.0)
-        try:
-            yield
-        finally:
-            spent = time.process_time() - start
-            seconds[label] += spent - inside.pop()
-            inside[-1] += spent
+    def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            inside.append(0.0)
+            try:
+                return function(*args, **options)
+            finally:
+                spent = time.process_time() - start
+                seconds[label] += spent - inside.pop()
+                inside[-1] += spent
+
+        return call
 
     functions = [getattr(owner, name) for owner, name, _ in PARTS]
     for (owner, name, label), function in zip(PARTS, functions, strict=True):
-        setattr(owner, name, part(label)(function))
+        setattr(owner, name, timed(label, function))
     try:
-        with part("packing"):
-            yield
+        yield
     finally:
         for (owner, name, _), function in zip(PARTS, functions, strict=True):
             setattr(owner, name, function)
 
 
-def counting(dataset: Kinetics, workers: int) -> tuple[Any, torch.Tensor]:
-    """Return a copy of a data set, and what its workers count: float64 [workers, COUNTED]."""
+def counting(dataset: Kinetics, counts: torch.Tensor, own: dict[str, float]) -> Any:
+    """Return a copy of a data set whose workers count in `own`, and then copy it to `counts`."""
     copied: Any = copy.copy(dataset)
-    counts = torch.zeros(workers, len(COUNTED), dtype=torch.float64).share_memory_()
-    own = dict.fromkeys(COUNTED, 0.0)  # of a worker, once it is forked
 
     def read(epoch: int, row: int, clips: torch.Tensor) -> Sample:
         start = time.perf_counter()
-        with timed_parts(own):
-            sample = dataset.read(epoch, row, clips)
+        sample = dataset.read(epoch, row, clips)
         own["videos"] += 1
         own["wall"], own["cpu"] = time.perf_counter(), time.process_time()
         own["reading"] += own["wall"] - start
@@ -80,7 +80,7 @@ def counting(dataset: Kinetics, workers: int) -> tuple[Any, torch.Tensor]:
         return sample
 
     copied.read = read
-    return copied, counts
+    return copied
 
 
 def _usage() -> dict[str, float]:
@@ -113,12 +113,14 @@ def measure(
     bad: dict[str, str] | None = None,
 ) -> Measured:
     """Let workers read without a stop between epochs, from when each of them has made a batch."""
-    counted, counts = counting(dataset, workers)
+    own = dict.fromkeys(COUNTED, 0.0)  # every worker has a copy once it is forked
+    counts = torch.zeros(workers, len(COUNTED), dtype=torch.float64).share_memory_()
     options = batch_size, workers, max_bad_share, torch.device("cpu")
-    loader = VideoLoader(counted, *options, epochs=FOREVER)
+    loader = VideoLoader(counting(dataset, counts, own), *options, epochs=FOREVER)
     loader.bad = bad or {}  # these have been named
     loader.set_epoch(workers)  # other numbers of workers read other videos
-    batches = iter(loader)
+    with timed_parts(own):
+        batches = iter(loader)
     for _ in range(workers):
         next(batches)
     before, start = counts.sum(0), time.perf_counter()
@@ -153,10 +155,11 @@ def find_limit(found: Measured, cpus: int) -> str:
     if queue >= 0.1 or found.cores >= 0.85 * cpus:
         part = max(READING, key=lambda name: found.shares[name])
         share = found.shares[part] * found.workers / found.cores
+        others = " (other processes take CPUs, too)" if found.cores < 0.85 * cpus else ""
         return (
             f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}, and "
-            f"{queue:.0%} of the time goes to waiting for one; more CPUs help, and copies that are "
-            "cheaper to decode (DATASET.md), a faster disk does not."
+            f"{queue:.0%} of the time goes to waiting for one{others}; more CPUs help, and copies "
+            "that are cheaper to decode (DATASET.md), a faster disk does not."
         )
     if idle >= 0.3:
         return f"The main process is the limit: workers wait {idle:.0%} of their time; {used}."
