@@ -260,11 +260,12 @@ def measure_workers(csv_path: str, count: int, clips_per_second: float) -> None:
     """Print the clips per second of a pre-training loader with so many workers."""
     dataset = data_set("pretrain", csv_path)
     found = time_loader.measure(dataset, min(BATCH_SIZE, len(dataset)), count, WORKER_SECONDS)
-    rate = found.videos * dataset.views / found.seconds
+    clips = found.videos * dataset.views
+    rate, cpu = clips / found.seconds, found.cores * found.seconds / clips  # seconds per clip
     print(
         f"  {count} workers: {rate:6.0f} clips/s in {found.seconds:.0f} s of a steady state, "
-        f"{rate / count:5.0f} per worker; at this rate "
-        f"{clips_per_second / rate * count:.0f} cores feed {clips_per_second:.0f} clips/s"
+        f"{rate / count:5.0f} per worker, {1000 * cpu:.1f} ms of CPU per clip: "
+        f"{clips_per_second * cpu:.0f} cores feed {clips_per_second:.0f} clips/s"
     )
 
 
