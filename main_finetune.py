@@ -36,6 +36,7 @@ from util.optim import (
     prepare_model,
 )
 from util.synthetic import data_dir, synthetic_recipe
+from util.time_loader import time_loader
 from util.video.mixup import Mixup
 from util.video.rand_augment import RandAugment, parse_config
 from util.visualize import show_validation
@@ -276,6 +277,8 @@ def main(args: argparse.Namespace) -> None:
     found = read_classes(folder)
     class_names, args.num_classes = found.names, count_classes(found, args.num_classes)
     train_loader = open_train(args, folder, device)
+    if args.time_loader:
+        return time_loader(train_loader.dataset, args)
     train_set, mixup = train_loader.dataset, make_mixup(args)
     val_loader = open_val(args, folder, device, args.num_classes)
     print0(f"{len(train_set)} videos to train on, {len(val_loader.dataset)} to validate on")

@@ -38,6 +38,7 @@ from util.optim import (
 from util.probes import ProbeCurve
 from util.synthetic import data_dir, synthetic_recipe
 from util.targets import NORMALISED, TARGETS
+from util.time_loader import time_loader
 from util.visualize import FixedClips
 from util.weights import apply_weights, read_weights
 
@@ -194,6 +195,8 @@ def main(args: argparse.Namespace) -> None:
     options = flags.clip_options(args, training=True)
     options |= {"crop": args.crop, "color_jitter": args.color_jitter}
     dataset = Kinetics(index, "pretrain", **options)
+    if args.time_loader:
+        return time_loader(dataset, args)
     loader = VideoLoader(dataset, args.batch_size, args.num_workers, args.max_bad_share, device)
     probe_curve = ProbeCurve(args, device)
     print0(f"{len(index)} videos in {index.csv_path}")

@@ -16,13 +16,11 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import av
 import numpy as np
@@ -33,7 +31,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import util.kinetics
+from util import time_loader
 from util.args import adder, positive_float, positive_int
 from util.kinetics import Generators, Kinetics, Sample, VideoIndex
 from util.loader import VideoLoader
@@ -59,11 +57,7 @@ TARGETS = [  # work, its speed relative to (1 = as fast), at least
 BATCH_SIZE = 4  # videos, of the loaders
 TURNS = 5  # on every video; its time is their median
 MAX_TRANSPORT_MS = 2.0  # CPU from worker to trainer, per video
-PARTS = [  # what is timed apart, and its name in the table
-    (Video, "__init__", "open"), (Video, "close", "open"), (Video, "_to_rgb", "convert"),
-    (util.kinetics, "resize_frame", "crop+resize"), (util.kinetics, "augment", "augment"),
-    (util.kinetics, "cut_views", "decode"), (util.kinetics, "read_clip", "decode"),
-]  # fmt: skip
+WORKER_SECONDS = 10.0  # that a number of workers is measured, after a warm-up
 
 
 def write_synthetic_clips(folder: str, count: int) -> None:
@@ -164,25 +158,6 @@ def lists_of_images(dataset: Kinetics, path: str, numbers: np.ndarray, rngs: Gen
     return torch.stack(clips)
 
 
-def add_parts(seconds: dict[str, float], function: Callable[[], object]) -> None:
-    """Call a function; add the CPU time of its parts, each without the parts inside of it."""
-    inside = [0.0]  # seconds of the parts inside of each part that runs
-
-    @contextmanager
-    def part(label: str) -> Iterator[None]:
-        start = time.process_time()
-        inside.append(0.0)
-        yield
-        spent = time.process_time() - start
-        seconds[label] += spent - inside.pop()
-        inside[-1] += spent
-
-    function = part("pack")(function)
-    for owner, name, label in PARTS:
-        function = patch.object(owner, name, part(label)(getattr(owner, name)))(function)
-    function()
-
-
 def methods_for(work: str, dataset: Kinetics, row: int, epoch: int, out: Tensor) -> Methods:
     """Return the ways to do a piece of work on a video, with the same random choices."""
     path = dataset.index.path(row)
@@ -228,7 +203,8 @@ def measure(work: str, csv_path: str, rounds: int) -> dict[str, float]:
                 turns[name].append(1000 * (time.process_time() - start))
         for name, values in turns.items():
             times[name].append(median(values))
-        add_parts(parts, methods["ours"])
+        with time_loader.timed_parts(parts):
+            methods["ours"]()
 
     def speed(name: str, other: str) -> float:
         return median(b / a for a, b in zip(times[name], times[other], strict=False))
@@ -283,17 +259,13 @@ def measure_transport(csv_path: str) -> float:
 def measure_workers(csv_path: str, count: int, clips_per_second: float) -> None:
     """Print the clips per second of a pre-training loader with so many workers."""
     dataset = data_set("pretrain", csv_path)
-    loader = VideoLoader(dataset, min(BATCH_SIZE, len(dataset)), count, 1.0, torch.device("cpu"))
-    clips, start = 0, 0.0
-    for epoch in range(5):
-        if epoch == 1:  # workers have started
-            clips, start = 0, time.perf_counter()
-        loader.set_epoch(epoch)
-        clips += sum(batch.clips.shape[0] * batch.clips.shape[1] for batch in loader)
-    rate = clips / (time.perf_counter() - start)
+    found = time_loader.measure(dataset, min(BATCH_SIZE, len(dataset)), count, WORKER_SECONDS)
+    clips = found.videos * dataset.views
+    rate, cpu = clips / found.seconds, found.cores * found.seconds / clips  # seconds per clip
     print(
-        f"  {count} workers: {rate:6.0f} clips/s, {rate / count:5.0f} per worker; at this rate "
-        f"{clips_per_second / rate * count:.0f} cores feed {clips_per_second:.0f} clips/s"
+        f"  {count} workers: {rate:6.0f} clips/s in {found.seconds:.0f} s of a steady state, "
+        f"{rate / count:5.0f} per worker, {1000 * cpu:.1f} ms of CPU per clip: "
+        f"{clips_per_second * cpu:.0f} cores feed {clips_per_second:.0f} clips/s"
     )
 
 

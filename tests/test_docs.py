@@ -131,12 +131,14 @@ def write_checkpoint(folder: Path, name: str, model: str) -> str:
 def dry_runs() -> list:
     """List what there is to run once, as a command may be there for several launchers.
 
-    tests/test_own_data.py runs those of OWN_DATA.md; tests/test_probe.py runs main_probe.py.
+    tests/test_own_data.py runs those of OWN_DATA.md; tests/test_probe.py runs main_probe.py, and
+    tests/test_time_loader.py --time_loader.
     """
     found = {}
     for document, command in commands():
         parts = script_of(command)
-        if parts and document != "OWN_DATA.md" and parts[0] != "main_probe.py":
+        elsewhere = document == "OWN_DATA.md" or "--time_loader" in command
+        if parts and not elsewhere and parts[0] != "main_probe.py":
             flags = shlex.join(parts[1])
             flags = re.sub(r"--(nodes|ngpus|partition|accum_iter|output_dir) \S+", "", flags)
             key = f"{parts[0].replace('submitit', 'main')} {' '.join(flags.split())}"

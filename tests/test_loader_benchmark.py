@@ -16,12 +16,13 @@ def run(videos, *words: str) -> int:
 
 
 @pytest.mark.slow
-def test_it_prints_every_method_and_the_split(videos, capsys):
+def test_it_prints_every_method_and_the_split(videos, monkeypatch, capsys):
+    monkeypatch.setattr(loader, "WORKER_SECONDS", 1.0)
     assert run(videos, "--workers", "1") == 0
     out = capsys.readouterr().out
     for line in ("pretrain  textbook", "test      again", "finetune  PIL", "1 workers: "):
         assert out.count(line) == 2  # as given and with short groups of pictures
-    for part in ("open", "decode", "convert", "crop+resize", "augment", "pack"):
+    for part in ("opening", "decoding", "conversion", "resizing", "augmentation", "packing"):
         assert f"{part} " in out
     assert "worker to trainer" in out
 

@@ -261,7 +261,7 @@ def test_draws_of_colour_jitter(monkeypatch):
     """Each of the three once, in every order, by factors that fill the range evenly."""
     calls = []
     for name in ("brightness", "clip_contrast", "color"):
-        monkeypatch.setattr(clip_ops, name, lambda clip, x, name=name: calls.append((name, x)))
+        monkeypatch.setattr(clip_ops, name, lambda clip, x, out, name=name: calls.append((name, x)))
     rng = np.random.default_rng(0)
     for _ in range(600):
         clip_ops.color_jitter(np.zeros((1, 1, 1, 3), np.uint8), 0.4, rng)
@@ -272,6 +272,17 @@ def test_draws_of_colour_jitter(monkeypatch):
         factors = np.array([x for other, x in calls if other == name])
         assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
         assert factors.mean() == pytest.approx(1, abs=0.03)
+
+
+def test_colour_jitter_in_place_is_that_in_new_memory(clips):
+    operations = clip_ops.brightness, clip_ops.clip_contrast, clip_ops.color
+    for seed in range(6):
+        clip, rng = clips[0].copy(), np.random.default_rng(seed)
+        clip_ops.color_jitter(clip, 0.6, np.random.default_rng(seed))
+        expected, factors = clips[0], rng.uniform(0.4, 1.6, 3)
+        for i in rng.permutation(3):
+            expected = operations[i](expected, factors[i])
+        np.testing.assert_array_equal(clip, expected)
 
 
 def test_warps_of_only_the_outside_are_filled(clips):

@@ -17,7 +17,7 @@ NOT_COMPARED = """
     notice dry_run ranks eval device output_dir log_dir resume print_freq dist_timeout vis_period
     num_workers item_timeout max_bad_share max_pixels checkpoint_period checkpoint_minutes keep_last
     keep_every cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos
-    constraint comment job_name job_dir signal_delay_s probe_csv
+    time_loader clips_per_second constraint comment job_name job_dir signal_delay_s probe_csv
 """.split()
 
 
@@ -184,6 +184,11 @@ def add_run_args(parser: ArgumentParser, output_dir: str, training: bool = True)
     add("--fp32", argparse.SUPPRESS, "short for --precision fp32", **fp32)
     text = "open the data, print updates, learning rate, memory of a step and FLOPs, then exit"
     add("--dry_run", False, text if training else "build data and model, print FLOPs, then exit")
+    if training:
+        text = "time the loader for N seconds, say what limits it, then exit"
+        add("--time_loader", None, text, positive_float, metavar="N")
+        text = "with --time_loader: what is to be fed; not given: a few rates"
+        add("--clips_per_second", None, text, positive_float, metavar="X")
     add("--print_freq", 20, "steps between printed lines", positive_int)
     minutes = between(float, 1e-4, 1e7)  # more would overflow PyTorch's clock
     add("--dist_timeout", 30, "minutes that a rank waits for the others", minutes)
@@ -244,6 +249,11 @@ def parse(
         values.pop(name, None)
     if getattr(args, "ranks", None) and not args.dry_run:
         raise UserError("--ranks is for a --dry_run; torchrun and srun start ranks")
+    timed = getattr(args, "time_loader", None)
+    if timed and args.dry_run:
+        raise UserError("--dry_run and --time_loader exclude each other")
+    if getattr(args, "clips_per_second", None) and not timed:
+        raise UserError("--clips_per_second needs --time_loader")
     args.notice = f"no longer needed, ignored: {' '.join(ignored)}" if ignored else ""
     return args
 

@@ -354,7 +354,7 @@ class Kinetics(Dataset):
             erase = [sampling.random_erasing_box(size, size, rng, self.reprob) for rng in rngs]
         if self.color_jitter:
             for rng, clip in zip(rngs, clips.numpy(), strict=True):
-                clip[...] = clip_ops.color_jitter(clip, self.color_jitter, rng)
+                clip_ops.color_jitter(clip, self.color_jitter, rng)
         return torch.tensor(flip), torch.tensor(erase)
 
     def _cut_random_clips(self, video: Video, rngs: Generators, clips: Tensor) -> None:

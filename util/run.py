@@ -127,7 +127,7 @@ def start(args: Namespace, lock: str = ".lock") -> torch.device:
     if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16(device):
         print0("WARNING: this CPU has no bf16 arithmetic: expect steps to be tens of times slower")
     torch.set_float32_matmul_precision("high")
-    if not (args.dry_run or getattr(args, "eval", False)):
+    if not (args.dry_run or getattr(args, "time_loader", None) or getattr(args, "eval", False)):
         open_output(args, lock)
     return device
 

@@ -66,9 +66,9 @@ def solarize_add(clip: np.ndarray, amount: int) -> np.ndarray:
 
 
 # In the next five, factor 1 changes nothing, and factor 0 gives: grey frames, the mean grey of each
-# frame, black, the mean grey of the clip, a blur.
-def color(clip: np.ndarray, factor: float) -> np.ndarray:
-    return _blend((cv2.cvtColor(_gray(x), cv2.COLOR_GRAY2RGB) for x in clip), clip, factor)
+# frame, black, the mean grey of the clip, a blur. Three can write to `out`, which may be the clip.
+def color(clip: np.ndarray, factor: float, out: np.ndarray | None = None) -> np.ndarray:
+    return _blend((cv2.cvtColor(_gray(x), cv2.COLOR_GRAY2RGB) for x in clip), clip, factor, out)
 
 
 def contrast(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
@@ -77,14 +77,15 @@ def contrast(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndar
     return np.stack([_look_up(x, _blend_table(m, factor)) for x, m in frames])
 
 
-def brightness(clip: np.ndarray, factor: float) -> np.ndarray:
-    return _look_up(clip, _blend_table(0, factor))
+def brightness(clip: np.ndarray, factor: float, out: np.ndarray | None = None) -> np.ndarray:
+    return _scale(clip, factor, 0, out)
 
 
-def clip_contrast(clip: np.ndarray, factor: float) -> np.ndarray:
+def clip_contrast(clip: np.ndarray, factor: float, out: np.ndarray | None = None) -> np.ndarray:
     """Change the contrast about the mean grey of the whole clip, so that its frames stay alike."""
     red, green, blue, _ = cv2.mean(clip.reshape(-1, *clip.shape[2:]))
-    return _look_up(clip, _blend_table(red * 0.299 + green * 0.587 + blue * 0.114, factor))
+    gray = red * 0.299 + green * 0.587 + blue * 0.114
+    return _scale(clip, factor, gray * (1 - factor), out)
 
 
 def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
@@ -95,15 +96,14 @@ def sharpness(clip: np.ndarray, factor: float, box: Box | None = None) -> np.nda
     return crop(_blend(map(_smooth, clip), clip, factor), (top - y, left - x, h, w))
 
 
-def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Change brightness, contrast and saturation of a clip, in random order.
+def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) -> None:
+    """Change brightness, contrast and saturation of a dense clip in place, in random order.
 
     The factors are uniform in [1 - strength, 1 + strength], and the same for all frames.
     """
     factors = rng.uniform(1 - strength, 1 + strength, 3)
-    for i in rng.permutation(3):
-        clip = (brightness, clip_contrast, color)[i](clip, factors[i])
-    return clip
+    for i in rng.permutation(3):  # in place: new memory would cost page faults
+        (brightness, clip_contrast, color)[i](clip, factors[i], out=clip)
 
 
 def shear_x(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
@@ -257,6 +257,14 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(pixels.reshape(len(pixels), -1), table).reshape(pixels.shape)
 
 
+def _scale(clip: np.ndarray, factor: float, offset: float, out: np.ndarray | None) -> np.ndarray:
+    """Return clip * factor + offset, which takes half the time of looking it up."""
+    out = np.empty(clip.shape, np.uint8) if out is None else out
+    flat, target = (x.reshape(len(x), -1) for x in (clip, out))
+    cv2.addWeighted(flat, factor, flat, 0, offset + TRUNCATE, dst=target)
+    return out
+
+
 def _map_channels(clip: np.ndarray, make_tables: Callable, box: Box | None) -> np.ndarray:
     """Map each channel by its row of the tables [3, 256] that make_tables(whole frame) returns."""
     out = crop(clip, box).copy()
@@ -302,9 +310,11 @@ def _smooth(frame: np.ndarray) -> np.ndarray:
     return out
 
 
-def _blend(start: Iterable[np.ndarray], end: np.ndarray, factor: float) -> np.ndarray:
+def _blend(
+    start: Iterable[np.ndarray], end: np.ndarray, factor: float, out: np.ndarray | None = None
+) -> np.ndarray:
     """Go `factor` of the way from the frames `start` to `end`; a factor above 1 goes beyond."""
-    out = np.empty(end.shape, np.uint8)
+    out = np.empty(end.shape, np.uint8) if out is None else out
     for low, high, target in zip(start, end, out, strict=True):
         cv2.addWeighted(high, factor, low, 1 - factor, TRUNCATE, dst=target)
     return out

@@ -1,0 +1,203 @@
+"""What --time_loader prints: how fast the loader is, where its time goes, and what limits it.
+
+The loader is that of training, but nobody trains: the main process takes batches and drops them.
+Timing the parts costs the workers one or two percent of their speed.
+"""
+
+import copy
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import get_worker_info
+
+import util.kinetics
+from util.dist import print0, world_size
+from util.errors import UserError
+from util.kinetics import Kinetics, Sample
+from util.loader import VideoLoader, available_cpus, default_num_workers
+from util.video import clip_ops
+from util.video.decode import Video
+
+PARTS = [  # what is timed apart, and its name
+    (Video, "__init__", "opening"), (Video, "close", "opening"), (Video, "_to_rgb", "conversion"),
+    (util.kinetics, "resize_frame", "resizing"), (util.kinetics, "augment", "augmentation"),
+    (clip_ops, "color_jitter", "augmentation"),
+    (util.kinetics, "cut_views", "decoding"), (util.kinetics, "read_clip", "decoding"),
+    (Kinetics, "_load", "packing"),
+]  # fmt: skip
+READING = ["opening", "decoding", "conversion", "resizing", "augmentation", "packing"]
+COUNTED = ["videos", "wall", "reading", "cpu", "queued", "bytes", "disk", *READING]  # by a worker
+FOREVER = 10**6  # epochs
+
+
+@contextmanager
+def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
+    """Add the CPU time of the parts of reading videos, each without the parts inside of it."""
+    inside = [0.0]  # seconds of the parts inside of each part that runs
+
+    def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            inside.append(0.0)
+            try:
+                return function(*args, **options)
+            finally:
+                spent = time.process_time() - start
+                seconds[label] += spent - inside.pop()
+                inside[-1] += spent
+
+        return call
+
+    functions = [getattr(owner, name) for owner, name, _ in PARTS]
+    for (owner, name, label), function in zip(PARTS, functions, strict=True):
+        setattr(owner, name, timed(label, function))
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(PARTS, functions, strict=True):
+            setattr(owner, name, function)
+
+
+def counting(dataset: Kinetics, counts: torch.Tensor, own: dict[str, float]) -> Any:
+    """Return a copy of a data set whose workers count in `own`, and then copy it to `counts`."""
+    copied: Any = copy.copy(dataset)
+
+    def read(epoch: int, row: int, clips: torch.Tensor) -> Sample:
+        start = time.perf_counter()
+        sample = dataset.read(epoch, row, clips)
+        own["videos"] += 1
+        own["wall"], own["cpu"] = time.perf_counter(), time.process_time()
+        own["reading"] += own["wall"] - start
+        own.update(_usage())
+        worker: Any = get_worker_info()
+        counts[worker.id] = torch.tensor(list(own.values()))
+        return sample
+
+    copied.read = read
+    return copied
+
+
+def _usage() -> dict[str, float]:
+    """Return the seconds that this process waited for a CPU, and the bytes that it read."""
+    tasks = Path("/proc/self/task").iterdir()
+    queued = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks)
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {"queued": queued / 1e9, "bytes": int(io["rchar"]), "disk": int(io["read_bytes"])}
+
+
+class Measured(NamedTuple):
+    """What workers did in a number of seconds; `shares` of their time add up to 1."""
+
+    workers: int
+    seconds: float
+    videos: int
+    bytes: float  # that were read
+    disk: float  # bytes of them that came from the disk; the system had cached the others
+    cores: float  # that were busy on average
+    shares: dict[str, float]
+    bad: dict[str, str]  # unreadable videos, as in VideoLoader
+
+
+def measure(
+    dataset: Kinetics,
+    batch_size: int,
+    workers: int,
+    seconds: float,
+    max_bad_share: float = 1.0,
+    bad: dict[str, str] | None = None,
+) -> Measured:
+    """Let workers read without a stop between epochs, from when each of them has made a batch."""
+    own = dict.fromkeys(COUNTED, 0.0)  # every worker has a copy once it is forked
+    counts = torch.zeros(workers, len(COUNTED), dtype=torch.float64).share_memory_()
+    options = batch_size, workers, max_bad_share, torch.device("cpu")
+    loader = VideoLoader(counting(dataset, counts, own), *options, epochs=FOREVER)
+    loader.bad = bad or {}  # these have been named
+    loader.set_epoch(workers)  # other numbers of workers read other videos
+    with timed_parts(own):
+        batches = iter(loader)
+    for _ in range(workers):
+        next(batches)
+    before, start = counts.sum(0), time.perf_counter()
+    while time.perf_counter() - start < seconds or counts[:, 0].sum() == before[0]:
+        next(batches)
+    passed, spent = time.perf_counter() - start, (counts.sum(0) - before).tolist()
+
+    # What is left of the time of a read is waiting for files.
+    n = dict(zip(COUNTED, spent, strict=True))
+    times = {name: n[name] for name in READING}
+    computing = sum(times.values())
+    times["transport"] = n["cpu"] - computing
+    times["waiting for files"] = max(n["reading"] - computing - n["queued"], 0.0)
+    times["waiting for a CPU"] = n["queued"]
+    idle = n["wall"] - n["reading"] - times["transport"]
+    times["waiting for the main process"] = max(idle, 0.0)
+    total = sum(times.values())
+    shares, cores = {k: v / total for k, v in times.items()}, workers * n["cpu"] / total
+    amounts = int(n["videos"]), n["bytes"], n["disk"]
+    return Measured(workers, passed, *amounts, cores, shares, loader.bad)
+
+
+def find_limit(found: Measured, cpus: int) -> str:
+    """Say in one sentence which of disk, computing, main process or workers is the limit."""
+    files, queue, idle = list(found.shares.values())[-3:]
+    used = f"--num_workers {found.workers} keep {found.cores:.1f} of {cpus} CPUs busy"
+    if files >= 0.2 and files == max(files, queue, idle):
+        return (
+            f"The disk is the limit: {files:.0%} of the time goes to waiting for reads; {used}; "
+            "a faster disk or fewer, larger files help, more CPUs do not."
+        )
+    if queue >= 0.1 or found.cores >= 0.85 * cpus:
+        part = max(READING, key=lambda name: found.shares[name])
+        share = found.shares[part] * found.workers / found.cores
+        others = " (other processes take CPUs, too)" if found.cores < 0.85 * cpus else ""
+        return (
+            f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}, and "
+            f"{queue:.0%} of the time goes to waiting for one{others}; more CPUs help, and copies "
+            "that are cheaper to decode (DATASET.md), a faster disk does not."
+        )
+    if idle >= 0.3:
+        return f"The main process is the limit: workers wait {idle:.0%} of their time; {used}."
+    return f"The number of workers is the limit: {used}; more --num_workers help."
+
+
+def time_loader(dataset: Kinetics, args: Namespace) -> None:
+    """Print what one worker and all of them do in --time_loader seconds, and what limits them."""
+    workers = default_num_workers() if args.num_workers is None else args.num_workers
+    if world_size() > 1 or not workers:
+        need = "a single process" if workers else "at least one of --num_workers"
+        raise UserError(f"--time_loader times the workers of one rank: give it {need}")
+    try:
+        _usage()
+    except (OSError, LookupError) as error:
+        raise UserError(f"--time_loader needs Linux's /proc ({error})", status=1) from error
+    dataset.index.refuse_missing()
+    options = args.time_loader / min(workers, 2), args.max_bad_share  # seconds of each measurement
+    found = measure(dataset, args.batch_size, 1, *options)
+    _print_rates(found, dataset.views)
+    if workers > 1:
+        found = measure(dataset, args.batch_size, workers, *options, bad=found.bad)
+        _print_rates(found, dataset.views)
+    print0("a worker's time: " + ", ".join(f"{k} {v:.1%}" for k, v in found.shares.items()))
+    clips = found.videos * dataset.views
+    cpu, size = found.cores * found.seconds / clips, found.bytes / clips  # of a clip
+    wanted = [args.clips_per_second] if args.clips_per_second else [250, 500, 1000, 2000]
+    cores = ", ".join(f"{math.ceil(rate * cpu)} feed {rate:g} clips/s" for rate in wanted)
+    print0(f"cores: {cores} ({1000 * cpu:.1f} ms of CPU and {size / 1e6:.2f} MB per clip)")
+    if found.bad:
+        print0(f"unreadable videos: {len(found.bad)}, named above")
+    print0(find_limit(found, available_cpus()))
+
+
+def _print_rates(found: Measured, views: int) -> None:
+    rate, size, disk = (n / found.seconds for n in (found.videos, found.bytes, found.disk))
+    print0(
+        f"workers: {found.workers}, videos/s: {rate:.1f} ({rate / found.workers:.1f} each), "
+        f"clips/s: {rate * views:.1f}, MB/s read: {size / 1e6:.1f} ({disk / 1e6:.1f} "
+        "of them from a local disk, the others cached or over a network)"
+    )
