@@ -108,7 +108,7 @@ class Cache:
         try:
             with open(part, "w+b", buffering=0) as file:
                 if os.path.exists(local):  # asked again, as NFS now knows what others have done
-                    return
+                    return os.remove(part)
                 lock.seek(0)
                 if os.fstat(lock.fileno()).st_mtime_ns != first and (failure := lock.read()):
                     raise UserError(failure.decode())
@@ -117,18 +117,19 @@ class Cache:
                 refuse_wrong(file, address)
                 os.fsync(file.fileno())
                 os.replace(part, local)
-        except UserError as error:
-            lock.truncate(0)
-            lock.write(str(error).encode(errors="replace"))
-            raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the disk may be full
                 os.remove(part)
+                if isinstance(error, UserError):
+                    lock.truncate(0)
+                    lock.write(str(error).encode(errors="replace"))
+            lock.close()  # which the error's traceback would keep
+            raise
 
     def _download(self, address: str, file: Any, progress: Callable[[], Any]) -> None:
         """Write what an address holds to a file; after a break, go on there if the server can."""
         opener = open_s3 if address.startswith("s3://") else open_http
-        done, most, tag, failures = 0, 0, "", 0
+        done, most, size, tag, failures = 0, 0, None, "", 0
         while True:
             try:
                 progress()
@@ -147,10 +148,12 @@ class Cache:
             except (OSError, ValueError, HTTPException, *S3_ERRORS) as error:
                 failures = 1 if done > most else failures + 1
                 most, is_full = max(done, most), getattr(error, "errno", 0) in FULL
-                again = self._evict(file, 1) if is_full else is_temporary(error)
+                lacking = (size or 0) - done + BLOCK
+                again = self._evict(file, lacking) if is_full else is_temporary(error)
                 if failures > RETRIES or not again:
+                    problem = " ".join(str(error).split())
                     hint = f" in {self.folder}; --cache_dir may be on another disk" * is_full
-                    raise UserError(f"cannot fetch {address}: {error}{hint}") from error
+                    raise UserError(f"cannot fetch {address}: {problem}{hint}") from error
             time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
     def _reserve(self, file: Any, size: int | None, progress: Callable[[], Any]) -> None:
