@@ -445,10 +445,15 @@ def test_the_least_recently_used_files_leave(web, tmp_path):
         os.utime(local, (0, 1000))
         read(held, address["e"])
         assert "c.tar" in fetched(tmp_path) and len(fetched(tmp_path)) == 3
-    (tmp_path / "0123-x.part").write_bytes(bytes(2 * MB))  # of a process that was killed
-    os.utime(tmp_path / "0123-x.part", (0, 0))
+    left = tmp_path / f"{'0123' * 4}-x.part"  # by a process that was killed
+    others = [tmp_path / "my-own.mp4", tmp_path / "abc.tar"]
+    for path in (left, *others):
+        path.write_bytes(bytes(3 * MB))
+        os.utime(path, (0, 0))
+    (tmp_path / "folder").mkdir()
     read(held, address["f"])
     assert "f.tar" in fetched(tmp_path) and "x.part" not in fetched(tmp_path)
+    assert all(path.exists() for path in others)  # of somebody else
 
 
 def test_fetching_waits_while_all_files_are_in_use(web, tmp_path):

@@ -30,7 +30,8 @@ from util.file_io import ADDRESSES, HAS_S3, S3_ERRORS, is_remote, refuse_other_k
 from util.video.source import file_of, find_member, member_path
 from util.video.time_limit import TimeLimit, call_within
 
-BLOCK = 1 << 20  # bytes that are read and written at a time
+BLOCK = 1 << 18  # bytes that are read and written at a time
+OWN = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")  # names of fetched files, also unfinished ones
 TIMEOUT = 30  # seconds without a byte until a connection is given up
 RETRIES, RETRY_SECONDS = 3, 1.0  # in a row; each wait is twice the last one
 POLL_SECONDS = 0.1
@@ -172,11 +173,11 @@ class Cache:
             time.sleep(POLL_SECONDS)
 
     def _files(self, own: Any) -> list[tuple[float, int, str]]:
-        """Return (last use, bytes, path) of all files but `own`, least recently used first."""
+        """Return (last use, bytes, path) of fetched files but `own`, least recently used first."""
         found = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                if not entry.name.endswith(".lock") and entry.path != own.name:
+                if OWN.fullmatch(entry.name) and entry.path != own.name:
                     found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         return sorted(found)
 
