@@ -166,7 +166,7 @@ class Cache:
             with open(os.path.join(self.folder, ".lock"), "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 excess = sum(x[1] for x in self._files(file)) + size - self.limit
-                if excess <= self._evict(file, excess):
+                if excess <= 0 or excess <= self._evict(file, excess):
                     file.truncate(size)  # which other processes count from now on
                     return
             progress()

@@ -133,26 +133,18 @@ def print_any(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
-def local_path(path: str) -> str:
-    """Return a path on this machine for a path or address, downloading into a cache if needed."""
-    if not is_remote(path):
-        return path
-    if path.startswith("s3://") and not HAS_S3:
-        raise UserError(f"cannot fetch {path}: it needs `pip install boto3`")
-    if not path.startswith(ADDRESSES):
-        raise UserError(f"cannot fetch {path}: addresses start with {', '.join(ADDRESSES)}")
-    options = {}
+def local_path(address: str) -> str:
+    """Return the path on this machine of a csv or checkpoint at http(s)://, fetched if needed.
+
+    iopath keeps it for ever. Videos have a cache of their own: see util/cache.py.
+    """
     try:
-        if not path.startswith("s3://"):  # iopath tells cached files apart by path alone
-            address = urlparse(path)
-            name = f"{address.netloc}{zlib.crc32(address.query.encode()) if address.query else ''}"
-            options["cache_dir"] = os.path.join(get_cache_dir(), name)
-        return path_manager.get_local_path(path, **options)
-    # S3PathHandler asserts that the file is there; ValueError: not an address
-    except (OSError, HTTPException, AssertionError, ValueError) as error:
-        hint = "; without a network, fetch it elsewhere and give its path"
-        hint = hint if path.startswith("http") else ""
-        raise UserError(f"cannot fetch {path}: {error or 'no such file'}{hint}") from error
+        parts = urlparse(address)  # iopath tells cached files apart by path alone
+        name = f"{parts.netloc}{zlib.crc32(parts.query.encode()) if parts.query else ''}"
+        return path_manager.get_local_path(address, cache_dir=os.path.join(get_cache_dir(), name))
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not an address
+        hint = "without a network, fetch it elsewhere and give its path"
+        raise UserError(f"cannot fetch {address}: {error}; {hint}") from error
 
 
 def make_dirs(path: str) -> None:
