@@ -54,6 +54,7 @@ class Server:
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
     seconds: float = 0.0  # that a body takes, in ten parts
+    keep_alive: bool = False
     requests: list[tuple[str, str, int]] = field(default_factory=list)  # path, range, status
     address: str = ""
 
@@ -72,7 +73,7 @@ def web(monkeypatch) -> Iterator[Server]:
         def do_GET(self):
             path, wanted = self.path, self.headers.get("Range", "")
             fault = web.faults[path].pop(0) if web.faults.get(path) else ""
-            self.close_connection = True
+            self.close_connection = not web.keep_alive
             if fault.isdigit() or (path not in web.files and fault != "redirect"):
                 return self.answer(int(fault or 404), b"no", {"Content-Length": "2"})
             if fault == "redirect":
@@ -321,6 +322,19 @@ def test_the_next_process_fetches_what_a_killed_one_began(web, tmp_path):
     assert web.count("/x.tar") == 2 and fetched(tmp_path) == ["x.tar"]
 
 
+def test_a_stale_answer_of_the_file_system_costs_no_download(web, tmp_path, monkeypatch):
+    web.files["/x.tar"] = tar(1000)
+    read(Cache(str(tmp_path)), f"{web.address}/x.tar")
+    stale, exists = [False], os.path.exists  # NFS may remember that a file was missing
+
+    def answer(path):
+        return stale.pop() if stale and path.endswith("x.tar") else exists(path)
+
+    monkeypatch.setattr(os.path, "exists", answer)
+    assert read(Cache(str(tmp_path)), f"{web.address}/x.tar") == web.files["/x.tar"]
+    assert not stale and web.count("/x.tar") == 1 and fetched(tmp_path) == ["x.tar"]
+
+
 def test_waiting_processes_share_an_error(web, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "RETRY_SECONDS", 0.2)
     web.faults["/x.tar"] = ["503"] * 40
@@ -469,14 +483,14 @@ def test_fetching_waits_while_all_files_are_in_use(web, tmp_path):
 
 def test_processes_at_random_keep_the_limit(web, tmp_path):
     web.files |= {f"/{i}.tar": tar(MB) for i in range(6)}
-    limit = 3.1 * MB
+    web.seconds, limit = 0.05, 2.1 * MB
 
     def use(seed: int) -> None:
-        for i in np.random.default_rng(seed).integers(6, size=25).tolist():
+        for i in np.random.default_rng(seed).integers(6, size=10).tolist():
             content = read(Cache(str(tmp_path), limit / GB), f"{web.address}/{i}.tar")
             assert content == web.files[f"/{i}.tar"]
 
-    processes = [FORK.Process(target=use, args=[seed]) for seed in range(4)]
+    processes = [FORK.Process(target=use, args=[seed]) for seed in range(6)]
     for process in processes:
         process.start()
     most = 0
@@ -487,7 +501,7 @@ def test_processes_at_random_keep_the_limit(web, tmp_path):
                 sizes.append(path.stat().st_size)
         most = max(most, sum(sizes))
         time.sleep(0.005)
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert [process.exitcode for process in processes] == [0] * 6
     # while the folder is listed, one file may leave and another come
     assert most <= limit + 1.1 * MB and len(web.requests) > 6
 
@@ -596,6 +610,14 @@ def test_breaks_of_transfers_from_s3(web, tmp_path, monkeypatch, new_client):
         assert read(Cache(str(tmp_path)), f"s3:/{path}") == web.files[path]
         assert web.count(path) == 1 + len(faults)
         assert web.requests[-1][1].startswith("bytes=2") and web.requests[-1][2] == 206
+    web.keep_alive = True  # this process has a connection, which its children must not use
+    web.files |= {f"/data/{name}.tar": tar(5 * MB + i) for i, name in enumerate("fghi")}
+    assert read(Cache(str(tmp_path)), "s3://data/f.tar") == web.files["/data/f.tar"]
+    fetchers = [Fetcher(Cache(str(tmp_path)), f"s3://data/{name}.tar") for name in "ghi"]
+    assert [x.wait() for x in fetchers] == [str(len(web.files[f"/data/{x}.tar"])) for x in "ghi"]
+    for name in "ghi":
+        assert read(Cache(str(tmp_path)), f"s3://data/{name}.tar") == web.files[f"/data/{name}.tar"]
+        assert web.count(f"/data/{name}.tar") == 1
     wrong = {"x-amz-checksum-crc32": "AAAAAA=="}
     for name, faults, web.headers, problem, requests in [
         ("c", ["503"] * 9, {}, "503", 4),
@@ -607,7 +629,7 @@ def test_breaks_of_transfers_from_s3(web, tmp_path, monkeypatch, new_client):
         with pytest.raises(UserError, match=rf"^cannot fetch s3:/{path}: .*{problem}"):
             read(Cache(str(tmp_path)), f"s3:/{path}")
         assert web.count(path) == requests
-    assert fetched(tmp_path) == ["a.tar", "b.tar"]
+    assert fetched(tmp_path) == [f"{name}.tar" for name in "abfghi"]
 
 
 def test_files_on_s3_are_written_whole_or_not_at_all(s3):
