@@ -108,9 +108,9 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", up_to_1000)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
-    text = "folder for videos and shards of s3:// and https://; empty: $TMPDIR (/tmp)/mae_video_UID"
+    text = "folder of fetched s3:// and https:// videos; empty: mae_video_UID in $TMPDIR or /tmp"
     add("--cache_dir", "", text)
-    text = "10^9 bytes in --cache_dir, above which the least recently used leave; 0: no limit"
+    text = "10^9 bytes that --cache_dir may hold; the least recently used files leave; 0: no limit"
     add("--cache_gb", 0.0, text, natural_float)
     how = "dense: spread evenly over a clip; segments: one in each of --num_frames equal parts"
     add("--sampling", "dense", how, choices=("dense", "segments"))

@@ -1,9 +1,9 @@
-"""Videos and shards at addresses, fetched whole into a folder of this machine, once for all.
+"""Remote videos and shards, fetched whole into a folder of this machine, once for all processes.
 
-The bytes of an address come into NAME.part, which becomes NAME when they are complete. Locks
-(flock) on NAME.lock keep order, also among machines that share the folder: who fetches or deletes
-NAME holds it alone; all who read NAME share it, so that no file in use leaves. A lock ends with its
-process.
+A file is written as NAME.part and renamed to NAME when it is complete. A process that fetches or
+deletes NAME has the lock of NAME.lock (flock) for itself; processes that read NAME share the lock,
+so a file in use stays. Locks also work between machines that share the folder, and end with their
+processes.
 """
 
 import contextlib
@@ -97,18 +97,20 @@ class Cache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._fetch(address, local, lock, first, restart)
                 continue
-            time.sleep(POLL_SECONDS)  # another process fetches the file, and touches the lock
+            time.sleep(POLL_SECONDS)
+            # The process that fetches the file sets the lock's time whenever bytes come.
             if seen != (seen := os.fstat(lock.fileno()).st_mtime_ns):
                 restart()
 
     def _fetch(
         self, address: str, local: str, lock: IO[bytes], first: int, restart: Callable[[], None]
     ) -> None:
-        """Fetch a file whose lock is held alone, or raise the error of who has just failed to."""
+        """Fetch a file; if another process failed to, since this one asked, raise its error."""
         part = f"{local}.part"
         try:
             with open(part, "w+b", buffering=0) as file:
-                if os.path.exists(local):  # asked again, as NFS now knows what others have done
+                # NFS may have told of a time before; a new file in the folder makes it look again.
+                if os.path.exists(local):
                     return os.remove(part)
                 lock.seek(0)
                 if os.fstat(lock.fileno()).st_mtime_ns != first and (failure := lock.read()):
@@ -212,7 +214,7 @@ class Cache:
 
 
 # Openers take an address, the offset to start from, and the tag of the version that was begun. They
-# return the body, its offset, and the file's size (None: not known, but its end is) and tag.
+# return the body, its offset, and the size (None: the body says where it ends) and tag of the file.
 def open_http(address: str, start: int, tag: str) -> tuple[Any, int, int | None, str]:
     headers = {"Range": f"bytes={start}-", "If-Range": tag} if start and tag else {}
     url = quote(os.fsencode(address), safe="%/:?#[]@!$&'()*+,;=~")  # csvs hold any bytes
