@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from util import args as flags
+from util.cache import Cache
 from util.errors import UserError
 from util.features import read_npz
-from util.file_io import local_path, make_dirs, text_to_path, write_atomically
+from util.file_io import make_dirs, text_to_path, write_atomically
 from util.run import run
 from util.video.decode import Video, VideoError
 from util.visualize import encode_gif
@@ -53,7 +54,7 @@ def read(path: str) -> tuple[np.ndarray, list[str], list[str]]:
 def draw_cell(path: str, caption: str, colour: str) -> Tensor:
     """Draw the middle square of a video's frames above a caption: uint8 [FRAMES, H, W, 3]."""
     try:
-        with Video(local_path(text_to_path(path))) as video:
+        with Cache().hold(text_to_path(path)) as local, Video(local) as video:
             numbers = np.linspace(0, video.num_frames - 1, FRAMES).round().astype(int)
             frames = dict(video.frames(sorted(set(numbers.tolist()))))
     except VideoError as error:

@@ -25,9 +25,10 @@ from torch import Tensor
 import main_features
 from models_vit import VisionTransformer
 from util import args as flags
+from util.cache import Cache
 from util.checkpoint import newest_checkpoint
 from util.errors import UserError
-from util.file_io import local_path, make_dirs, path_to_text, print_any, printable, write_atomically
+from util.file_io import make_dirs, path_to_text, print_any, printable, write_atomically
 from util.kinetics import cut_views, dense_frames
 from util.masking import MASK_TYPES
 from util.run import run, usage_errors
@@ -164,7 +165,7 @@ def load_clip(path: str | Path, model: Any, start: float = 0.5) -> Clip:
         return start * max(total - length, 0) // 1
 
     try:
-        with Video(local_path(str(path))) as video:
+        with Cache().hold(str(path)) as local, Video(local) as video:
             if model.sampling == "segments":
                 frames = segment_indices(video.num_frames, T, min(start, 1 - 1e-6))
                 seconds = video.num_frames / video.fps

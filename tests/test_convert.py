@@ -1481,12 +1481,6 @@ def test_a_web_page_is_not_a_checkpoint(server):
         read_weights(str(folder / "lfs.pth"))
 
 
-@pytest.mark.skipif(file_io.HAS_S3, reason="boto3 is installed")
-def test_s3_names_what_it_needs():
-    with pytest.raises(UserError, match=r"cannot open s3://bucket/x\.pth: .*it needs `pip install"):
-        read_weights("s3://bucket/x.pth")
-
-
 def test_damaged_safetensors(tmp_path):
     content = safetensors.torch.save({"a": torch.zeros(9)})
     (tmp_path / "a.safetensors").write_bytes(content[:-5])

@@ -15,9 +15,10 @@ Kind = Callable[[str], Any]  # converts the text of a flag to its value
 # flags that do not change what a run learns
 NOT_COMPARED = """
     notice dry_run ranks eval device output_dir log_dir resume print_freq dist_timeout vis_period
-    num_workers item_timeout max_bad_share max_pixels checkpoint_period checkpoint_minutes keep_last
-    keep_every cluster nodes ngpus tasks_per_node cpus_per_task mem_gb time partition account qos
-    time_loader clips_per_second constraint comment job_name job_dir signal_delay_s probe_csv
+    num_workers item_timeout max_bad_share max_pixels cache_dir cache_gb checkpoint_period
+    checkpoint_minutes keep_last keep_every cluster nodes ngpus tasks_per_node cpus_per_task mem_gb
+    time partition account qos constraint comment job_name job_dir signal_delay_s probe_csv
+    time_loader clips_per_second
 """.split()
 
 
@@ -108,6 +109,10 @@ def add_data_args(parser: ArgumentParser, jitter_scales: tuple[float, float] | N
     add("--num_workers", None, "loaders per rank; not given: one per CPU, up to 16", up_to_1000)
     add("--item_timeout", 60.0, "seconds before a slow video counts as unreadable", positive_float)
     add("--max_pixels", 8192**2, "width x height above which a video is unreadable", positive_int)
+    text = "folder of fetched s3:// and https:// videos; empty: mae_video_UID in $TMPDIR or /tmp"
+    add("--cache_dir", "", text)
+    text = "10^9 bytes that --cache_dir may hold; the least recently used files leave; 0: no limit"
+    add("--cache_gb", 0.0, text, natural_float)
     how = "dense: spread evenly over a clip; segments: one in each of --num_frames equal parts"
     add("--sampling", "dense", how, choices=("dense", "segments"))
     if not jitter_scales:
@@ -261,7 +266,7 @@ def parse(
 def clip_options(args: Namespace, training: bool = False) -> dict[str, Any]:
     """Return the arguments of Kinetics that the flags set for every data set, or training set."""
     names = "input_size num_frames sampling_rate sampling max_pixels item_timeout"
-    names += " seed repeat_aug hflip" if training else ""
+    names += " cache_dir cache_gb" + " seed repeat_aug hflip" * training
     options = {name: getattr(args, name) for name in names.split()}
     if training:
         options |= {"scales": args.jitter_scales_relative, "ratios": args.jitter_aspect_relative}

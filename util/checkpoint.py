@@ -29,7 +29,7 @@ from util.args import compared
 from util.classes import same_classes, some_names
 from util.dist import SAVING, broadcast_object, gather_objects, is_main, print0, world_size
 from util.errors import UserError
-from util.file_io import is_remote, make_dirs, path_manager, write_atomically
+from util.file_io import is_remote, list_names, make_dirs, path_manager, write_atomically
 from util.formats import checkpoint_args, find_average, model_state
 from util.meters import write_log
 from util.signals import Interruption
@@ -56,9 +56,7 @@ def checkpoint_order(path: str) -> tuple[int, float] | None:
 
 def list_checkpoints(output_dir: str) -> list[str]:
     """Return the paths of a folder's checkpoints, oldest first."""
-    if not output_dir or not path_manager.isdir(output_dir):
-        return []
-    names = [name for name in path_manager.ls(output_dir) if checkpoint_order(name)]
+    names = [name for name in list_names(output_dir) if checkpoint_order(name)]
     names.sort(key=lambda name: checkpoint_order(name) or (0, 0.0))
     return [os.path.join(output_dir, name) for name in names]
 

@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from typing import IO, Any
 from urllib.parse import urlparse
@@ -60,11 +60,25 @@ CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's errors: what else a file ask
 path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
 HAS_S3 = importlib.util.find_spec("boto3") is not None  # not a dependency: only s3:// needs it
+S3_ERRORS: tuple[type[Exception], ...] = ()  # that are no OSErrors
 if HAS_S3:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    S3_ERRORS = Boto3Error, BotoCoreError, ClientError
     # None: the profile in AWS's own variables and files; iopath's default is Facebook's
     path_manager.register_handler(S3PathHandler(profile=None))
 
 # --- paths and addresses --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def s3_errors() -> Iterator[None]:
+    """Turn errors of boto3 into OSErrors."""
+    try:
+        yield
+    except S3_ERRORS as error:
+        raise OSError(str(error)) from error
 
 
 def is_remote(path: str) -> bool:
@@ -77,7 +91,8 @@ def open_file(path: str, mode: str = "r") -> IO:
     try:
         if "r" in mode and path.startswith("http"):  # into the cache
             path = local_path(path)
-        return path_manager.open(path, mode)
+        with s3_errors():
+            return path_manager.open(path, mode)
     except OSError as error:
         hint = "; it needs `pip install boto3`" if path.startswith("s3://") and not HAS_S3 else ""
         raise UserError(f"cannot open {path}: {error.strerror or error}{hint}") from error
@@ -118,36 +133,41 @@ def print_any(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
-def local_path(path: str) -> str:
-    """Return a path on this machine for a path or address, downloading into a cache if needed."""
-    if not is_remote(path):
-        return path
-    if path.startswith("s3://") and not HAS_S3:
-        raise UserError(f"cannot fetch {path}: it needs `pip install boto3`")
-    if not path.startswith(ADDRESSES):
-        raise UserError(f"cannot fetch {path}: addresses start with {', '.join(ADDRESSES)}")
-    options = {}
+def local_path(address: str) -> str:
+    """Return the path on this machine of a csv or checkpoint at http(s)://, fetched if needed.
+
+    iopath keeps it for ever. Videos have a cache of their own: see util/cache.py.
+    """
     try:
-        if not path.startswith("s3://"):  # iopath tells cached files apart by path alone
-            address = urlparse(path)
-            name = f"{address.netloc}{zlib.crc32(address.query.encode()) if address.query else ''}"
-            options["cache_dir"] = os.path.join(get_cache_dir(), name)
-        return path_manager.get_local_path(path, **options)
-    # S3PathHandler asserts that the file is there; ValueError: not an address
-    except (OSError, HTTPException, AssertionError, ValueError) as error:
-        hint = "; without a network, fetch it elsewhere and give its path"
-        hint = hint if path.startswith("http") else ""
-        raise UserError(f"cannot fetch {path}: {error or 'no such file'}{hint}") from error
+        parts = urlparse(address)  # iopath tells cached files apart by path alone
+        name = f"{parts.netloc}{zlib.crc32(parts.query.encode()) if parts.query else ''}"
+        return path_manager.get_local_path(address, cache_dir=os.path.join(get_cache_dir(), name))
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not an address
+        hint = "without a network, fetch it elsewhere and give its path"
+        raise UserError(f"cannot fetch {address}: {error}; {hint}") from error
 
 
 def make_dirs(path: str) -> None:
     """Create a folder and its parents; if that fails, raise a UserError that names it."""
     try:
-        path_manager.mkdirs(path)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror or error}") from error
+        with s3_errors():
+            path_manager.mkdirs(path.rstrip("/") + "/" if is_remote(path) else path)
+    except (OSError, NotImplementedError) as error:
+        problem = getattr(error, "strerror", "") or str(error) or "no files can be written there"
+        raise UserError(f"cannot create the folder {path}: {problem}") from error
     if not is_remote(path) and not os.path.isdir(path):  # mkdirs does not mind a file there
         raise UserError(f"cannot create the folder {path}: it is a file")
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the names in a folder; none if there is no such folder."""
+    if not is_remote(folder):
+        return os.listdir(folder) if os.path.isdir(folder) else []
+    try:
+        with s3_errors():
+            return [key.split("/")[-1] for key in path_manager.ls(folder.rstrip("/") + "/")]
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error}") from error
 
 
 def write_atomically(path: str, write: Callable[[Any], None]) -> None:
@@ -160,8 +180,10 @@ def write_atomically(path: str, write: Callable[[Any], None]) -> None:
         OSError: the write failed; whatever stood at `path` before is untouched.
     """
     if is_remote(path):
-        with path_manager.open(path, "wb") as file:
+        with s3_errors(), path_manager.open(path, "wb") as file:
+            upload, file.close = file.close, lambda: None  # after an error, upload nothing
             write(file)
+            file.close = upload
         return
     temporary = f"{path}.tmp{os.getpid()}"
     try:
@@ -235,13 +257,13 @@ def forget(path: str, local: str) -> str:
     return "; it was removed from the cache, try again"
 
 
-def refuse_other_kinds(start: bytes, path: str) -> None:
+def refuse_other_kinds(start: bytes, path: str, wanted: str = "a checkpoint") -> None:
     """Raise UserError if a file's first bytes are those of a web page or of a Git LFS pointer."""
     if start[8:9] == b"{":  # .safetensors: the length before it may be any bytes
         return
     for first, kind in OTHER_KINDS.items():
         if start.lstrip(BLANKS).startswith(first):
-            raise UserError(f"{path} is damaged or not a checkpoint: it is {kind}")
+            raise UserError(f"{path} is damaged or not {wanted}: it is {kind}")
 
 
 # --- checkpoint files -----------------------------------------------------------------------------

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.cache import Cache
 from util.classes import ClassNames, match_labels
 from util.dist import print0
 from util.errors import UserError
-from util.file_io import ADDRESSES, is_remote, local_path, path_to_text, printable, read_text
+from util.file_io import ADDRESSES, is_remote, path_to_text, printable, read_text
 from util.video import clip_ops, sampling
 from util.video.decode import MAX_PIXELS, ROUNDING, Video, VideoError
 from util.video.rand_augment import RandAugment
@@ -133,6 +134,12 @@ class VideoIndex:
         start = self._ends[i - 1] if i else 0
         path = os.fsdecode(self._paths[start : self._ends[i]].tobytes())
         return path if is_remote(path) else os.path.join(self.folder, path)
+
+    def remote_paths(self) -> list[str]:
+        """Return the paths of the rows that are addresses."""
+        if not is_remote(self.folder) and b"://" not in self._paths.tobytes():
+            return []
+        return list(filter(is_remote, map(self.path, range(len(self)))))
 
 
 def _parse_row(line: str) -> tuple[str, int]:
@@ -296,11 +303,14 @@ class Kinetics(Dataset):
     num_crops: int = 1
     sampling: str = "dense"  # or "segments": one frame from each of num_frames equal parts
     max_pixels: int = MAX_PIXELS  # videos with larger frames (width * height) are unreadable
-    item_timeout: float = 60.0  # seconds that reading a video may take
+    item_timeout: float = 60.0  # seconds that reading a video may take, once it is fetched
+    cache_dir: str = ""  # see Cache
+    cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in ("pretrain", "finetune", "test"):
             raise ValueError(f"mode {self.mode!r} is none of pretrain, finetune, test")
+        self.cache = Cache(self.cache_dir, self.cache_gb)
         size, self.training = self.input_size, self.mode != "test"
         self.views = self.repeat_aug if self.training else self.num_clips * self.num_crops
         self.clips_shape = self.views, self.num_frames, size, size, 3  # [R, T, H, W, C] of a sample
@@ -320,15 +330,16 @@ class Kinetics(Dataset):
         replacements = np.random.default_rng((self.seed, epoch, row, self.repeat_aug))
         errors = {}
         for _ in range(MAX_REPLACEMENTS if self.training else 1):
-            path = self.index.path(row)
+            path = local = self.index.path(row)
             rngs = [np.random.default_rng(seed) for seed in seeds]
-            load = partial(self._load, path, rngs, clips)
             try:
-                # The decoder checks the clock itself and then frees what it holds. A call that
-                # still takes longer hangs in the file system.
-                flip, erase = call_within(self.item_timeout + 1, load)
+                with self.cache.hold(path, self.item_timeout) as local:
+                    load = partial(self._load, local, rngs, clips)
+                    # The decoder checks the clock itself and then frees what it holds. A call that
+                    # still takes longer hangs in the file system.
+                    flip, erase = call_within(self.item_timeout + 1, load)
             except (VideoError, UserError) as error:
-                errors[path] = " ".join(str(error).split())
+                errors[path] = " ".join(str(error).replace(local, path).split())
             except TimeoutError:
                 errors[path] = f"{path}: does not answer within {self.item_timeout:g} seconds"
                 clips = torch.empty_like(clips)
@@ -343,7 +354,7 @@ class Kinetics(Dataset):
     def _load(self, path: str, rngs: Generators, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Write the clips of a video; return which to flip and what to erase on the device."""
         flip, erase, size = [False] * self.views, [NO_BOX] * self.views, self.input_size
-        with Video(local_path(path), self.max_pixels, self.item_timeout) as video:
+        with Video(path, self.max_pixels, self.item_timeout) as video:
             if self.training:
                 self._cut_random_clips(video, rngs, clips)
             else:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from util.dist import all_reduce_mean, is_main, print0, world_size
 from util.errors import UserError
-from util.file_io import make_dirs, open_file, write_atomically
+from util.file_io import is_remote, list_names, make_dirs, open_file, read_text, write_atomically
 from util.optim import NonFiniteError, UpdateGuard
 
 if TYPE_CHECKING:
@@ -292,8 +292,12 @@ def log_line(record: dict[str, Any]) -> str:
 def append_log(output_dir: str, record: dict[str, Any]) -> None:
     """Append one JSON line to log.txt in the main process."""
     if is_main() and output_dir:
-        with open_file(os.path.join(output_dir, "log.txt"), "a") as file:
-            file.write(log_line(record))
+        path, text = os.path.join(output_dir, "log.txt"), log_line(record)
+        if is_remote(path):  # object stores cannot append
+            text = (read_text(path) if "log.txt" in list_names(output_dir) else "") + text
+            return write_atomically(path, lambda file: file.write(text.encode()))
+        with open_file(path, "a") as file:
+            file.write(text)
 
 
 def write_log(output_dir: str, records: list[dict[str, Any]]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from util.errors import UserError
-from util.file_io import local_path
 from util.kinetics import Kinetics, VideoIndex, scale_frame, timeline
 from util.video.decode import Video, VideoError
 from util.video.sampling import clip_length, frame_indices, uniform_crop_box
@@ -80,19 +79,21 @@ class WindowReader(IterableDataset):
     def __iter__(self) -> Iterator[Windows]:
         worker = get_worker_info()
         for row in self.rows[worker.id :: worker.num_workers] if worker else self.rows:
-            batches = partial(next, self._read(row), None)
             limit, nothing = self.dataset.item_timeout, np.empty(0)
+            path = local = self.dataset.index.path(row)
             try:
-                while (batch := call_within(limit + 1, batches)) is not None:
-                    yield batch
+                with self.dataset.cache.hold(path, limit) as local:
+                    batches = partial(next, self._read(row, local), None)
+                    while (batch := call_within(limit + 1, batches)) is not None:
+                        yield batch
             except (VideoError, UserError, TimeoutError) as error:
                 slow = f"a batch of its windows took longer than --item_timeout {limit:g} seconds"
-                slow = f"{self.dataset.index.path(row)}: {slow}"
-                yield Windows(row, nothing, nothing, 1.0, " ".join(str(error).split()) or slow)
+                text = " ".join(str(error).replace(local, path).split()) or f"{path}: {slow}"
+                yield Windows(row, nothing, nothing, 1.0, text)
 
-    def _read(self, row: int) -> Iterator[Windows]:
+    def _read(self, row: int, path: str) -> Iterator[Windows]:
         data = self.dataset
-        with Video(local_path(data.index.path(row)), data.max_pixels) as video:
+        with Video(path, data.max_pixels) as video:
             frames, times = window_frames(video, data.num_frames, data.sampling_rate, self.stride)
             clips = cut_windows(video, frames, data.input_size)
             for end in range(self.batch_size, len(frames) + self.batch_size, self.batch_size):

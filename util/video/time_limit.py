@@ -17,8 +17,12 @@ class TimeLimit:
     """Seconds of running time that are left, if `is_over` is called at least every LONGEST."""
 
     def __init__(self, seconds: float):
-        self.left = seconds
+        self.seconds = self.left = seconds
         self._last = time.monotonic()
+
+    def restart(self) -> None:
+        """Give all the seconds again, because there is progress; other threads may call this."""
+        self.left = self.seconds
 
     def is_over(self) -> bool:
         """Count the time since the last call, and return whether none is left."""
@@ -28,15 +32,15 @@ class TimeLimit:
         return self.left <= 0
 
 
-def call_within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Return function(), or raise TimeoutError if it has not returned after `seconds`.
+def call_within(limit: float | TimeLimit, function: Callable[[], Any]) -> Any:
+    """Return function(), or raise TimeoutError if it has not returned after `limit` (seconds).
 
     It runs in another thread, because no signal ends a system call inside a library. A call that is
     given up goes on in that thread, so nobody else may use what it writes to.
     """
     calls, outcome = _idle.pop() if _idle else _start_thread(), SimpleQueue()
     calls.put((function, outcome))
-    limit = TimeLimit(seconds)
+    limit = limit if isinstance(limit, TimeLimit) else TimeLimit(limit)
     try:
         while True:
             try:
