@@ -682,21 +682,22 @@ def test_a_run_on_s3(s3, shards, videos, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_s3_without_boto3():
+def test_s3_without_boto3(tmp_path):
     code = """
 import sys
 sys.modules["boto3"] = None
 from util.cache import Cache
 from util.errors import UserError
 from util.weights import read_weights
-for function in (lambda: Cache().hold("s3://data/x.tar").__enter__(),
+for function in (lambda: Cache(sys.argv[1]).hold("s3://data/x.tar").__enter__(),
                  lambda: read_weights("s3://data/x.pth")):
     try:
         function()
     except UserError as error:
         print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second = run.stdout.splitlines()
     assert first == "cannot fetch s3://data/x.tar: it needs `pip install boto3`"
     assert second.startswith("cannot open s3://data/x.pth: ") and "`pip install boto3`" in second
