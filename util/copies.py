@@ -190,8 +190,10 @@ def find_plan(copies: Copies, group_of: dict[str, str], args: Namespace) -> dict
     path = os.path.join(copies.state, "plan.json")
     if os.path.exists(path):
         plan = load_json(path)
-        both = [(x, plan["made_for"].get(x), made_for.get(x)) for x in plan["made_for"] | made_for]
-        if wrong := [f"{x} was {old} and is {new}" for x, old, new in both if old != new]:
+        old, names = plan["made_for"], plan["made_for"] | made_for
+        wrong = [x for x in names if old.get(x) != made_for.get(x)]
+        wrong = [f"{x} was {old.get(x, 'absent')}, is {made_for.get(x, 'absent')}" for x in wrong]
+        if wrong:
             raise UserError(
                 f"{path} is of a call with other flags or videos ({len(wrong)} differ: "
                 f"{'; '.join(wrong[:3])}); name another folder, or delete {copies.state}"
@@ -253,15 +255,15 @@ def tell_costs(copies: Copies, plan: dict[str, Any], jobs: int) -> None:
     folder = Path(copies.folder).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    size_text, needed_text, free_text = (
-        tqdm.format_sizeof(x, "B") for x in (size, sum(needed), free)
+    texts = [f"{tqdm.format_sizeof(x)}B" for x in (size, sum(needed), free)]
+    hours = size * plan["cpu_s_per_byte"] / 3600
+    work = f"about {hours:.3g} CPU-hours to re-encode them; " if hours else ""
+    print_any(
+        f"{copies.folder}: {count:,} of {total:,} videos to copy, {texts[0]}; {work}"
+        f"about {texts[1]} needed, {texts[2]} free"
     )
-    line = f"{copies.folder}: {count:,} of {total:,} videos to copy, {size_text}; "
-    if hours := size * plan["cpu_s_per_byte"] / 3600:
-        line += f"about {hours:.3g} CPU-hours to re-encode them; "
-    print_any(f"{line}about {needed_text} needed, {free_text} free")
     if sum(needed) > free:
-        needs = f"needs about {needed_text}, and its disk has {free_text}"
+        needs = f"needs about {texts[1]}, and its disk has {texts[2]} free"
         raise UserError(f"{copies.folder} {needs}", 1)
 
 
@@ -300,20 +302,19 @@ def make_copies(split_of: dict[str, str], args: Namespace) -> dict[str, dict[str
     with tqdm(desc="copying", total=total, initial=total - left, unit=" videos") as bar:
         if args.cluster:
             run_jobs(copies, todo, args, bar)
-        for number, unit in enumerate([] if args.cluster else todo, start=1):
-            bar.set_postfix_str(
-                f"{len(copies.units) - len(todo) + number}/{len(copies.units)} units"
-            )
-            copies.make(unit, args.workers, bar)
+        else:
+            for unit in todo:
+                bar.set_postfix_str(unit)
+                copies.make(unit, args.workers, bar)
     made: dict[str, dict[str, str]] = {"places": {}, "failed": {}, "damaged": {}}
     for unit in copies.units:
-        record = copies.read_record(unit) or {"copies": {}}
+        record = load_json(f"{copies.state}/{unit}.json")
         record["places"] = copies.places(unit, record)
         for kind, found in made.items():
             found |= record.get(kind, {})
     for path in Path(copies.folder).iterdir():  # what killed processes have left
         if copies.shards and re.match(r"\.(train|val|test)-\d{6}\.", path.name):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
     if not copies.shards:  # the next call looks at every copy again
         shutil.rmtree(copies.state)
     return made
@@ -379,8 +380,9 @@ def run_jobs(copies: Copies, todo: list[str], args: Namespace, bar: tqdm) -> Non
         names = set(os.listdir(copies.state))
         done = {unit for unit in todo if f"{unit}.json" in names and copies.is_done(unit)}
         todo = [unit for unit in todo if unit not in done]
-        bar.update(sum(len(copies.units[unit]) for unit in done))
-        bar.set_postfix_str(f"{len(copies.units) - len(todo)}/{len(copies.units)} units")
+        if done:
+            bar.set_postfix_str(f"{len(copies.units) - len(todo)}/{len(copies.units)} units", False)
+            bar.update(sum(len(copies.units[unit]) for unit in done))
         if local or time.monotonic() - asked > QUEUE_S:
             live = any(not job.done() for job in started) if local else find_live(units_of)
             silent, asked = 0 if live else silent + 1, time.monotonic()

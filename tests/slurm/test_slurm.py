@@ -273,20 +273,26 @@ def records(out: Path) -> int:
 
 
 def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_path):
-    """One job is requeued, and the command is killed: the same command waits for the same jobs."""
+    """Two jobs are requeued, and the command is killed: the same command waits for the same jobs.
+
+    One job is told to stop before its time limit, as by SIGUSR2; the other one is preempted.
+    """
     videos, whole = prepared
     process = start_preparing(slurm, videos, tmp_path, *QUEUE)
-    wait_for(lambda: records(tmp_path) >= 2, tmp_path / "shards/jobs")
+    wait_for((tmp_path / "shards/train-000000.json").exists, tmp_path / "shards/jobs")
+    array = arrays(tmp_path).pop()
+    subprocess.run(["scancel", "--signal=USR2", f"{array}_0"], env=slurm, check=True)
+    subprocess.run(["scontrol", "requeue", f"{array}_1"], env=slurm, check=True)
     process.kill()
     out = process.communicate()[0]
-    array = re.search(r"submitted 3 jobs, (\d+)_0 to \1_2", out)[1]
-    subprocess.run(["scontrol", "requeue", f"{array}_1"], env=slurm, check=True)
+    assert re.search(rf"submitted 3 jobs, {array}_0 to {array}_2", out)
     out = finish_preparing(slurm, videos, tmp_path)
     assert "submitted" not in out and arrays(tmp_path) == {array}
     assert contents(tmp_path) == whole
-    command = ["scontrol", "show", "job", f"{array}_1"]
-    shown = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True).stdout
-    assert "Restarts=1 " in shown
+    for number in (0, 1):
+        command = ["scontrol", "show", "job", f"{array}_{number}"]
+        shown = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True)
+        assert "Restarts=1 " in shown.stdout
     out = finish_preparing(slurm, videos, tmp_path)  # nothing is left to do
     assert "0 of 12 videos to copy" in out and arrays(tmp_path) == {array}
 
@@ -294,9 +300,9 @@ def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_pat
 def test_a_cancelled_job_is_an_error_and_only_its_units_are_made_again(slurm, prepared, tmp_path):
     videos, whole = prepared
     process = start_preparing(slurm, videos, tmp_path, *QUEUE)
-    wait_for(lambda: records(tmp_path) >= 2, tmp_path / "shards/jobs")
+    wait_for(lambda: arrays(tmp_path), tmp_path / "shards/jobs")
     array = arrays(tmp_path).pop()
-    subprocess.run(["scancel", "--signal=KILL", f"{array}_2"], env=slurm, check=True)
+    subprocess.run(["scancel", f"{array}_2"], env=slurm, check=True)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "units are not done" in out, out
     assert f"{array}_2_0_log.err says why" in out
