@@ -40,14 +40,29 @@ POLL_S, QUEUE_S = 1, 10  # seconds between looks at the records, and at Slurm's 
 
 @dataclass
 class Copies:
-    """The copies of some videos in a folder. Paths of videos start from the folder `videos`."""
+    """The copies of some videos in a folder; a job that makes them.
+
+    Paths of videos start from the folder `videos`.
+    """
 
     videos: str
     folder: str
     shards: bool  # pack the copies
     recipe: dict[str, Any] | None  # arguments of transcode; None: pack the videos as they are
     verify: bool
+    workers: int  # videos copied at a time
     units: dict[str, dict[str, int]]  # of every unit, paths and bytes of its videos
+
+    def __call__(self) -> None:
+        """Make all units that are not done, as a job."""
+        for unit in self.units:
+            if not self.is_done(unit):
+                self.make(unit)
+            print_any(f"{unit} is done")
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Return the job that submitit requeues at preemption or at the time limit."""
+        return DelayedSubmission(self)
 
     @property
     def state(self) -> str:
@@ -81,18 +96,18 @@ class Copies:
             for path, place in record["copies"].items()
         }
 
-    def make(self, unit: str, workers: int, bar: tqdm | None = None) -> None:
+    def make(self, unit: str, bar: tqdm | None = None) -> None:
         """Copy, pack and verify the videos of a unit, except for what was done before."""
         record = self.read_record(unit)
         if record is None:
-            record = self._copy(unit, workers, bar)
+            record = self._copy(unit, bar)
             save_json(f"{self.state}/{unit}.json", record)
         if self.verify and "damaged" not in record:
             places = self.places(unit, record)
-            record["damaged"] = in_parallel(lambda x: find_damage(places[x]), places, workers)
+            record["damaged"] = in_parallel(lambda x: find_damage(places[x]), places, self.workers)
             save_json(f"{self.state}/{unit}.json", record)
 
-    def _copy(self, unit: str, workers: int, bar: tqdm | None) -> dict[str, Any]:
+    def _copy(self, unit: str, bar: tqdm | None) -> dict[str, Any]:
         """Copy and pack the videos of a unit; return what is known of them then."""
         sizes, own = self.units[unit], contextlib.nullcontext("")
         if self.shards:  # a folder of this process: nothing that another one does can spoil a shard
@@ -110,15 +125,17 @@ class Copies:
                 try:
                     if self.recipe is None:
                         Video(sources[path]).close()
-                    elif not can_be_opened(copies[path]):  # or else, it was copied earlier
-                        if not self.shards:
-                            os.makedirs(os.path.dirname(copies[path]), exist_ok=True)
-                        transcode(sources[path], copies[path], **self.recipe)
+                        return ""
+                    with contextlib.suppress(VideoError), Video(copies[path]):
+                        return ""  # it was copied earlier
+                    if not self.shards:
+                        os.makedirs(os.path.dirname(copies[path]), exist_ok=True)
+                    transcode(sources[path], copies[path], **self.recipe)
                 except VideoError as error:
                     return str(error)
                 return ""
 
-            failed = in_parallel(copy, sizes, workers, bar)
+            failed = in_parallel(copy, sizes, self.workers, bar)
             record = {"failed": failed, "copies": {x: None for x in sizes if x not in failed}}
             if self.shards:
                 files = copies if self.recipe else sources
@@ -129,12 +146,6 @@ class Copies:
                 record["bytes"] = os.path.getsize(shard)
                 os.replace(shard, os.path.join(self.folder, f"{unit}.tar"))
         return record
-
-
-def can_be_opened(path: str) -> bool:
-    with contextlib.suppress(VideoError), Video(path):
-        return True
-    return False
 
 
 def file_size(path: str) -> int:
@@ -200,7 +211,7 @@ def find_plan(copies: Copies, group_of: dict[str, str], args: Namespace) -> dict
             )
         return plan
     weights, limit = dict.fromkeys(sizes, 1.0), float(GROUP)
-    ratio, seconds = sample(copies, sizes, args.workers) if copies.recipe else (1.0, 0.0)
+    ratio, seconds = sample(copies, sizes) if copies.recipe else (1.0, 0.0)
     if copies.shards:
         weights = {x: max(size, 0) * ratio + OVERHEAD for x, size in sizes.items()}
         limit = args.shard_mb * 1e6
@@ -215,7 +226,7 @@ def find_plan(copies: Copies, group_of: dict[str, str], args: Namespace) -> dict
     return {"made_for": made_for, "ratio": ratio, "cpu_s_per_byte": seconds, "units": units}
 
 
-def sample(copies: Copies, sizes: dict[str, int], workers: int) -> tuple[float, float]:
+def sample(copies: Copies, sizes: dict[str, int]) -> tuple[float, float]:
     """Re-encode the beginnings of a few videos; return bytes and CPU seconds per byte of source.
 
     The bytes are rounded: another version of the libraries may write slightly other copies.
@@ -235,7 +246,7 @@ def sample(copies: Copies, sizes: dict[str, int], workers: int) -> tuple[float, 
             return 0, 0, 0
         return sizes[path], os.path.getsize(target) / share, seconds / share
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(copies.workers) as pool:
         before, after, seconds = map(sum, zip((0, 0, 0), *pool.map(measure, paths), strict=True))
     return (float(f"{after / before:.2g}"), seconds / before) if before else (1.0, 0.0)
 
@@ -288,7 +299,7 @@ def make_copies(split_of: dict[str, str], args: Namespace) -> dict[str, dict[str
     if args.reencode is not None:
         recipe = {name: getattr(args, name) for name in ("short_side", "gop", "crf")}
     folder = args.pack or args.reencode or ""
-    copies = Copies(args.videos, folder, bool(args.pack), recipe, args.verify, {})
+    copies = Copies(args.videos, folder, bool(args.pack), recipe, args.verify, args.workers, {})
     _check_names(copies, split_of)
     plan = find_plan(copies, split_of if args.pack else dict.fromkeys(split_of, "copies"), args)
     copies.units = plan["units"]
@@ -305,7 +316,7 @@ def make_copies(split_of: dict[str, str], args: Namespace) -> dict[str, dict[str
         else:
             for unit in todo:
                 bar.set_postfix_str(unit)
-                copies.make(unit, args.workers, bar)
+                copies.make(unit, bar)
     made: dict[str, dict[str, str]] = {"places": {}, "failed": {}, "damaged": {}}
     for unit in copies.units:
         record = load_json(f"{copies.state}/{unit}.json")
@@ -334,23 +345,6 @@ def _check_names(copies: Copies, paths: Iterable[str]) -> None:
             raise UserError(f"--reencode {folder} would overwrite {source}: choose another")
 
 
-@dataclass
-class Slice:
-    """Make units in a job, and what is left of them when the job is requeued."""
-
-    copies: Copies
-    workers: int
-
-    def __call__(self) -> None:
-        for unit in self.copies.units:
-            if not self.copies.is_done(unit):
-                self.copies.make(unit, self.workers)
-            print_any(f"{unit} is done")
-
-    def checkpoint(self) -> DelayedSubmission:
-        return DelayedSubmission(self)
-
-
 def run_jobs(copies: Copies, todo: list[str], args: Namespace, bar: tqdm) -> None:
     """Have jobs make units, except for those that Slurm's jobs of an earlier call make, and wait.
 
@@ -367,13 +361,14 @@ def run_jobs(copies: Copies, todo: list[str], args: Namespace, bar: tqdm) -> Non
         num = min(args.jobs, len(free))
         if local:  # on Slurm, the flag says how many cores a job has
             args.cpus_per_task = max(1, args.workers // num)
-        here = {x: os.path.abspath(getattr(copies, x)) for x in ("videos", "folder")}
+        common = {x: os.path.abspath(getattr(copies, x)) for x in ("videos", "folder")}
+        common["workers"] = args.cpus_per_task
         parts = [{unit: copies.units[unit] for unit in free[k::num]} for k in range(num)]
-        slices = [Slice(replace(copies, units=x, **here), args.cpus_per_task) for x in parts]
-        started = submit_jobs(slices, logs, args)
+        started = submit_jobs([replace(copies, units=x, **common) for x in parts], logs, args)
         units_of |= {job.job_id: list(part) for job, part in zip(started, parts, strict=True)}
         save_json(path, units_of)
         print_any(f"submitted {num} jobs, {started[0].job_id} to {started[-1].job_id}")
+        print_any(f"logs: {logs}{'' if local else '; the jobs go on if this command ends'}")
     silent, asked = 0, time.monotonic()
     while todo and silent < 2:  # once more after the end: a file server may show records late
         time.sleep(POLL_S)

@@ -1,4 +1,4 @@
-"""Write the csv lists of a data set from its annotations or folders, and re-encode its videos.
+"""Write the csv lists of a data set from its annotations or folders, and of copies of its videos.
 
     python -m util.prepare_kinetics kinetics VIDEOS OUT --annotations train.csv val.csv test.csv
     python -m util.prepare_kinetics folders VIDEOS OUT
@@ -6,8 +6,9 @@
 
 This writes train.csv, val.csv, test.csv (those that the data set has), classes.txt (one class per
 line, in the order of the labels) and missing.txt (annotated videos that were not found) to OUT.
---reencode DIR also writes copies of short side 256 that are cheap to decode, and lists those;
---verify decodes every listed video. See DATASET.md.
+--reencode DIR also writes copies of short side 256 that are cheap to decode, and lists those.
+--pack DIR packs the videos into tar files (shards); with --reencode, it packs copies. --cluster
+does this in jobs. --verify decodes every listed video. See DATASET.md.
 """
 
 import argparse

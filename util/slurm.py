@@ -80,15 +80,11 @@ class Job:
 def submit_jobs(
     calls: Sequence[Callable[[], None]], folder: str, args: Namespace, **sizes: int
 ) -> list[submitit.Job[None]]:
-    """Submit calls as jobs with the flags of add_queue_args, as one array if there are several.
+    """Submit calls as jobs with the flags of add_queue_args; several become one array.
 
-    Args:
-        calls: objects to call; a method `checkpoint` gives what a requeued job calls.
-        folder: of the logs.
-        sizes: nodes, tasks_per_node and gpus_per_node of each job; one task if they are missing.
-
-    Raises:
-        UserError: this machine has no Slurm, or Slurm refuses the jobs.
+    A requeued job calls what the method `checkpoint` of its call gives. `folder` is for the logs;
+    `sizes` are nodes, tasks_per_node and gpus_per_node. Raise UserError if Slurm is missing or
+    refuses the jobs.
     """
     names = "partition account qos constraint comment".split()
     try:
