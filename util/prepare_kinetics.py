@@ -1,4 +1,4 @@
-"""Write the csv lists of a data set from its annotations or folders, and re-encode its videos.
+"""Write the csv lists of a data set from its annotations or folders, and of copies of its videos.
 
     python -m util.prepare_kinetics kinetics VIDEOS OUT --annotations train.csv val.csv test.csv
     python -m util.prepare_kinetics folders VIDEOS OUT
@@ -7,12 +7,12 @@
 
 This writes train.csv, val.csv, test.csv (those that the data set has), classes.txt (one class per
 line, in the order of the labels) and missing.txt (annotated videos that were not found) to OUT.
---reencode DIR also writes copies of short side 256 that are cheap to decode, and lists those;
---verify decodes every listed video. See DATASET.md.
+--reencode DIR also writes copies of short side 256 that are cheap to decode, and lists those.
+--pack DIR packs the videos into tar files (shards); with --reencode, it packs copies. --cluster
+does this in jobs. --verify decodes every listed video. See DATASET.md.
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
@@ -21,23 +21,22 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from util.args import adder, between, positive_int, share
+from util.args import adder, between, positive_float, positive_int, share
 from util.classes import check_names
+from util.copies import in_parallel, make_copies
 from util.errors import UserError
 from util.file_io import path_to_text, print_any, read_text, text_to_path, write_atomically
 from util.loader import available_cpus
 from util.shards import index_tars
-from util.video.decode import Video, VideoError
-from util.video.source import file_of
-from util.video.transcode import find_damage, transcode
+from util.slurm import add_queue_args
+from util.video.transcode import find_damage
 
 # without those that are mostly sound (.ogg) or still pictures (.webp)
 SUFFIXES = frozenset(f".{suffix}" for suffix in """
@@ -339,56 +338,30 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
     return DataSet(clips, classes, [], wanted, list(damaged.items()))
 
 
-# --- re-encoding and verifying ------------------------------------------------------------------
+# --- copies -------------------------------------------------------------------------------------
 
 
-def reencode(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]]:
-    """Re-encode all videos; return the data set of the copies, and 'PATH: reason' of broken ones.
+def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]] | None:
+    """Make copies of all videos; return the data set of the copies, and 'PATH: reason' by path of
+    videos that are broken and copies that are damaged. None after --dry_run.
 
     Broken videos leave the data set, except those of the test: it keeps the original files, so that
-    results have the same denominator. Copies that exist and can be opened are kept, so that an
-    interrupted run can continue.
+    results have the same denominator.
     """
-    targets, sources = {}, {}
-    for path, _, _ in data.clips:
-        name = Path(path).relative_to(args.videos).with_suffix(".mp4")
-        targets[path] = target = os.path.join(args.reencode, name)
-        if sources.setdefault(target, path) != path:
-            raise UserError(f"{path} and {sources[target]} would have the same copy: rename one")
-        if os.path.exists(target) and os.path.samefile(file_of(path), target):
-            raise UserError(f"--reencode {args.reencode} would overwrite {path}: choose another")
-
-    def work(path: str) -> str:
-        with contextlib.suppress(VideoError), Video(targets[path]):
-            return ""  # it was copied earlier
-        os.makedirs(os.path.dirname(targets[path]), exist_ok=True)
-        try:
-            transcode(path, targets[path], short_side=args.short_side, gop=args.gop, crf=args.crf)
-        except VideoError as error:
-            return str(error)
-        return ""
-
-    failed = _in_parallel(work, targets, args.workers, "re-encoding")
-    targets |= {path: path for path in failed}
-    kept = [c for c in data.clips if c.path not in failed or c.split == "test"]
-    if tested := sum(c.path in failed for c in kept):
+    names = {clip.path: str(Path(clip.path).relative_to(args.videos)) for clip in data.clips}
+    split_of: dict[str, str] = {}  # a video in several lists is copied once
+    for clip in sorted(data.clips, key=lambda clip: LISTS.index(clip.split)):
+        split_of.setdefault(names[clip.path], clip.split)
+    made = make_copies(split_of, args)
+    if made is None:
+        return None
+    kept = [c for c in data.clips if names[c.path] in made["places"] or c.split == "test"]
+    if tested := sum(names[c.path] in made["failed"] for c in kept):
         print_any(f"broken videos that stay in test.csv, as the original files: {tested}")
-    return data._replace(clips=[c._replace(path=targets[c.path]) for c in kept]), failed
-
-
-def _in_parallel(
-    work: Callable[[str], str], paths: Iterable[str], workers: int, title: str
-) -> dict[str, str]:
-    """Call work(path) for every path, with a progress bar; return answers that are not empty."""
-    paths = list(dict.fromkeys(paths))
-    # Threads are enough: decoding and encoding release the interpreter's lock. After an error or
-    # Ctrl-C, map cancels what has not begun; copies under way are finished or removed.
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            answers = list(tqdm(pool.map(work, paths), title, len(paths)))
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
+    path_of = {path: made["places"].get(name, path) for path, name in names.items()}
+    reasons = made["failed"] | made["damaged"]
+    failed = {path_of[x]: reasons[name] for x, name in names.items() if name in reasons}
+    return data._replace(clips=[c._replace(path=path_of[c.path]) for c in kept]), failed
 
 
 # --- lists and command line ---------------------------------------------------------------------
@@ -461,13 +434,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     common.add_argument("videos", help="folder of the videos, or of tars")
     common.add_argument("out", help="folder to write the lists to")
     add = adder(common)
-    add("--reencode", "", "write copies that decode faster here, and list these", metavar="DIR")
+    text = "write copies that decode faster here, and list these; without DIR: only for --pack"
+    add("--reencode", None, text, nargs="?", const="", metavar="DIR")
+    add("--pack", "", "pack the copies, or else the videos, into tar files here", metavar="DIR")
+    add("--shard_mb", 1024, "size of these files, MB", positive_float)
     count = between(int, 1, 65535)
     add("--short_side", 256, "short side of the copies, pixels, at most", count)
     add("--gop", 32, "frames between key frames", count)
     add("--crf", 23, "x264's quality from 0 to 51, smaller is better", between(float, 0, 51))
     add("--verify", False, "decode all videos and name the broken ones")
-    add("--workers", available_cpus(), "videos processed at a time", count)
+    text = "videos processed at a time on this machine; Slurm's jobs have --cpus_per_task"
+    add("--workers", available_cpus(), text, count)
+    add("--dry_run", False, "print how much there is to do, and write nothing")
+    text = "copy, pack and verify in jobs, and wait for them; local: processes on this machine"
+    add("--cluster", None, text, choices=("slurm", "local"))
+    add("--jobs", 8, "number of these jobs", between(int, 1, 1000))
+    add_queue_args(common, "prepare")
     commands = parser.add_subparsers(dest="kind", required=True)
     text = "official files; a column or their names say which is train, val and test"
     annotations: dict[str, Any] = {"text": text, "nargs": "+", "required": True}
@@ -504,21 +486,30 @@ def main(args: argparse.Namespace) -> int:
         repeated = [clip._replace(split="test") for clip in data.clips if clip.split == "val"]
         data = data._replace(clips=data.clips + repeated)
     failed = dict(data.damaged)
-    if args.reencode:
-        data, broken = reencode(data, args)
+    copying = bool(args.pack or args.reencode)
+    if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
+        raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
+    if args.cluster and not copying:
+        raise UserError("--cluster is for copies: it needs --reencode or --pack")
+    if copying:
+        if (made := use_copies(data, args)) is None:
+            return 0
+        data, broken = made
         failed |= broken
     if lost := data.wanted - {clip.split for clip in data.clips}:
         first = min(failed.values())
         raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {first}", 1)
-    written = write_lists(data, args.out)
-    if args.verify:
+    written = [] if args.dry_run else write_lists(data, args.out)
+    if args.verify and not args.dry_run:
         paths = dict.fromkeys(clip.path for clip in data.clips)
-        failed |= _in_parallel(find_damage, paths, args.workers, "verifying")
+        if not copying:
+            with tqdm(desc="verifying", total=len(paths)) as bar:
+                failed = in_parallel(find_damage, paths, args.workers, bar)
         print_any(f"{len(paths.keys() - failed.keys())} of {len(paths)} videos can be decoded")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
     counts += f"; {len(data.classes) or 'unnamed'} classes; {len(data.missing)} not found"
-    print_any(f"{args.out}: {counts}; wrote {', '.join(written)}")
+    print_any(f"{args.out}: {counts}; wrote {', '.join(written) or 'nothing'}")
     if failed:
         print_any("\n  ".join([f"{len(failed)} broken files:", *sorted(failed.values())]))
     return 1 if failed else 0

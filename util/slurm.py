@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import os
+import subprocess
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Sequence
 
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
@@ -17,14 +19,9 @@ FOLDERS = ("output_dir", "log_dir", "job_dir")  # in whose names %j is the job's
 MAX_TIMEOUTS = 1000  # how often a job may reach its time limit; submitit's default is 3
 
 
-def add_slurm_args(parser: ArgumentParser) -> None:
-    """Add the flags of the job to those of the script."""
+def add_queue_args(parser: ArgumentParser, job_name: str) -> None:
+    """Add the flags that say what a job may use and how the queue sees it."""
     add = adder(parser, "job")
-    cluster = "local: run processes on this machine, without Slurm"
-    add("--cluster", "slurm", cluster, choices=("slurm", "local"))
-    add("--nodes", 1, "number of machines", positive_int)
-    add("--ngpus", 8, "GPUs per node, with one task each; 0: run on CPUs", up_to_1000)
-    add("--tasks_per_node", 1, "tasks per node if --ngpus is 0", between(int, 1, 1000))
     add("--cpus_per_task", 10, "CPU cores per task", positive_int)
     add("--mem_gb", None, "memory per node, GB", positive_float)
     add("--time", 4320, "time limit, minutes", positive_int)
@@ -35,7 +32,18 @@ def add_slurm_args(parser: ArgumentParser) -> None:
     add("--qos", None, "Slurm's quality of service")
     add("--constraint", None, "node features, e.g. volta32gb")
     add("--comment", None, "comment on the job")
-    add("--job_name", "mae-video", "name of the job")
+    add("--job_name", job_name, "name of the job")
+
+
+def add_slurm_args(parser: ArgumentParser) -> None:
+    """Add the flags of the job to those of the script."""
+    add_queue_args(parser, "mae-video")
+    add = adder(parser, "nodes and folder of the job")
+    cluster = "local: run processes on this machine, without Slurm"
+    add("--cluster", "slurm", cluster, choices=("slurm", "local"))
+    add("--nodes", 1, "number of machines", positive_int)
+    add("--ngpus", 8, "GPUs per node, with one task each; 0: run on CPUs", up_to_1000)
+    add("--tasks_per_node", 1, "tasks per node if --ngpus is 0", between(int, 1, 1000))
     folder = "folder of logs and, unless --output_dir is given, checkpoints; %%j: the job's id"
     add("--job_dir", "./output/%j", folder)
     # None shows that the user gave no --output_dir: the job then uses its own folder
@@ -69,6 +77,36 @@ class Job:
         return DelayedSubmission(Job(self.script, self.args))
 
 
+def submit_jobs(
+    calls: Sequence[Callable[[], None]], folder: str, args: Namespace, **sizes: int
+) -> list[submitit.Job[None]]:
+    """Submit calls as jobs with the flags of add_queue_args; several become one array.
+
+    A requeued job calls what the method `checkpoint` of its call gives. `folder` is for the logs;
+    `sizes` are nodes, tasks_per_node and gpus_per_node. Raise UserError if Slurm is missing or
+    refuses the jobs.
+    """
+    names = "partition account qos constraint comment".split()
+    try:
+        # a local executor ignores the arguments named slurm_*
+        executor = submitit.AutoExecutor(folder, args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
+        executor.update_parameters(
+            name=args.job_name,
+            cpus_per_task=args.cpus_per_task,
+            mem_gb=args.mem_gb,
+            timeout_min=args.time,
+            slurm_signal_delay_s=args.signal_delay_s,
+            # sbatch does not pass this on to srun
+            slurm_srun_args=[f"--cpus-per-task={args.cpus_per_task}"],
+            **{f"slurm_{name}": getattr(args, name) for name in names},
+            **sizes,
+        )
+        with executor.batch():
+            return [executor.submit(call) for call in calls]
+    except (RuntimeError, OSError, FailedJobError) as error:
+        raise UserError(f"the job could not be submitted: {error}", status=1) from error
+
+
 def submit(script: str, args: Namespace) -> None:
     """Submit a script, a module with main(args); print where its logs are; wait for a local job.
 
@@ -78,26 +116,9 @@ def submit(script: str, args: Namespace) -> None:
     folder = args.job_dir = os.path.abspath(args.job_dir)
     if args.output_dir:
         args.output_dir = os.path.abspath(args.output_dir)
-    names = "partition account qos constraint comment".split()
-    try:
-        # a local executor ignores the arguments named slurm_*
-        executor = submitit.AutoExecutor(folder, args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
-        executor.update_parameters(
-            name=args.job_name,
-            nodes=args.nodes,
-            tasks_per_node=args.ngpus or args.tasks_per_node,
-            gpus_per_node=args.ngpus,
-            cpus_per_task=args.cpus_per_task,
-            mem_gb=args.mem_gb,
-            timeout_min=args.time,
-            slurm_signal_delay_s=args.signal_delay_s,
-            # sbatch does not pass this on to srun
-            slurm_srun_args=[f"--cpus-per-task={args.cpus_per_task}"],
-            **{f"slurm_{name}": getattr(args, name) for name in names},
-        )
-        job = executor.submit(Job(script, args))
-    except (RuntimeError, OSError, FailedJobError) as error:
-        raise UserError(f"the job could not be submitted: {error}", status=1) from error
+    sizes = {"nodes": args.nodes, "tasks_per_node": args.ngpus or args.tasks_per_node}
+    call = Job(script, args)
+    [job] = submit_jobs([call], folder, args, **sizes, gpus_per_node=args.ngpus)
     if "%" in folder:
         with contextlib.suppress(OSError):  # submitit has made it, but the job has another one
             os.rmdir(folder)
@@ -107,3 +128,16 @@ def submit(script: str, args: Namespace) -> None:
             job.results()
         except UncompletedJobError as error:
             raise UserError(f"the job failed; the logs in {folder} say why", status=1) from error
+
+
+def find_live(jobs: Iterable[str]) -> set[str]:
+    """Return which jobs, given by their ids, wait in Slurm's queue or run."""
+    jobs = set(jobs)
+    if not jobs:
+        return jobs
+    arrays = ",".join(sorted({job.partition("_")[0] for job in jobs}))
+    words = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={arrays}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return jobs  # Slurm does not answer now
+    return jobs & set(done.stdout.split())

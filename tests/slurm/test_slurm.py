@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_prepare_jobs import contents
 from tests.test_scripts import PRETRAIN, ROOT, assert_same_weights, finish, spawn
+from tests.video_files import moving_frames, write_video
 
 HERE = Path(__file__).parent
 EPOCHS = 6
@@ -221,3 +223,91 @@ def test_a_shell_of_srun_pty_says_what_it_waits_for(slurm, videos, tmp_path):
     assert re.search(r"waiting for 2 ranks at n1:\d+; start all ranks", out)
     assert "main_pretrain.py: error: 2 ranks did not meet at n1:" in out
     assert re.search(r"^status=1\b", out, re.M) and "Traceback" not in out
+
+
+# --- preparing a data set
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """Write videos; return their folder, and the lists and shards that one process makes of them.
+
+    A unit has one video and takes about a second.
+    """
+    folder = tmp_path_factory.mktemp("prepare")
+    for i in range(12):
+        path = folder / f"v/{'train' if i < 8 else 'val'}/a/{i}.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, moving_frames(60, 300, 400, seed=i), codec="mpeg4")
+    assert start_preparing(os.environ, folder / "v", folder / "whole").wait() == 0
+    return folder / "v", contents(folder / "whole")
+
+
+def start_preparing(environment, videos: Path, out: Path, *words: object) -> subprocess.Popen:
+    words = ["folders", videos, out, "--reencode", "--pack", out / "shards", "--shard_mb", 0.01,
+             "--short_side", 290, "--workers", 1, *words]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "util.prepare_kinetics", *map(str, words)],
+        env={**environment, "PYTHONPATH": str(ROOT)}, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+QUEUE = "--cluster", "slurm", "--jobs", 3, "--cpus_per_task", 1, "--partition", "main"
+
+
+def finish_preparing(slurm, videos: Path, out: Path) -> str:
+    process = start_preparing(slurm, videos, out, *QUEUE)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def arrays(out: Path) -> set[str]:
+    """Return the ids of the arrays that were submitted for a data set."""
+    return {p.name.partition("_")[0] for p in (out / "shards/jobs").glob("*_submitted.pkl")}
+
+
+def records(out: Path) -> int:
+    return len(list((out / "shards").glob("*-*.json")))
+
+
+def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_path):
+    """Two jobs are requeued, and the command is killed: the same command waits for the same jobs.
+
+    One job is told to stop before its time limit, as by SIGUSR2; the other one is preempted.
+    """
+    videos, whole = prepared
+    process = start_preparing(slurm, videos, tmp_path, *QUEUE)
+    wait_for((tmp_path / "shards/train-000000.json").exists, tmp_path / "shards/jobs")
+    array = arrays(tmp_path).pop()
+    subprocess.run(["scancel", "--signal=USR2", f"{array}_0"], env=slurm, check=True)
+    subprocess.run(["scontrol", "requeue", f"{array}_1"], env=slurm, check=True)
+    process.kill()
+    out = process.communicate()[0]
+    assert re.search(rf"submitted 3 jobs, {array}_0 to {array}_2", out)
+    out = finish_preparing(slurm, videos, tmp_path)
+    assert "submitted" not in out and arrays(tmp_path) == {array}
+    assert contents(tmp_path) == whole
+    for number in (0, 1):
+        command = ["scontrol", "show", "job", f"{array}_{number}"]
+        shown = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True)
+        assert "Restarts=1 " in shown.stdout
+    out = finish_preparing(slurm, videos, tmp_path)  # nothing is left to do
+    assert "0 of 12 videos to copy" in out and arrays(tmp_path) == {array}
+
+
+def test_a_cancelled_job_is_an_error_and_only_its_units_are_made_again(slurm, prepared, tmp_path):
+    videos, whole = prepared
+    process = start_preparing(slurm, videos, tmp_path, *QUEUE)
+    wait_for(lambda: arrays(tmp_path), tmp_path / "shards/jobs")
+    array = arrays(tmp_path).pop()
+    subprocess.run(["scancel", f"{array}_2"], env=slurm, check=True)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 1 and "units are not done" in out, out
+    assert f"{array}_2_0_log.err says why" in out
+    assert not (tmp_path / "train.csv").exists()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.tar")}
+    finish_preparing(slurm, videos, tmp_path)
+    assert contents(tmp_path) == whole and len(arrays(tmp_path)) == 2
+    assert all(path.stat().st_mtime_ns == t for path, t in times.items())

@@ -1,9 +1,12 @@
 """Re-encode a video so that it is cheap to decode, and find out whether a video is damaged."""
 
 import contextlib
+import errno
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,23 @@ from util.video.source import open_container
 
 # Decoding is cheap: no arithmetic coding, no deblocking, and three of four frames are B-frames to
 # which no other refers, so that a reader skips those that it does not want.
-CHEAP = {"tune": "fastdecode", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}
+# Without cpu-independent, even one machine varies its copies.
+CHEAP = {
+    "tune": "fastdecode",
+    "x264-params": "bframes=3:b-adapt=0:b-pyramid=none:cpu-independent=1",
+}
 BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M, for which PyAV has no name
 # All copies are BT.601 in limited range, which readers that ignore the tags assume. Without
 # SWS_ACCURATE_RND (0x40000) and SWS_FULL_CHR_H_INT (0x2000), which have no names before PyAV 18,
-# flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5.
+# flat colours of another matrix are wrong by 1.7 levels on average instead of 0.5. SWS_BITEXACT
+# (0x80000) asks for the same pixels from every kind of CPU.
 COLOURS: dict[str, Any] = {
     "dst_colorspace": Colorspace.ITU601,
     "dst_color_range": ColorRange.MPEG,
-    "interpolation": Interpolation.BICUBIC | 0x40000 | 0x2000,
+    "interpolation": Interpolation.BICUBIC | 0x40000 | 0x2000 | 0x80000,
 }
+# Such errors are about the machine, not the video: no room, a disk that is gone, no memory.
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENOMEM, errno.EMFILE}
 
 
 @contextlib.contextmanager
@@ -48,14 +58,19 @@ def transcode(
     gop: int = 32,  # frames from one key frame to the next, at most
     crf: float = 23,  # x264's quality; smaller is better, 18 is visually lossless
     options: Mapping[str, str] = CHEAP,  # of x264
+    max_frames: int | None = None,  # copy only so many
 ) -> int:
     """Re-encode a video as H.264 in MP4 without sound and return its number of frames.
 
     All frames keep their times; frames with a larger short side are scaled down to it. The copy
     gets its name after it has been written and opened again. If the source cannot be decoded to
-    its end, this raises VideoError, and `target` stays as it was.
+    its end, this raises VideoError, and `target` stays as it was. A copy depends only on the
+    source, the arguments and the versions of the libraries.
+
+    Raises:
+        OSError: the disk is full, or the machine lacks something else than a good video.
     """
-    temporary = f"{target}.{os.getpid()}.tmp.mp4"
+    temporary = f"{target}.{socket.gethostname()}.{os.getpid()}.tmp.mp4"
     reformatter = VideoReformatter()
     count, start, time = 0, 0, -1
     try:
@@ -64,7 +79,7 @@ def transcode(
             rate = stream.average_rate or stream.guessed_rate or Fraction(30)
             encoder = new.add_stream("libx264", rate=rate, options={"crf": f"{crf:g}", **options})
             encoder.codec_context.gop_size = gop
-            for frame in old.decode(stream):
+            for frame in islice(old.decode(stream), max_frames):
                 if frame.is_corrupt:
                     raise ValueError(f"frame {count} is damaged")
                 if not count:
@@ -85,6 +100,8 @@ def transcode(
                 raise ValueError(f"{video.num_frames} of {count} frames were written")
         os.replace(temporary, target)
     except (av.FFmpegError, OSError, ValueError) as error:
+        if (code := getattr(error, "errno", None)) in OF_THE_MACHINE:
+            raise OSError(code, os.strerror(code), target) from error
         raise VideoError(f"{source}: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
