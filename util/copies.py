@@ -29,7 +29,7 @@ from util.file_io import print_any, write_atomically
 from util.shards import write_shard
 from util.slurm import find_live, submit_jobs
 from util.video.decode import Video, VideoError
-from util.video.source import Member, member_path
+from util.video.source import Member, file_of, find_member, member_path
 from util.video.transcode import find_damage, transcode
 
 GROUP = 256  # videos of a unit without --pack
@@ -149,7 +149,9 @@ class Copies:
 
 
 def file_size(path: str) -> int:
-    """Return the bytes of a file, -1 if it does not exist (or is a link that leads nowhere)."""
+    """Return the bytes of a video, -1 if it does not exist (or is a link that leads nowhere)."""
+    if member := find_member(path):
+        return member.size
     with contextlib.suppress(FileNotFoundError):
         return os.path.getsize(path)
     return -1
@@ -337,10 +339,16 @@ def _check_names(copies: Copies, paths: Iterable[str]) -> None:
         raise UserError(f"--pack {copies.folder}: the name of a folder may not end with .tar")
     taken: dict[str, str] = {}
     for path in paths:
+        if copies.recipe is None and find_member(path):
+            raise UserError(f"{path} is in a tar file already: --pack needs --reencode here")
         source, target = os.path.join(copies.videos, path), copies.loose(path)
         if (other := taken.setdefault(target, source)) != source:
             raise UserError(f"{source} and {other} would have the same copy: rename one")
-        if not copies.shards and os.path.exists(target) and os.path.samefile(source, target):
+        if (
+            not copies.shards
+            and os.path.exists(target)
+            and os.path.samefile(file_of(source), target)
+        ):
             folder = copies.folder
             raise UserError(f"--reencode {folder} would overwrite {source}: choose another")
 

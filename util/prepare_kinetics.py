@@ -504,7 +504,7 @@ def main(args: argparse.Namespace) -> int:
         paths = dict.fromkeys(clip.path for clip in data.clips)
         if not copying:
             with tqdm(desc="verifying", total=len(paths)) as bar:
-                failed = in_parallel(find_damage, paths, args.workers, bar)
+                failed |= in_parallel(find_damage, paths, args.workers, bar)
         print_any(f"{len(paths.keys() - failed.keys())} of {len(paths)} videos can be decoded")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])

@@ -21,7 +21,7 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 
 from util.video.mp4 import composition_offsets
-from util.video.source import find_member, open_bytes, open_container
+from util.video.source import Bytes, find_member, open_bytes, open_container
 
 SMALL = 16 * 2**20  # bytes; the packets of a file that is no larger are kept in memory
 NO_STAMP = -(2**63)  # a packet without a time stamp
@@ -71,7 +71,7 @@ class Packets:
         while self._containers:
             self._containers.pop().close()
 
-    def reopen(self, probe: bool = True) -> None:
+    def reopen(self, probe: bool = True, place: Bytes | None = None) -> None:
         """Open the file, possibly once more, and prepare a decoder for its video stream.
 
         Without `probe`, `size` may be wrong, but that of any decoded frame is right.
@@ -81,7 +81,7 @@ class Packets:
             self.close()
         try:
             # Decoders check max_pixels wherever a stream changes size.
-            container = open_container(path, {"max_pixels": str(max_pixels)}, probe)
+            container = open_container(path, {"max_pixels": str(max_pixels)}, probe, place)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({reason(error)})") from error
         self._containers.append(container)
@@ -118,12 +118,12 @@ class Packets:
         `changes` tells whether some of them need parameters that an earlier one brings.
         """
         try:
-            with open_bytes(self.path) as (file, start):
-                offsets = composition_offsets(file, start, start + self._bytes)
+            with open_bytes(self.path) as place:
+                offsets = composition_offsets(place.fd, place.start, place.start + self._bytes)
                 # Whether a codec reorders frames is known without decoding any if their stamps do.
                 even = offsets is None or not len(offsets) or (offsets == offsets[0]).all()
-                self.reopen(probe=bool(even))
-                if offsets is not None and self._take_index(file, start, offsets, check_time):
+                self.reopen(bool(even), place)
+                if offsets is not None and self._take_index(place, offsets, check_time):
                     return
         except (OSError, ValueError) as error:
             problem = f"cannot be opened as a video ({reason(error)})"
@@ -133,7 +133,7 @@ class Packets:
         self._scan(check_time)
 
     def _take_index(
-        self, file: int, start: int, offsets: np.ndarray, check_time: Callable[[], None]
+        self, place: Bytes, offsets: np.ndarray, check_time: Callable[[], None]
     ) -> bool:
         """Make the table from the container's own; return False if the two may differ."""
         rows, entries = array("q"), self.stream.index_entries
@@ -156,8 +156,8 @@ class Packets:
         sets: set[bytes] = set()
         for key in self.keys.tolist():
             check_time()
-            size, place = min(HEAD, int(self.sizes[key])), start + int(self.places[key])
-            head = os.pread(file, size, place)
+            size, start = min(HEAD, int(self.sizes[key])), place.start + int(self.places[key])
+            head = os.pread(place.fd, size, start)
             found, kind = leading_units(head, "h264", extradata)
             sets.add(found)
             if kind != IDR or len(sets) > 1:

@@ -27,7 +27,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_HEADERS = 128 * BLOCK  # bytes before a member in which its long name is looked for
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how such files begin
 UNPACK = "is compressed; unpack it with gunzip, bunzip2, unxz or unzstd"
-MAX_IDLE = 256  # shards of which a process keeps descriptors
+MAX_IDLE = 256  # descriptors that a process keeps, and half of those that it may have
 
 
 class Member(NamedTuple):
@@ -37,6 +37,14 @@ class Member(NamedTuple):
     name: str
     offset: int  # bytes
     size: int
+
+
+class Bytes(NamedTuple):
+    """Where the bytes of a video are."""
+
+    address: str
+    fd: int  # of the file or shard
+    start: int  # of the video in it
 
 
 def find_member(path: str) -> Member | None:
@@ -61,48 +69,46 @@ def plain_name(name: str) -> str:
     return os.path.normpath(f"/{name}").lstrip("/")
 
 
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Bytes]:
+    """Open a file or shard for os.pread, and for one open_container inside of this block.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or is not in its shard.
+    """
+    if member := find_member(path):
+        yield Bytes(*_lease(member), member.offset)
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield Bytes(path, fd, 0)
+    finally:
+        os.close(fd)
+
+
 def open_container(
-    path: str, options: dict[str, str] | None = None, probe: bool = True
+    path: str, options: dict[str, str] | None = None, probe: bool = True, place: Bytes | None = None
 ) -> InputContainer:
     """Open a local video, possibly in a shard, with options for its decoders.
 
-    Without `probe`, nothing is decoded to learn more of a stream than the file's header says.
+    Args:
+        probe: otherwise, nothing is decoded to learn more of a stream than the header says.
+        place: of an open_bytes that has not served another container.
 
     Raises:
         av.FFmpegError, OSError, ValueError: it cannot be opened as a video, or is not in its shard.
     """
-    member = find_member(path)
-    if member is None:
-        # An absolute path cannot be read as a protocol ("http:name.mp4"). The whitelist keeps
-        # playlists off the network.
-        url, containers = os.path.abspath(path), {"protocol_whitelist": "file"}
-    else:
-        url, fd = _lease(member)
+    # An absolute path cannot be read as a protocol ("http:name.mp4"). The whitelist keeps playlists
+    # off the network.
+    url, containers = os.path.abspath(path), {"protocol_whitelist": "file"}
+    if member := find_member(path):
+        url, fd = place[:2] if place else _lease(member)
         containers = {"protocol_whitelist": "subfile,fd", "fd": str(fd)}
     if not probe:
         containers["codec_whitelist"] = "none"
     container = av.open(url, options=options or {}, container_options=containers, **LENIENT)
     assert container.name is url  # holds the lease
     return container
-
-
-@contextlib.contextmanager
-def open_bytes(path: str) -> Iterator[tuple[int, int]]:
-    """Give a descriptor for os.pread, and the place in its file where the video at `path` starts.
-
-    Raises:
-        OSError, ValueError: the file cannot be opened, or the video is not in its shard.
-    """
-    if member := find_member(path):
-        address, fd = _lease(member)
-        yield fd, member.offset
-        del address
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd, 0
-    finally:
-        os.close(fd)
 
 
 # --- descriptors of shards ------------------------------------------------------------------------
@@ -112,8 +118,8 @@ class _Address(str):
     """The address of a video in a shard; its container keeps it, and with it a descriptor."""
 
 
-# shard -> up to two (descriptor, bytes) that no container uses; the shard used last is last
-_idle: OrderedDict[str, list[tuple[int, int]]] = OrderedDict()
+# shard -> (descriptor, bytes) that no container uses, least recently used first
+_idle: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
 
 def _lease(member: Member) -> tuple[str, int]:
@@ -122,7 +128,7 @@ def _lease(member: Member) -> tuple[str, int]:
     FFmpeg's duplicate of a descriptor shares its position, so it serves one container at a time.
     """
     shard = os.path.abspath(member.shard)
-    for kept in (_take_idle(shard), None):
+    for kept in (_idle.pop(shard, None), None):
         fd, size = kept or _open_shard(shard)
         end = member.offset + member.size
         address = _Address(f"subfile,,start,{member.offset},end,{end},,:fd:")
@@ -138,13 +144,6 @@ def _lease(member: Member) -> tuple[str, int]:
     raise AssertionError
 
 
-def _take_idle(shard: str) -> tuple[int, int] | None:
-    with contextlib.suppress(KeyError, IndexError):
-        _idle.move_to_end(shard)
-        return _idle[shard].pop()
-    return None
-
-
 def _open_shard(shard: str) -> tuple[int, int]:
     """Open a shard; return its descriptor and size."""
     if not os.path.isfile(shard):  # opening a pipe would wait
@@ -152,32 +151,25 @@ def _open_shard(shard: str) -> tuple[int, int]:
         raise ValueError(f"{shard} {kind if os.path.exists(shard) else 'does not exist'}")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     with contextlib.suppress(KeyError):
-        while len(_idle) >= (MAX_IDLE if limit < 0 else min(MAX_IDLE, limit // 4)):
-            _close(_idle.popitem(last=False)[1])
+        while len(_idle) >= (MAX_IDLE if limit < 0 else min(MAX_IDLE, limit // 2)):
+            os.close(_idle.popitem(last=False)[1][0])
     fd = os.open(shard, os.O_RDONLY)
     return fd, os.fstat(fd).st_size
 
 
 def _give_back(pid: int, shard: str, fd: int, size: int) -> None:
-    """Keep a descriptor for the next video of its shard, unless there are two or this is a fork.
+    """Keep a descriptor for the next video of its shard, unless there is one or this is a fork.
 
-    Garbage collection may call this at any moment, so there is no lock.
+    Garbage collection may call this at any moment, so there is no lock: setdefault is atomic.
     """
     # The descriptor of a forked process shares its position with the parent's.
-    if pid != os.getpid() or len(idle := _idle.setdefault(shard, [])) > 1:
+    if pid != os.getpid() or _idle.setdefault(shard, (fd, size))[0] != fd:
         os.close(fd)
-    else:
-        idle.append((fd, size))
-
-
-def _close(kept: list[tuple[int, int]]) -> None:
-    while kept:
-        os.close(kept.pop()[0])
 
 
 def _close_idle() -> None:
     while _idle:
-        _close(_idle.popitem()[1])
+        os.close(_idle.popitem()[1][0])
 
 
 os.register_at_fork(after_in_child=_close_idle)
