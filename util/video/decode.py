@@ -190,11 +190,13 @@ class Video:
 
     @property
     def height(self) -> int:
-        return self._size[self.rotation in (90, 270)]
+        turned = self.rotation in (90, 270)  # which may correct the size
+        return self._size[turned]
 
     @property
     def width(self) -> int:
-        return self._size[self.rotation not in (90, 270)]
+        turned = self.rotation in (90, 270)
+        return self._size[not turned]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number and picture of each wanted frame once, in ascending order.
@@ -333,8 +335,8 @@ class Video:
         """Return a frame as uint8 RGB [H, W, 3], upright."""
         if self._orientation is None:
             self._orientation = orientation(frame)
-            if not self._packets.is_probed:
-                self._size = frame.height, frame.width
+            probed = self._packets.is_probed
+            self._size = self._packets.size if probed else (frame.height, frame.width)
         height, width = self._size
         try:
             # PyAV starts a pool of threads at every call unless told not to.

@@ -125,7 +125,7 @@ class Packets:
         try:
             offsets = composition_offsets(file, self._start, self._start + self._bytes)
             # Whether a codec reorders frames is known without decoding any if their stamps do.
-            self.reopen(offsets is None or not len(offsets) or bool((offsets == offsets[0]).all()))
+            self.reopen(offsets is None or bool((offsets == offsets[0]).all()))
             if offsets is not None and self._take_index(file, offsets, check_time):
                 return
         finally:
