@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -487,8 +488,8 @@ def pipe(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_never_answers_is_replaced(videos, pipe, tmp_path, monkeypatch, workers):
-    real = os.path.isfile
-    monkeypatch.setattr(os.path, "isfile", lambda path: str(path) == str(pipe) or real(path))
+    real = stat.S_ISREG
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: stat.S_ISFIFO(mode) or real(mode))
     rows = f"{videos}/v0.mp4 0\n{pipe} 1\n{videos}/v2.mp4 2\n{videos}/v3.mp4 0\n" * 2
     index = VideoIndex(write_csv(tmp_path, rows))
     dataset = Kinetics(index, "pretrain", **SIZES, item_timeout=1)

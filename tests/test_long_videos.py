@@ -169,7 +169,7 @@ def test_seeks_that_lead_elsewhere(tmp_path, monkeypatch, target):
     for wanted in ([40], [3], [7, 33], [13, 30, 50]):
         assert_exact(path, reference, wanted)
     # Groups in ascending order are read in one go, even where no seek works.
-    assert len(opened) == (1 if target == 0 else 5)
+    assert len(opened) == (1 if target == 0 else 4)
 
 
 def test_packets_that_differ_after_a_seek(tmp_path, monkeypatch):
@@ -217,6 +217,64 @@ def test_a_file_that_is_truncated_during_a_use(tmp_path, suffix):
         with pytest.raises(VideoError, match="changed while it was read"):
             list(video.frames([50]))
     assert not open_files(tmp_path)
+
+
+# --- MP4 files that open by their header
+
+
+HEADERS = [
+    ("a.mp4", {}, True), ("b.mov", {}, False),
+    ("c.mp4", {"container_options": {"movflags": "faststart"}, "audio": True}, True),
+    ("d.mp4", {"drop_until": 15}, False),
+    ("e.mp4", {"stamps": [k * k for k in range(FRAMES)]}, True),
+    ("f.mp4", {"container_options": {"movflags": "negative_cts_offsets"}}, True),
+    ("g.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}, False),
+    ("h.mp4", {"codec": "libx265"}, False), ("i.mp4", {"open_gop": True}, False),
+    ("j.mkv", {}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [-1, 2**20])
+@pytest.mark.parametrize(("name", "options", "by_header"), HEADERS)
+def test_plain_mp4_files_open_without_a_pass(
+    tmp_path, monkeypatch, name, options, by_header, limit
+):
+    path, passes, scan = write(tmp_path / name, **options), [], packets.Packets._scan
+    monkeypatch.setattr(packets, "SMALL", limit)
+    monkeypatch.setattr(packets.Packets, "_scan", lambda *args: passes.append(1) or scan(*args))
+    reference = decode_all(path)
+    with Video(path) as fast:
+        assert (not passes) == by_header
+        monkeypatch.setattr(packets, "composition_offsets", lambda *args: None)
+        packets._kept.clear()
+        with Video(path) as slow:
+            assert fast.num_frames == slow.num_frames == len(reference) and fast.fps == slow.fps
+            assert np.array_equal(fast._packets.stamps, slow._packets.stamps)
+            assert list(fast._shown) == list(slow._shown)
+            for number, image in fast.frames([0, 7, 20, 21, len(reference) - 1]):
+                assert np.array_equal(image, reference[number])
+
+
+def test_a_header_that_lies_about_the_size(tmp_path):
+    path = tmp_path / "v.mp4"
+    data = bytearray(Path(write(path)).read_bytes())
+    at = data.index(b"avc1", data.index(b"stsd")) + 4 + 24
+    data[at : at + 4] = b"\x00\x10\x00\x20"
+    path.write_bytes(data)
+    with Video(str(path)) as video:
+        assert (video.height, video.width) == (48, 64)
+        assert next(video.frames([3]))[1].shape == (48, 64, 3)
+
+
+def test_a_header_of_endless_samples(tmp_path):
+    path = tmp_path / "v.mp4"
+    data = bytearray(Path(write(path)).read_bytes())
+    for kind in (b"stsz", b"ctts"):
+        at = data.index(kind) + 12
+        data[at : at + 4] = b"\x7f\xff\xff\xff"
+    path.write_bytes(data)
+    with open(path, "rb") as file:
+        assert packets.composition_offsets(file.fileno(), 0, len(data)) is None
 
 
 # --- who holds what

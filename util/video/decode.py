@@ -9,7 +9,8 @@ decoded in full, once to count their frames and again at every use.
 import os
 import stat
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
@@ -47,6 +48,9 @@ DROPPABLE = {"h264", "mpeg1video", "mpeg2video", "mpeg4"}
 Orientation = tuple[int, int, int, int]
 UPRIGHT = (1, 0, 0, 1)
 TURNS = (UPRIGHT, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # by 90 degrees counterclockwise
+
+
+NumberedPacket = tuple[int, av.Packet]
 
 
 class Numbering(NamedTuple):
@@ -192,11 +196,13 @@ class Video:
 
     @property
     def height(self) -> int:
-        return self._size[self.rotation in (90, 270)]
+        turned = self.rotation in (90, 270)  # which may correct the size
+        return self._size[turned]
 
     @property
     def width(self) -> int:
-        return self._size[self.rotation not in (90, 270)]
+        turned = self.rotation in (90, 270)
+        return self._size[not turned]
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number and picture of each wanted frame once, in ascending order.
@@ -227,10 +233,10 @@ class Video:
         """Yield wanted frames as they come, take them off `left`; stop at the first surprise."""
         wanted = {self._shown[number] for number in left}
         numbers = {self._stamps[number]: number for number in left}
-        for first, last in self._runs(sorted(wanted)):
+        for first, packets in self._read_runs(wanted):
             # Decoding must start at a key frame, and the container may have marked it wrongly.
             entered = bool(self._packets.flags[first] & DISCARD)
-            for frame in self._decode_run(first, last, wanted):
+            for frame in self._decode_run(packets, wanted):
                 if frame.pts == self._packets.stamps[first]:
                     entered = entered or bool(frame.key_frame)
                 number = numbers.get(frame.pts)
@@ -256,12 +262,23 @@ class Video:
             runs.append((first, packet))
         return runs
 
-    def _decode_run(self, first: int, last: int, wanted: set[int]) -> Iterator[VideoFrame]:
-        """Yield the wanted frames of packets first to last, and some others; end at an error."""
+    def _read_runs(self, wanted: set[int]) -> Iterator[tuple[int, Iterable[NumberedPacket]]]:
+        """Yield the number of the first packet of every run, and the packets of the run."""
+        runs = self._runs(sorted(wanted))
+        parts = [self._packets.read(first, last, self._check_time) for first, last in runs]
+        with suppress(LostError):
+            # Of a small file, all are read first: in turns, reading and decoding take longer.
+            parts = parts if self._packets.is_large else [list(part) for part in parts]
+            yield from zip((first for first, _ in runs), parts, strict=True)
+
+    def _decode_run(
+        self, packets: Iterable[NumberedPacket], wanted: set[int]
+    ) -> Iterator[VideoFrame]:
+        """Yield the wanted frames of a run of packets, and some others; end at an error."""
         decoder = self._restarted_decoder()
         droppable = decoder.name in DROPPABLE
         try:
-            for k, packet in self._packets.read(first, last, self._check_time):
+            for k, packet in packets:
                 if droppable:
                     decoder.skip_frame = "DEFAULT" if k in wanted else "NONREF"
                 yield from decoder.decode(packet)
@@ -324,8 +341,8 @@ class Video:
         """Return a frame as uint8 RGB [H, W, 3], upright."""
         if self._orientation is None:
             self._orientation = orientation(frame)
-            if not self._packets.is_probed:
-                self._size = frame.height, frame.width
+            probed = self._packets.is_probed
+            self._size = self._packets.size if probed else (frame.height, frame.width)
         height, width = self._size
         try:
             # PyAV starts a pool of threads at every call unless told not to.

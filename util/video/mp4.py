@@ -1,4 +1,4 @@
-"""The header of a plain MP4 or MOV file of H.264, as far as FFmpeg does not give it."""
+"""The header of a plain MP4 file of H.264, as far as FFmpeg does not give it."""
 
 import os
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ def composition_offsets(file: int, start: int, end: int) -> np.ndarray | None:
     try:
         tracks = [x for x in _inside("moov", header, 0, len(header)) if x[0] == "trak"]
         tables = [_video_tables(header, track) for track in tracks]
-        (tables,) = [found for found in tables if found is not None]
-        return _offsets(header, tables)
+        (found,) = [table for table in tables if table is not None]
+        return _offsets(header, found)
     except (ValueError, KeyError, IndexError):
         return None
 
@@ -90,6 +90,8 @@ def _offsets(data: bytes, found: dict[str, tuple[int, int]]) -> np.ndarray:
     if references[[1, 4]].tolist() != [1, 1] or parameters[0] != 1 or parameters[5] & 31 != 1:
         raise ValueError("external data, or several sizes of pictures")
     count = int(words["stsz"][2])
+    if not 0 < count <= len(words["stsz"]) - 3:
+        raise ValueError("samples of one size, or without sizes")
     if "ctts" not in words:
         return np.zeros(count, np.int64)
     rows = words["ctts"][2:].reshape(-1, 2).astype(np.int64)

@@ -121,7 +121,7 @@ class Packets:
             with open_bytes(self.path) as place:
                 offsets = composition_offsets(place.fd, place.start, place.start + self._bytes)
                 # Whether a codec reorders frames is known without decoding any if their stamps do.
-                even = offsets is None or not len(offsets) or (offsets == offsets[0]).all()
+                even = offsets is None or (offsets == offsets[0]).all()
                 self.reopen(bool(even), place)
                 if offsets is not None and self._take_index(place, offsets, check_time):
                     return
