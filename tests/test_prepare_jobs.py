@@ -89,7 +89,7 @@ def test_shards_hold_the_copies_of_their_split_once(videos, whole, tmp_path, cap
     assert run(videos, tmp_path, "--workers", 3, "--verify") == 1
     out = capsys.readouterr().out
     assert contents(tmp_path) == whole  # whatever --workers and --verify
-    assert "28 of 29 videos can be decoded" in out and "2 broken videos:" in out
+    assert "28 of 29 videos can be decoded" in out and "2 broken files:" in out
     assert out.count("train/a/bad.avi: ") == out.count("val/a/bad.avi: ") == 1
     assert "stay in test.csv, as the original files: 1" in out
     val, test = lines(tmp_path / "val.csv"), lines(tmp_path / "test.csv")
@@ -271,7 +271,7 @@ def test_verify_of_shards_that_are_there(videos, tmp_path, capsys):
     for _ in range(2):
         assert prepare(*words, "--verify") == 1
         out = capsys.readouterr().out
-        assert "1 of 2 videos can be decoded" in out and "1 broken videos" in out
+        assert "1 of 2 videos can be decoded" in out and "1 broken files" in out
         assert "p/train-000000.tar/a/damaged.mp4@512+" in out
     assert len(lines(tmp_path / "train.csv")) == 2 and find_damage(damaged)
 

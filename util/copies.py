@@ -342,14 +342,10 @@ def _check_names(copies: Copies, paths: Iterable[str]) -> None:
         if copies.recipe is None and find_member(path):
             raise UserError(f"{path} is in a tar file already: --pack needs --reencode here")
         source, target = os.path.join(copies.videos, path), copies.loose(path)
-        file = file_of(source)
         if (other := taken.setdefault(target, source)) != source:
             raise UserError(f"{source} and {other} would have the same copy: rename one")
-        if (
-            not copies.shards
-            and os.path.exists(target)
-            and os.path.samefile(file_of(source), target)
-        ):
+        loose = not copies.shards and os.path.exists(target)
+        if loose and os.path.samefile(file_of(source), target):
             folder = copies.folder
             raise UserError(f"--reencode {folder} would overwrite {source}: choose another")
 
