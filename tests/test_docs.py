@@ -6,6 +6,7 @@ checkpoints. What trains is run with --dry_run on one rank, with its own model a
 
 import argparse
 import importlib
+import io
 import json
 import re
 import runpy
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,14 @@ def world(tmp_path_factory) -> Path:
     for name, number in (("train", "1"), ("validation", "2")):
         entry = {"id": number, "template": "Pushing [something]"}
         (folder / f"{name}.json").write_text(json.dumps([entry]))
+
+    (folder / "TARS").mkdir()
+    with tarfile.open(folder / "TARS/0.tar", "w") as tar:
+        for key in "ab":
+            tar.add(video, f"{key}.mp4")
+            info = tarfile.TarInfo(f"{key}.cls")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"0"))
 
     for run_name in ("pretrain", "pretrain2", "finetune", "scratch"):
         (folder / "output" / run_name).mkdir(parents=True)
