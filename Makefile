@@ -47,10 +47,11 @@ test-all: test test-slow  ## run all the tests
 demo: $(INSTALLED)  ## pre-train, fine-tune and test a tiny model on synthetic videos (8 minutes)
 	$(BIN)/python -m demo.end_to_end
 
-bench: $(INSTALLED)  ## measure loader, shards, long videos, saving, step and features against their targets (VIDEOS=folder; else synthetic)
+bench: $(INSTALLED)  ## measure against targets: loader, shards, copies, long videos, saving, step, features (VIDEOS=folder)
 	@status=0; set -x; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader --check $(if $(VIDEOS),--videos $(VIDEOS)) || status=1; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.shards --check $(if $(VIDEOS),--videos $(VIDEOS)) || status=1; \
+	$(if $(VIDEOS),OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.copies --check --videos $(VIDEOS) || status=1;) \
 	$(BIN)/python -m benchmarks.checkpoint --check || status=1; \
 	$(BIN)/python -m benchmarks.step --check || status=1; \
 	$(BIN)/python -m benchmarks.long_videos --check || status=1; \

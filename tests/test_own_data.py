@@ -55,6 +55,7 @@ def shortened(command: str) -> list[str]:
     """Return a command with two epochs and, instead of 8 GPUs, two ranks."""
     command = command.replace("-00199.pth", "-00001.pth").replace("-00059.pth", "-00001.pth")
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
+    command = command.replace("--time_loader 20", "--time_loader 2")
     if "recipes/" in command:
         command += " --epochs 2 --warmup_epochs 0 --batch_size 4 --device cpu --num_workers 1"
     for recipe, flags in SMALLER.items():
