@@ -267,15 +267,6 @@ def test_a_header_that_lies_about_the_size(tmp_path, size):
         assert next(video.frames([3]))[1].shape == (48, 64, 3)
 
 
-def test_offsets_that_ffmpeg_ignores(tmp_path):
-    path = tmp_path / "v.mp4"
-    data = bytearray(Path(write(path)).read_bytes())
-    at = data.index(b"ctts") + 16
-    data[at : at + 4] = b"\x30\0\0\0"
-    path.write_bytes(data)
-    assert_exact(str(path), decode_all(str(path)), [3, 40])
-
-
 def test_a_header_of_endless_samples(tmp_path):
     path = tmp_path / "v.mp4"
     data = bytearray(Path(write(path)).read_bytes())

@@ -91,6 +91,4 @@ def _offsets(data: bytes, found: dict[str, tuple[int, int]]) -> np.ndarray:
     rows = words["ctts"][2:].reshape(-1, 2).astype(np.int64)
     if len(rows) != words["ctts"][1] or (rows[:, 0] <= 0).any() or rows[:, 0].sum() != count:
         raise ValueError("ctts")
-    if np.abs(rows[:, 1]).max() >= 2**28:
-        raise ValueError("FFmpeg ignores such offsets")
     return np.repeat(rows[:, 1], rows[:, 0])
