@@ -177,7 +177,7 @@ def test_packets_that_differ_after_a_seek(tmp_path, monkeypatch):
     path = write(tmp_path / "v.mkv")
     reference = decode_all(path)
     read(path, [0])
-    (kept, _) = next(iter(packets._kept.values()))
+    kept = next(iter(packets._kept.values()))
     kept.sizes[43] += 1
     with pytest.raises(VideoError, match=r"v\.mkv: changed while it was read"):
         read(path, [47])
@@ -230,7 +230,7 @@ HEADERS = [
     ("f.mp4", {"container_options": {"movflags": "negative_cts_offsets"}}, True),
     ("g.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}, False),
     ("h.mp4", {"codec": "libx265"}, False), ("i.mp4", {"open_gop": True}, False),
-    ("j.mkv", {}, False),
+    ("j.mkv", {}, False), ("k.mp4", {"options": {"x264-params": "crop-rect=6,2,4,4"}}, True),
 ]  # fmt: skip
 
 
@@ -255,11 +255,12 @@ def test_plain_mp4_files_open_without_a_pass(
                 assert np.array_equal(image, reference[number])
 
 
-def test_a_header_that_lies_about_the_size(tmp_path):
+@pytest.mark.parametrize("size", [b"\0\x10\0\x20", b"\xff\xff\x7f\xff"])
+def test_a_header_that_lies_about_the_size(tmp_path, size):
     path = tmp_path / "v.mp4"
     data = bytearray(Path(write(path)).read_bytes())
     at = data.index(b"avc1", data.index(b"stsd")) + 4 + 24
-    data[at : at + 4] = b"\x00\x10\x00\x20"
+    data[at : at + 4] = size
     path.write_bytes(data)
     with Video(str(path)) as video:
         assert (video.height, video.width) == (48, 64)
@@ -288,7 +289,7 @@ def test_few_files_stay_open(tmp_path, monkeypatch):
     read(paths[1], [5])
     read(paths[0], [5])
     assert open_files(tmp_path) == paths[:2]
-    monkeypatch.setattr(packets, "MAX_KEPT_BYTES", 1)
+    monkeypatch.setattr(packets, "MAX_KEPT_PACKETS", 1)
     read(paths[0], [5])
     assert open_files(tmp_path) == paths[:1]
 
@@ -304,6 +305,15 @@ def test_a_video_is_not_kept_after_an_error(tmp_path):
         next(video.frames([40, 50]))
         raise ZeroDivisionError
     assert not open_files(tmp_path)
+
+
+def test_a_closed_video_gives_no_frames(tmp_path):
+    """Its packets may serve another one."""
+    with Video(write(tmp_path / "v.mp4")) as video:
+        frames = video.frames([5, 40])
+        next(frames)
+    with pytest.raises(VideoError, match="was closed"):
+        next(frames)
 
 
 def test_two_videos_of_one_file_at_once(tmp_path):

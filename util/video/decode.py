@@ -12,7 +12,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -51,17 +50,10 @@ TURNS = (UPRIGHT, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # by 90 degrees
 
 
 NumberedPacket = tuple[int, av.Packet]
-
-
-class Numbering(NamedTuple):
-    """What is known of a video's frames."""
-
-    shown: memoryview  # frame number -> packet
-    stamps: memoryview  # frame number -> time stamp, ascending; empty if these do not number frames
-    reopens: bool  # frames must be decoded from the start of the file by a new decoder
-    num_frames: int
-    fps: float
-    times: np.ndarray | None
+# What is known of a video's frames: frame number -> packet; frame number -> time stamp, ascending,
+# or empty if these do not number frames; whether frames must be decoded from the start of the file
+# by a new decoder; `num_frames`, `fps` and `times`.
+Numbering = tuple[memoryview, memoryview, bool, int, float, np.ndarray | None]
 
 
 class Video:
@@ -81,20 +73,20 @@ class Video:
     def __init__(self, path: str, max_pixels: int = MAX_PIXELS, time_limit: float = float("inf")):
         self.path = path
         self._time_limit = time_limit
-        self._left = TimeLimit(time_limit)
+        self._left, self._is_open = TimeLimit(time_limit), True
         self._reformatter = VideoReformatter()
         self._orientation: Orientation | None = None
-        self._packets, numbering = take(path, max_pixels, self._signature())
+        self._packets = take(path, max_pixels, self._signature())
         try:
-            if numbering is None:
+            if not self._packets.numbering:
                 self._packets.open(self._check_time)
-                numbering = self._number_frames()
+                self._packets.numbering = self._number_frames()
         except BaseException:
             self._packets.close()
             raise
-        self._numbering, self._size = numbering, self._packets.size
-        self._shown, self._stamps, self._reopens = numbering[:3]
-        self.num_frames, self.fps, self.times = numbering[3:]
+        self._size = self._packets.size
+        self._shown, self._stamps, self._reopens = self._packets.numbering[:3]
+        self.num_frames, self.fps, self.times = self._packets.numbering[3:]
 
     def _signature(self) -> tuple[int, ...]:
         """Return what changes when the file does; shards may not change."""
@@ -117,13 +109,13 @@ class Video:
 
     def close(self, keep: bool = True) -> None:
         """Close the file and free its memory, or keep a large one ready for its next use."""
-        numbering, self._numbering = self._numbering, None
-        if numbering and keep:
-            give_back(self._packets, numbering)
-        elif numbering:
+        if self._is_open and keep:
+            give_back(self._packets)
+        elif self._is_open:
             self._packets.close()
+        self._is_open = False
 
-    def _number_frames(self) -> "Numbering":
+    def _number_frames(self) -> Numbering:
         """Number the frames that the packets hold, and measure their rate and times."""
         packets, stream = self._packets, self._packets.stream
         shown = np.flatnonzero(packets.flags & (DISCARD | HIDDEN) == 0)
@@ -146,8 +138,7 @@ class Video:
         times = uneven_times(gaps, MAX_PAUSE if has_pauses else MAX_GAP)
         if not count:
             raise VideoError(f"{self.path}: no frames")
-        numbered = stamps if timed else stamps[:0]
-        return Numbering(shown.data, numbered.data, reopens, count, fps, times)
+        return shown.data, (stamps if timed else stamps[:0]).data, reopens, count, fps, times
 
     def _stamps_of_one_clock(self, shown: np.ndarray) -> np.ndarray:
         """Return the frames' time stamps in the order of the packets; none if they are unusable."""
@@ -326,6 +317,8 @@ class Video:
                 yield number, frame
 
     def _check_time(self) -> None:
+        if not self._is_open:  # another Video may use the packets now
+            raise VideoError(f"{self.path}: was closed")
         if self._left.is_over():
             raise VideoError(f"{self.path}: not read within {self._time_limit:g} seconds")
 
@@ -341,8 +334,8 @@ class Video:
         """Return a frame as uint8 RGB [H, W, 3], upright."""
         if self._orientation is None:
             self._orientation = orientation(frame)
-            probed = self._packets.is_probed
-            self._size = self._packets.size if probed else (frame.height, frame.width)
+            if not self._packets.is_probed:  # the frame's size may lack the cropping on the left
+                self._size = self._packets.decoder.height, self._packets.decoder.width
         height, width = self._size
         try:
             # PyAV starts a pool of threads at every call unless told not to.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 
@@ -21,11 +22,10 @@ PLAIN = {
     "avc1": {"avcC", "pasp", "colr", "btrt"},
 }
 HEADS = {"avc1": 78, "stsd": 8}  # bytes of a box before those inside of it
-Box = tuple[str, int, int]  # kind, and where its content starts and ends
 
 
 def composition_offsets(file: int, start: int, end: int) -> np.ndarray | None:
-    """Return the presentation minus the decoding time of each sample of the video track, int64.
+    """Return the presentation minus the decoding time of each sample of the H.264 track, int64.
 
     Args:
         file: descriptor of the file, of which the bytes from `start` to `end` are the MP4.
@@ -42,17 +42,19 @@ def composition_offsets(file: int, start: int, end: int) -> np.ndarray | None:
         if kind == "moov":
             header = os.pread(file, min(size, MAX_HEADER), place)[8:]
         place += size
+    found = []
     try:
-        tracks = [x for x in _inside("moov", header, 0, len(header)) if x[0] == "trak"]
-        tables = [_video_tables(header, track) for track in tracks]
-        (found,) = [table for table in tables if table is not None]
-        return _offsets(header, found)
+        for kind, *place in _inside("moov", header, 0, len(header)):
+            with suppress(ValueError):  # a track of another kind has other boxes
+                found += [_tables(kind, header, *place)] if kind == "trak" else []
+        (tables,) = found
+        return _offsets(header, tables)
     except (ValueError, KeyError, IndexError):
         return None
 
 
-def _inside(kind: str, data: bytes, start: int, end: int) -> Iterator[Box]:
-    """Yield the boxes inside of a box; ValueError if one is unusual."""
+def _inside(kind: str, data: bytes, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+    """Yield kind, start and end of the boxes inside of a box; ValueError if one is unusual."""
     start += HEADS.get(kind, 0)
     while start < end:
         size, name = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
@@ -62,22 +64,14 @@ def _inside(kind: str, data: bytes, start: int, end: int) -> Iterator[Box]:
         start += size
 
 
-def _video_tables(data: bytes, track: Box) -> dict[str, tuple[int, int]] | None:
-    """Return the places of all boxes inside of a track, by kind; None if it is not of pictures."""
-    found: dict[str, tuple[int, int]] = {}
-    media = {kind: (start, end) for kind, start, end in _inside(*track[:1], data, *track[1:])}
-    for kind, start, _ in _inside("mdia", data, *media["mdia"]):
-        if kind == "hdlr" and data[start + 8 : start + 12] != b"vide":
-            return None
-    todo = [track]
-    while todo:
-        box = todo.pop()
-        if box[0] in PLAIN:
-            for kind, start, end in _inside(box[0], data, *box[1:]):
-                if kind in found:
-                    raise ValueError(f"two of {kind}")
-                found[kind] = start, end
-                todo.append((kind, start, end))
+def _tables(kind: str, data: bytes, start: int, end: int) -> dict[str, tuple[int, int]]:
+    """Return the places of a box and of all inside of it, by kind; ValueError if two are equal."""
+    found = {kind: (start, end)}
+    for box in _inside(kind, data, start, end) if kind in PLAIN else ():
+        deeper = _tables(box[0], data, *box[1:])
+        if found.keys() & deeper.keys() - {"free"}:
+            raise ValueError("two of a kind")
+        found |= deeper
     return found
 
 

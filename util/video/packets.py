@@ -6,7 +6,6 @@ does not lead to the expected packet, the file is read from its start, and the o
 """
 
 import os
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,7 +20,7 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 
 from util.video.mp4 import composition_offsets
-from util.video.source import Bytes, find_member, open_bytes, open_container
+from util.video.source import Lease, find_member, open_bytes, open_container
 
 SMALL = 16 * 2**20  # bytes; the packets of a file that is no larger are kept in memory
 NO_STAMP = -(2**63)  # a packet without a time stamp
@@ -30,10 +29,12 @@ HEAD, IDR = 4096, 5  # bytes of a key frame that are searched; the kind of H.264
 MAX_UNKNOWN = 4  # packets after a seek that are not in the table, such as parts of packets
 # A seek takes as long as reading on over some packets.
 MAX_GAP_PACKETS, MAX_GAP_BYTES = 64, 2**17
-MAX_KEPT = 8  # large files whose tables and open containers a process keeps
-MAX_KEPT_BYTES = 32 * 2**20  # of them all, but for the one that was used last
+# Large files whose tables and open containers a process keeps, and the packets of them all
+MAX_KEPT, MAX_KEPT_PACKETS = 8, 2**18
 
 Row = tuple[int, int, int, int]  # of the table of packets
+COLUMNS = np.dtype("i8, i8, i4, u1")
+Check = Callable[[], None]  # raises an error if too much time has passed
 
 
 class VideoError(Exception):
@@ -61,6 +62,7 @@ class Packets:
         self._bytes = member.size if member else signature[0]
         self.is_large = self._bytes > SMALL
         self._can_seek = self.is_sound = True
+        self.numbering: Any = None  # what the user of a file that is kept knows of its frames
         self._held: list[av.Packet] | None = None  # all packets, if they are kept
         self._containers: list[InputContainer] = []  # several if a small file must be reopened
 
@@ -71,17 +73,17 @@ class Packets:
         while self._containers:
             self._containers.pop().close()
 
-    def reopen(self, probe: bool = True, place: Bytes | None = None) -> None:
+    def reopen(self, probe: bool = True, lease: Lease | None = None) -> None:
         """Open the file, possibly once more, and prepare a decoder for its video stream.
 
-        Without `probe`, `size` may be wrong, but that of any decoded frame is right.
+        Without `probe`, `size` may be wrong, but the decoder's after the first frame is right.
         """
         path, max_pixels, self.is_probed = self.path, self.max_pixels, probe
         if self._held is None:
             self.close()
         try:
             # Decoders check max_pixels wherever a stream changes size.
-            container = open_container(path, {"max_pixels": str(max_pixels)}, probe, place)
+            container = open_container(path, {"max_pixels": str(max_pixels)}, probe, lease)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({reason(error)})") from error
         self._containers.append(container)
@@ -94,6 +96,8 @@ class Packets:
         container.flags &= ~Flags.gen_pts.value
         self.stream, self.decoder, self.format = stream, stream.codec_context, container.format.name
         h, w = self.size = self.decoder.height, self.decoder.width
+        if not probe and not 0 < h * w <= max_pixels:  # the pictures may have another size
+            return self.reopen()
         if h * w > max_pixels:
             raise VideoError(f"{path}: {w} x {h} pixels are more than max_pixels {max_pixels}")
         if h * w == 0:
@@ -112,75 +116,80 @@ class Packets:
         self._from_start = from_start
         self._next = 0 if from_start else None  # the packet that comes next, if that is known
 
-    def open(self, check_time: Callable[[], None]) -> None:
+    def open(self, check_time: Check) -> None:
         """Open the file, and make the table of all packets.
 
         `changes` tells whether some of them need parameters that an earlier one brings.
         """
         try:
-            with open_bytes(self.path) as place:
-                offsets = composition_offsets(place.fd, place.start, place.start + self._bytes)
-                # Whether a codec reorders frames is known without decoding any if their stamps do.
-                even = offsets is None or (offsets == offsets[0]).all()
-                self.reopen(bool(even), place)
-                if offsets is not None and self._take_index(place, offsets, check_time):
-                    return
+            with open_bytes(self.path) as (fd, start, lease):
+                offsets = composition_offsets(fd, start, start + self._bytes)
+                if offsets is not None:
+                    # Stamps that are reordered tell that the codec does so, without decoding any.
+                    self.reopen(bool((offsets == offsets[0]).all()), lease)
+                    if self._take_index(fd, start, offsets, check_time):
+                        return
+                    lease = None  # is in use
+                self.reopen(lease=lease)
         except (OSError, ValueError) as error:
             problem = f"cannot be opened as a video ({reason(error)})"
             raise VideoError(f"{self.path}: {problem}") from error
-        if not self.is_probed or not self._from_start or self._next:
-            self.reopen()
         self._scan(check_time)
 
-    def _take_index(
-        self, place: Bytes, offsets: np.ndarray, check_time: Callable[[], None]
-    ) -> bool:
+    def _take_index(self, fd: int, start: int, offsets: np.ndarray, check_time: Check) -> bool:
         """Make the table from the container's own; return False if the two may differ."""
-        rows, entries = array("q"), self.stream.index_entries
-        for entry in entries if len(entries) == len(offsets) else ():
-            rows.extend((entry.timestamp, entry.pos, entry.size, entry.flags & (KEY | DISCARD)))
-        packet = self._read_one(check_time)
-        self._from_start = False
-        if packet is None or not packet.is_keyframe or not rows:
+        entries = self.stream.index_entries
+        packet, self._from_start = self._read_one(check_time), False
+        films = self._containers[-1].streams.video  # a second one may be the default one
+        if packet is None or len(films) > 1 or len(entries) != len(offsets):
             return False
-        self._set_table(rows)
+        rows = ((x.timestamp, x.pos, x.size, x.flags & (KEY | DISCARD)) for x in entries)
+        self._set_table(np.fromiter(rows, COLUMNS))
         self.stamps += offsets
         self.stamps += _row(packet)[0] - self.stamps[0]
         starts, ends = self.places, self.places + self.sizes
         inside = (self.sizes > 0) & (starts >= 0) & (ends <= self._bytes)
-        if not inside.all() or _row(packet) != next(self._rows(0, 0)):
+        if not inside.all() or not self.flags[0] & KEY or _row(packet) != self._row(0):
             return False
         if not self.is_probed and not (np.diff(self.stamps) < 0).any():
             return False
-        self._demuxer, self._next, extradata = chain([packet], self._demuxer), 0, self._extradata()
+        self._demuxer, self._next = chain([packet], self._demuxer), 0
         sets: set[bytes] = set()
         for key in self.keys.tolist():
             check_time()
-            size, start = min(HEAD, int(self.sizes[key])), place.start + int(self.places[key])
-            head = os.pread(place.fd, size, start)
-            found, kind = leading_units(head, "h264", extradata)
+            head = os.pread(fd, min(HEAD, int(self.sizes[key])), start + int(self.places[key]))
+            found, kind = leading_units(head, "h264", self._extradata())
             sets.add(found)
             if kind != IDR or len(sets) > 1:
                 return False
         self.changes = False
-        return len(self.keys) > 0
+        return True
 
     def _extradata(self) -> bytes:
         return bytes(self.decoder.extradata or b"")
 
-    def _set_table(self, rows: array) -> None:
-        table = np.array(rows).reshape(-1, 4)
-        self.stamps, self.places, self.sizes, self.flags = (
-            np.array(column, kind)
-            for column, kind in zip(table.T, (np.int64, np.int64, np.int32, np.uint8), strict=True)
-        )
+    def _set_table(self, table: np.ndarray) -> None:
+        self._table = table
+        self.stamps, self.places, self.sizes, self.flags = (table[x] for x in COLUMNS.names or ())
         self.keys = np.flatnonzero(self.flags & KEY)
 
-    def _scan(self, check_time: Callable[[], None]) -> None:
+    def _row(self, number: int) -> Row:
+        """Return what the function `_row` returns for a packet."""
+        stamp, place, size, flags = self._table[number].item()
+        return stamp, place, size, flags & DISCARD
+
+    def _scan(self, check_time: Check) -> None:
         """Read all packets for the table, and keep those of a small file."""
-        name, extradata, held = self.decoder.name, self._extradata(), []
-        rows, packet, sets, self.changes = array("q"), None, {}, False
-        try:
+        held: list[av.Packet] = []
+        table = np.fromiter(self._scan_rows(held, check_time), COLUMNS)
+        self._set_table(table[:-1] if self._is_cut_off else table)
+        self._held, self._next = None if self.is_large else held[: len(self.stamps)], None
+
+    def _scan_rows(self, held: list[av.Packet], check_time: Check) -> Iterator[Row]:
+        """Yield the rows of the table; append the packets of a small file to `held`."""
+        name, extradata = self.decoder.name, self._extradata()
+        packet, sets, self.changes = None, {}, False
+        with suppress(av.FFmpegError):  # a file that breaks off still has the packets before
             for number, packet in enumerate(self._demuxer):
                 check_time()
                 stamp, place, size, flags = _row(packet)
@@ -192,15 +201,10 @@ class Packets:
                 # A frame of VP8 may be referred to but never shown.
                 if name == "vp8" and not memoryview(packet)[0] & 0x10:
                     flags |= HIDDEN
-                rows.extend((stamp, place, size, flags))
-                if not self.is_large:
-                    held.append(packet)
-        except av.FFmpegError:
-            pass  # a file that breaks off still has the packets before the break
-        if packet and packet.is_corrupt and self.format.startswith(("mov", "flv")):
-            del rows[-4:], held[-1:]  # it is cut off
-        self._set_table(rows)
-        self._held, self._next = None if self.is_large else held, None
+                held += [] if self.is_large else [packet]
+                yield stamp, place, size, flags
+        corrupt = packet is not None and packet.is_corrupt
+        self._is_cut_off = corrupt and self.format.startswith(("mov", "flv"))
         self.changes |= b"" in sets and len(sets) > (1 if next(iter(sets)) == b"" else 2)
 
     def rewind(self) -> None:
@@ -209,7 +213,7 @@ class Packets:
             self.reopen()
 
     def read(
-        self, first: int, last: int, check_time: Callable[[], None], seek: bool = True
+        self, first: int, last: int, check_time: Check, seek: bool = True
     ) -> Iterator[tuple[int, av.Packet]]:
         """Yield the numbers and packets from first to last.
 
@@ -222,10 +226,9 @@ class Packets:
                 yield number, packet
             return
         self._go_to(first, check_time, seek)
-        start = self._next or 0
-        for number, row in enumerate(self._rows(start, last), start):
+        for number in range(self._next or 0, last + 1):
             packet = self._read_one(check_time)
-            if packet is None or _row(packet) != row:
+            if packet is None or _row(packet) != self._row(number):
                 self.is_sound = False
                 if self._from_start:
                     raise VideoError(f"{self.path}: changed while it was read")
@@ -234,15 +237,15 @@ class Packets:
             if number >= first:
                 yield number, packet
 
-    def _go_to(self, first: int, check_time: Callable[[], None], seek: bool) -> None:
+    def _go_to(self, first: int, check_time: Check, seek: bool) -> None:
         """Let packet `first` come next, or one before it."""
         if self._process != os.getpid():  # a forked process shares its place in the file
             self.reopen()
         seek = seek and self._can_seek and self.stamps[first] != NO_STAMP
-        ahead = -1 if self._next is None else first - self._next  # packets before it
-        if ahead >= 0 and (self._from_start or seek):
-            gap = self.sizes[first - ahead : first]
-            if not seek or (ahead <= MAX_GAP_PACKETS and gap.sum() < MAX_GAP_BYTES):
+        if self._next is not None and self._next <= first:
+            gap = self.sizes[self._next : first]
+            near = len(gap) <= MAX_GAP_PACKETS and gap.sum() < MAX_GAP_BYTES
+            if near if seek else self._from_start:
                 return
         if seek:
             before = self.keys[: np.searchsorted(self.keys, first, "right")]
@@ -252,7 +255,7 @@ class Packets:
             self._can_seek = False
         self.reopen()
 
-    def _seek(self, key: int, first: int, check_time: Callable[[], None]) -> bool:
+    def _seek(self, key: int, first: int, check_time: Check) -> bool:
         """Seek to packet `key`, and return whether packet `first`, or one before it, comes next."""
         stamp, place = int(self.stamps[key]), int(self.places[key])
         container, by_place = self._containers[-1], self.format.startswith("mpeg")
@@ -268,33 +271,19 @@ class Packets:
                     break
                 row = _row(packet)
                 for number in np.flatnonzero(self.places == row[1]).tolist():
-                    if next(self._rows(number, number)) == row:
+                    if self._row(number) == row:
                         self._demuxer, self._next = chain([packet], self._demuxer), number
                         return number <= first
         return False
 
-    def _read_one(self, check_time: Callable[[], None]) -> av.Packet | None:
+    def _read_one(self, check_time: Check) -> av.Packet | None:
         """Return the container's next packet; None after the last one, or where it breaks off."""
-        self._next, self.is_sound = None, False
+        packet, self._next, self.is_sound = None, None, False
         check_time()
-        try:
+        with suppress(av.FFmpegError):
             packet = next(self._demuxer, None)
-        except av.FFmpegError:
-            return None
         self.is_sound = packet is not None
         return packet
-
-    def _rows(self, first: int, last: int) -> Iterator[Row]:
-        """Yield what `_row` returns for packets first to last."""
-        columns = self.stamps, self.places, self.sizes, self.flags & DISCARD
-        for start in range(first, last + 1, 1024):  # a part at a time, to save memory
-            end = min(start + 1024, last + 1)
-            yield from zip(*(column[start:end].tolist() for column in columns), strict=True)
-
-    def cost(self) -> int:
-        """Return about how many bytes the table and the open container take."""
-        entries = sum(len(stream.index_entries) for stream in self._containers[-1].streams)
-        return 40 * len(self.stamps) + 40 * entries
 
 
 def _row(packet: av.Packet) -> Row:
@@ -304,38 +293,37 @@ def _row(packet: av.Packet) -> Row:
     return NO_STAMP if stamp is None else stamp, -1 if place is None else place, packet.size, flags
 
 
-# The large files that this process used last, and what their user knows of them. Who uses one takes
-# it out, so that no two threads share a container.
-_kept: OrderedDict[tuple[str, int], tuple[Packets, Any]] = OrderedDict()
+# The large files that this process used last. Who uses one takes it out, so that no two threads
+# share a container.
+_kept: OrderedDict[tuple[str, int], Packets] = OrderedDict()
 _lock = Lock()
 
 
-def take(path: str, max_pixels: int, signature: tuple[int, ...]) -> tuple[Packets, Any]:
-    """Return the packets of a file and what was kept with them, or new ones and None."""
+def take(path: str, max_pixels: int, signature: tuple[int, ...]) -> Packets:
+    """Return the packets of a file that were kept, or new ones."""
     with _lock:
         kept = _kept.pop((path, max_pixels), None)
-    if kept and kept[0].signature == signature:
+    if kept and kept.signature == signature:
         return kept
     if kept:
-        kept[0].close()
-    return Packets(path, max_pixels, signature), None
+        kept.close()
+    return Packets(path, max_pixels, signature)
 
 
-def give_back(packets: Packets, knowledge: Any) -> None:
+def give_back(packets: Packets) -> None:
     """Keep a large file open for its next use, and close those that were used longest ago."""
-    if not (packets.is_large and packets.is_sound):
-        packets.close()
-        return
-    with _lock:
-        unused = [_kept.pop((packets.path, packets.max_pixels), None)]
-        _kept[packets.path, packets.max_pixels] = packets, knowledge
-        total = sum(other.cost() for other, _ in _kept.values())
-        while len(_kept) > 1 and (len(_kept) > MAX_KEPT or total > MAX_KEPT_BYTES):
-            oldest = _kept.popitem(last=False)[1]
-            total -= oldest[0].cost()
-            unused.append(oldest)
+    unused: list[Packets | None] = [packets]
+    if packets.is_large and packets.is_sound:
+        with _lock:
+            unused = [_kept.pop((packets.path, packets.max_pixels), None)]
+            _kept[packets.path, packets.max_pixels] = packets
+            while len(_kept) > 1 and (
+                len(_kept) > MAX_KEPT
+                or sum(len(other.stamps) for other in _kept.values()) > MAX_KEPT_PACKETS
+            ):
+                unused.append(_kept.popitem(last=False)[1])
     for other in filter(None, unused):
-        other[0].close()
+        other.close()
 
 
 def _forget() -> None:
@@ -343,7 +331,7 @@ def _forget() -> None:
     global _lock
     _lock = Lock()
     while _kept:
-        _kept.popitem()[1][0].close()
+        _kept.popitem()[1].close()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -27,6 +27,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_HEADERS = 128 * BLOCK  # bytes before a member in which its long name is looked for
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how such files begin
 UNPACK = "is compressed; unpack it with gunzip, bunzip2, unxz or unzstd"
+Lease = tuple[str, int]  # an address for FFmpeg and the descriptor that it reads
 MAX_IDLE = 256  # descriptors that a process keeps, and half of those that it may have
 
 
@@ -37,14 +38,6 @@ class Member(NamedTuple):
     name: str
     offset: int  # bytes
     size: int
-
-
-class Bytes(NamedTuple):
-    """Where the bytes of a video are."""
-
-    address: str
-    fd: int  # of the file or shard
-    start: int  # of the video in it
 
 
 def find_member(path: str) -> Member | None:
@@ -70,30 +63,32 @@ def plain_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_bytes(path: str) -> Iterator[Bytes]:
-    """Open a file or shard for os.pread, and for one open_container inside of this block.
+def open_bytes(path: str) -> Iterator[tuple[int, int, Lease | None]]:
+    """Open a file or shard for os.pread; give its descriptor and where in it the video starts.
+
+    The lease is for one open_container inside of this block.
 
     Raises:
         OSError, ValueError: it cannot be opened, or is not in its shard.
     """
     if member := find_member(path):
-        yield Bytes(*_lease(member), member.offset)
+        lease = _lease(member)
+        yield lease[1], member.offset, lease
         return
     fd = os.open(path, os.O_RDONLY)
     try:
-        yield Bytes(path, fd, 0)
+        yield fd, 0, None
     finally:
         os.close(fd)
 
 
 def open_container(
-    path: str, options: dict[str, str] | None = None, probe: bool = True, place: Bytes | None = None
+    path: str, options: dict[str, str] | None = None, probe: bool = True, lease: Lease | None = None
 ) -> InputContainer:
     """Open a local video, possibly in a shard, with options for its decoders.
 
     Args:
         probe: otherwise, nothing is decoded to learn more of a stream than the header says.
-        place: of an open_bytes that has not served another container.
 
     Raises:
         av.FFmpegError, OSError, ValueError: it cannot be opened as a video, or is not in its shard.
@@ -102,7 +97,7 @@ def open_container(
     # off the network.
     url, containers = os.path.abspath(path), {"protocol_whitelist": "file"}
     if member := find_member(path):
-        url, fd = place[:2] if place else _lease(member)
+        url, fd = lease or _lease(member)
         containers = {"protocol_whitelist": "subfile,fd", "fd": str(fd)}
     if not probe:
         containers["codec_whitelist"] = "none"
@@ -122,8 +117,8 @@ class _Address(str):
 _idle: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
 
-def _lease(member: Member) -> tuple[str, int]:
-    """Return an address for FFmpeg and its descriptor, which is given back with the address.
+def _lease(member: Member) -> Lease:
+    """Return an address and its descriptor, which is given back with the address.
 
     FFmpeg's duplicate of a descriptor shares its position, so it serves one container at a time.
     """
