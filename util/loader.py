@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from util.dist import gather_objects, is_main, print0, rank, world_size
+from util.dist import gather_objects, rank, world_size
 from util.errors import UserError
 from util.kinetics import MAX_REPLACEMENTS, Kinetics
 from util.signals import STOP_SIGNALS, child_signal_kept, signals_blocked
@@ -275,9 +275,6 @@ class VideoLoader:
                 f"{dataset.index.csv_path} lists {len(dataset)} videos, fewer than one batch of "
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
-        remote = dataset.index.remote_paths() if dataset.training and is_main() else []
-        if remote and (warning := dataset.cache.shortage(remote)):
-            print0(f"WARNING: {dataset.index.csv_path}: {warning}")
         workers = default_num_workers() if self.num_workers is None else self.num_workers
         # Only forked workers see the memory of this process. There are slots for the batches
         # made ahead, the one on its way to the device, the one in use, and a spare one.
@@ -347,7 +344,11 @@ class VideoLoader:
 def make_loader(
     dataset: Dataset, num_workers: int, requests: _BatchRequests | None = None
 ) -> DataLoader:
-    """Let worker processes make whole batches: those requested, or all of an IterableDataset."""
+    """Let worker processes make whole batches: those requested, or all of an IterableDataset.
+
+    The latter come as they are made: workers that wait for their turn would keep files in the cache
+    in use, and other workers may wait for room there.
+    """
     return DataLoader(
         dataset,
         batch_size=None,  # a request is for a whole batch
@@ -356,6 +357,7 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
+        in_order=requests is not None,
         worker_init_fn=_start_worker,
     )
 

@@ -21,7 +21,7 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 
 from util.video.mp4 import composition_offsets
-from util.video.source import Bytes, find_member, open_bytes, open_container
+from util.video.source import Bytes, file_of, find_member, open_bytes, open_container
 
 SMALL = 16 * 2**20  # bytes; the packets of a file that is no larger are kept in memory
 NO_STAMP = -(2**63)  # a packet without a time stamp
@@ -336,6 +336,14 @@ def give_back(packets: Packets, knowledge: Any) -> None:
             unused.append(oldest)
     for other in filter(None, unused):
         other[0].close()
+
+
+def forget(file: str) -> None:
+    """Close the videos that are kept in a file or shard that was replaced."""
+    with _lock:
+        gone = [_kept.pop(key)[0] for key in list(_kept) if file_of(key[0]) == file]
+    for packets in gone:
+        packets.close()
 
 
 def _forget() -> None:
