@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from itertools import islice
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from tests.test_kinetics import data_set
 from tests.test_scripts import FINETUNE, PRETRAIN, ROOT, call, fails
 from util import time_loader
 from util.kinetics import Kinetics
-from util.loader import EpochSampler
 from util.time_loader import READING, Measured, find_limit, measure, timed_parts
 from util.video.decode import Video, VideoError
 
@@ -134,15 +132,6 @@ def test_unreadable_videos_are_named_once_and_counted(videos, tmp_path, capsys):
 def test_some_videos_are_always_counted(videos):
     found = measure(data_set(videos), 2, 1, 1e-9)
     assert found.videos > 0 and sum(found.shares.values()) == pytest.approx(1)
-
-
-def test_epochs_may_follow_one_another():
-    def keys(epoch, epochs):
-        return EpochSampler(7, 2, True, 5, epoch, epochs=epochs)
-
-    assert list(keys(3, 2)) == [*keys(3, 1), *keys(4, 1)] and len(keys(3, 2)) == 12
-    endless = keys(0, time_loader.FOREVER)
-    assert len(list(islice(endless, 20))) == 20
 
 
 @pytest.mark.parametrize(

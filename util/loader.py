@@ -57,7 +57,6 @@ class EpochSampler(Sampler):
     epoch: int = 0
     start: int = 0  # rows of this rank to skip when an epoch is continued
     rows: Sequence[int] | None = None  # of this rank, in place of its share of a test's rows
-    epochs: int = 1  # dealt one after the other
 
     def __post_init__(self) -> None:
         joint = self.batch_size * world_size()
@@ -65,18 +64,15 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         own = range(rank(), self.used_rows, world_size()) if self.rows is None else self.rows
-        return len(own) * self.epochs
+        return len(own)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for epoch in range(self.epoch, self.epoch + self.epochs):
-            order = np.arange(self.num_rows)
-            if self.training:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
-            own = (
-                order[: self.used_rows][rank() :: world_size()] if self.rows is None else self.rows
-            )
-            for row in own[self.start :]:
-                yield epoch, int(row)
+        order = np.arange(self.num_rows)
+        if self.training:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
+        own = order[: self.used_rows][rank() :: world_size()] if self.rows is None else self.rows
+        for row in own[self.start :]:
+            yield self.epoch, int(row)
 
 
 class BatchMemory:
@@ -262,14 +258,13 @@ class VideoLoader:
     max_bad_share: float  # training stops when more than this share of the csv cannot be read
     device: torch.device
     rows: Sequence[int] | None = None  # that this rank tests; None: its share of all rows
-    epochs: int = 1  # that follow one another without a stop when this is iterated over
 
     def __post_init__(self) -> None:
         dataset, batch_size = self.dataset, self.batch_size
         self.started = False
         self.bad: dict[str, str] = {}  # path -> "PATH: reason"; includes other ranks' at each epoch
         order = len(dataset), batch_size, dataset.training, dataset.seed
-        self.sampler = EpochSampler(*order, rows=self.rows, epochs=self.epochs)
+        self.sampler = EpochSampler(*order, rows=self.rows)
         if dataset.training and self.sampler.used_rows == 0:
             raise UserError(
                 f"{dataset.index.csv_path} lists {len(dataset)} videos, fewer than one batch of "

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -20,7 +21,7 @@ import util.kinetics
 from util.dist import print0, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, Sample
-from util.loader import VideoLoader, available_cpus, default_num_workers
+from util.loader import EpochSampler, VideoLoader, available_cpus, default_num_workers
 from util.video import clip_ops
 from util.video.decode import Video
 
@@ -33,7 +34,7 @@ PARTS = [  # what is timed apart, and its name
 ]  # fmt: skip
 READING = ["opening", "decoding", "conversion", "resizing", "augmentation", "packing"]
 COUNTED = ["videos", "wall", "reading", "cpu", "queued", "bytes", *READING]  # by a worker
-FOREVER = 10**6  # epochs
+FOREVER = 10**7  # videos
 
 
 @contextmanager
@@ -109,8 +110,11 @@ def measure(
     """Let workers read without a stop between epochs, from when each of them has made a batch."""
     own = dict.fromkeys(COUNTED, 0.0)  # every worker has a copy once it is forked
     counts = torch.zeros(workers, len(COUNTED), dtype=torch.float64).share_memory_()
-    options = batch_size, workers, max_bad_share, torch.device("cpu")
-    loader = VideoLoader(counting(dataset, counts, own), *options, epochs=FOREVER)
+    order = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
+    rows: Any = [row for _, row in order]
+    rows = np.tile(rows, FOREVER // max(len(rows), 1) + 1)  # the first epoch, again and again
+    options = batch_size, workers, max_bad_share, torch.device("cpu"), rows
+    loader = VideoLoader(counting(dataset, counts, own), *options)
     with timed_parts(own):
         batches = iter(loader)
     for _ in range(workers):
