@@ -17,33 +17,33 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from typing import IO, Any
 from urllib.parse import quote, urlparse
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 from util.errors import UserError
 from util.file_io import ADDRESSES, HAS_S3, S3_ERRORS, is_remote, refuse_other_kinds
+from util.video.packets import forget
 from util.video.source import file_of, find_member, member_path
 from util.video.time_limit import TimeLimit, call_within
 
 BLOCK = 1 << 18  # bytes that are read and written at a time
 OWN = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")  # names of fetched files, also unfinished ones
 TIMEOUT = 30  # seconds without a byte until a connection is given up
-RETRIES, RETRY_SECONDS = 3, 1.0  # in a row; each wait is twice the last one
+RETRIES, RETRY_SECONDS = 3, 1.0  # each wait is twice the last one
 POLL_SECONDS = 0.1
-USE_SECONDS = 60  # a file's mtime says when it was used last, as exactly as this
+USE_SECONDS = 60  # a file's atime says when it was used last, as exactly as this
 GB = 10**9
-FULL = errno.ENOSPC, errno.EDQUOT
-LASTING = "ValueError|InvalidURL|gaierror|Credentials|Profile|ParamValidation|Checksum"  # errors
+_times: dict[str, int] = {}  # fetched file -> its mtime when this process used it last
 
 
 @dataclass
 class Cache:
-    """A folder of fetched files, of which the least recently used leave when the limit is reached.
+    """A folder of fetched files, of which the least recently used leave when there is no room.
 
     What an address holds may not change: it is not fetched again while its file is here.
     """
@@ -53,7 +53,8 @@ class Cache:
 
     def __post_init__(self) -> None:
         default = os.path.join(tempfile.gettempdir(), f"mae_video_{os.getuid()}")
-        self.folder, self.limit = os.path.abspath(self.folder or default), self.limit_gb * GB
+        self.is_private, self.limit = not self.folder, self.limit_gb * GB
+        self.folder = os.path.abspath(self.folder or default)
 
     @contextlib.contextmanager
     def hold(self, path: str, seconds: float = 60.0) -> Iterator[str]:
@@ -73,166 +74,129 @@ class Cache:
             name = f"{hashlib.sha1(os.fsencode(address)).hexdigest()[:16]}-{name}"
             local = os.path.join(self.folder, name)
             lock = call_within(limit, partial(self._acquire, address, local, limit.restart))
-        except TimeoutError as error:
+        except (OSError, ValueError, HTTPException, *S3_ERRORS) as error:
             slow = f"no progress in {seconds:g} seconds, by this process or another"
-            raise UserError(f"cannot fetch {address}: {slow}") from error
-        except (OSError, ValueError) as error:  # of the folder; not an address
-            raise UserError(f"cannot fetch {address}: {error}") from error
+            problem = " ".join(str(error).split()) or slow
+            raise UserError(f"cannot fetch {address}: {problem}") from error
         with lock:
             yield member_path(member._replace(shard=local)) if member else local
 
     def _acquire(self, address: str, local: str, restart: Callable[[], None]) -> IO[bytes]:
         """Fetch a file unless it is there; return its lock, shared with other readers."""
-        os.makedirs(self.folder, exist_ok=True)
-        lock = open(f"{local}.lock", "a+b", buffering=0)  # noqa: SIM115  (the caller closes it)
-        first = seen = os.fstat(lock.fileno()).st_mtime_ns
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if os.path.exists(local):
-                    if time.time() - os.path.getmtime(local) > USE_SECONDS:
-                        os.utime(local)
-                    return lock
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._fetch(address, local, lock, first, restart)
-                continue
-            time.sleep(POLL_SECONDS)
-            # The process that fetches the file sets the lock's time whenever bytes come.
-            if seen != (seen := os.fstat(lock.fileno()).st_mtime_ns):
-                restart()
-
-    def _fetch(
-        self, address: str, local: str, lock: IO[bytes], first: int, restart: Callable[[], None]
-    ) -> None:
-        """Fetch a file; if another process failed to, since this one asked, raise its error."""
-        part = f"{local}.part"
+        os.makedirs(self.folder, 0o700 if self.is_private else 0o777, exist_ok=True)
+        if self.is_private and os.lstat(self.folder).st_uid != os.getuid():
+            raise PermissionError(f"{self.folder} is another user's; give another --cache_dir")
+        lock = open(f"{local}.lock", "ab")  # noqa: SIM115  (the caller closes it)
         try:
-            with open(part, "w+b", buffering=0) as file:
-                # NFS may have told of a time before; a new file in the folder makes it look again.
-                if os.path.exists(local):
-                    return os.remove(part)
-                lock.seek(0)
-                if os.fstat(lock.fileno()).st_mtime_ns != first and (failure := lock.read()):
-                    raise UserError(failure.decode())
-                lock.truncate(0)
-                self._download(address, file, lambda: (os.utime(lock.fileno()), restart()))
-                refuse_wrong(file, address)
-                os.fsync(file.fileno())
-                os.replace(part, local)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # the disk may be full
-                os.remove(part)
-                if isinstance(error, UserError):
-                    lock.truncate(0)
-                    lock.write(str(error).encode(errors="replace"))
+            seen = os.fstat(lock.fileno()).st_mtime_ns
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    if os.path.exists(local):
+                        found = os.stat(local)
+                        if found.st_mtime_ns != _times.get(local):  # it was fetched anew
+                            forget(local)
+                            _times[local] = found.st_mtime_ns
+                        if time.time() - found.st_atime > USE_SECONDS:
+                            os.utime(local, ns=(time.time_ns(), found.st_mtime_ns))
+                        return lock
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._fetch(address, local, lambda: (os.utime(lock.fileno()), restart()))
+                    continue
+                time.sleep(POLL_SECONDS)
+                # The process that fetches the file sets the lock's time whenever bytes come.
+                if seen != (seen := os.fstat(lock.fileno()).st_mtime_ns):
+                    restart()
+        except BaseException:
             lock.close()  # which the error's traceback would keep
             raise
 
-    def _download(self, address: str, file: Any, progress: Callable[[], Any]) -> None:
-        """Write what an address holds to a file; after a break, go on there if the server can."""
-        opener = open_s3 if address.startswith("s3://") else open_http
-        done, most, size, tag, failures = 0, 0, None, "", 0
-        while True:
+    def _fetch(self, address: str, local: str, progress: Callable[[], Any]) -> None:
+        """Fetch a file, of which nothing stays if this fails or is no video."""
+        fetch, part = fetch_s3 if address.startswith("s3://") else fetch_http, f"{local}.part"
+        for failures in range(1, RETRIES + 2):
+            progress()
             try:
-                progress()
-                body, done, size, tag = opener(address, done, tag)
-                with contextlib.closing(body):
-                    self._reserve(file, size, progress)
-                    file.seek(done)
-                    while block := body.read(BLOCK):
-                        if file.write(block) < len(block):
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                        done += len(block)
-                        progress()
-                if size in (None, done):
-                    return file.truncate(done)
-                raise ConnectionError(f"it breaks off after {done:,} of {size:,} bytes")
-            except (OSError, ValueError, HTTPException, *S3_ERRORS) as error:
-                failures = 1 if done > most else failures + 1
-                most, is_full = max(done, most), getattr(error, "errno", 0) in FULL
-                lacking = (size or 0) - done + BLOCK
-                again = self._evict(file, lacking) if is_full else is_temporary(error)
-                if failures > RETRIES or not again:
-                    problem = " ".join(str(error).split())
-                    hint = f" in {self.folder}; --cache_dir may be on another disk" * is_full
-                    raise UserError(f"cannot fetch {address}: {problem}{hint}") from error
+                with open(part, "w+b") as file:
+                    fetch(address, file, partial(self._reserve, file, progress), progress)
+                    refuse_wrong(file, address)
+                    os.fsync(file.fileno())
+                return os.replace(part, local)
+            except BaseException as error:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(part)
+                if failures > RETRIES or not is_temporary(error):
+                    raise
             time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
-    def _reserve(self, file: Any, size: int | None, progress: Callable[[], Any]) -> None:
+    def _reserve(self, file: IO[bytes], progress: Callable[[], Any], size: int | None) -> None:
         """Let files leave until this one may have `size` bytes; wait while all are in use."""
-        while self.limit:
-            if size is None or size > self.limit:
-                has = "an unknown size" if size is None else f"{size / GB:.3g} GB"
-                raise ValueError(f"it has {has}, and --cache_gb is {self.limit_gb:g}")
+        if self.limit and (size is None or size > self.limit):
+            has = "an unknown size" if size is None else f"{size / GB:.3g} GB"
+            raise ValueError(f"it has {has}, and --cache_gb is {self.limit_gb:g}")
+        while size:
             with open(os.path.join(self.folder, ".lock"), "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                excess = sum(x[1] for x in self._files(file)) + size - self.limit
-                if excess <= 0 or excess <= self._evict(file, excess):
+                lacking = size - shutil.disk_usage(self.folder).free
+                excess = sum(x[1] for x in self._files()) + size - (self.limit or float("inf"))
+                freed = self._evict(max(lacking, excess))
+                if freed < lacking:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.folder)
+                if freed >= excess:
                     file.truncate(size)  # which other processes count from now on
                     return
             progress()
             time.sleep(POLL_SECONDS)
 
-    def _files(self, own: Any) -> list[tuple[float, int, str]]:
-        """Return (last use, bytes, path) of fetched files but `own`, least recently used first."""
+    def _files(self) -> list[tuple[float, int, str]]:
+        """Return (last use, bytes, path) of fetched files, least recently used first."""
         found = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                if OWN.fullmatch(entry.name) and entry.path != own.name:
-                    found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+                if OWN.fullmatch(entry.name):
+                    found.append((entry.stat().st_atime, entry.stat().st_size, entry.path))
         return sorted(found)
 
-    def _evict(self, own: Any, excess: float) -> int:
+    def _evict(self, excess: float) -> int:
         """Delete files that nobody uses, least recently used first, to free `excess` bytes."""
         freed = 0
-        for _, size, path in self._files(own):
+        for _, size, path in self._files():
             if freed >= excess:
                 break
             # NAME.part is in use, too, unless its process was killed
             lock = open(f"{path.removesuffix('.part')}.lock", "ab")  # noqa: SIM115
             with lock, contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.remove(path)
+                with open(path, "r+b") as file:
+                    os.remove(path)
+                    file.truncate(0)  # processes may keep descriptors, and so the bytes
                 freed += size
         return freed
 
-    def shortage(self, paths: Iterable[str]) -> str:
-        """Return a warning if the remote shards of these videos do not fit, else nothing."""
-        sizes: dict[str, int] = {}
-        for member in filter(None, map(find_member, paths)):
-            sizes[member.shard] = max(member.offset + member.size, sizes.get(member.shard, 0))
-        os.makedirs(self.folder, exist_ok=True)
-        total, room = sum(sizes.values()), self.limit or shutil.disk_usage(self.folder).total
-        if total <= room:
-            return ""
-        return (
-            f"{len(sizes)} remote shards have {total / GB:.3g} GB, the cache {room / GB:.3g}: in "
-            "random order, each shard is fetched many times. Give a larger --cache_gb or another "
-            "--cache_dir, or copy the shards to this machine first (aws s3 sync)"
-        )
 
-
-# Openers take an address, the offset to start from, and the tag of the version that was begun. They
-# return the body, its offset, and the size (None: the body says where it ends) and tag of the file.
-def open_http(address: str, start: int, tag: str) -> tuple[Any, int, int | None, str]:
-    headers = {"Range": f"bytes={start}-", "If-Range": tag} if start and tag else {}
+# Both write what an address holds to a file, after they have reserved its size (None: unknown).
+def fetch_http(address: str, file: Any, reserve: Callable, progress: Callable) -> None:
     url = quote(os.fsencode(address), safe="%/:?#[]@!$&'()*+,;=~")  # csvs hold any bytes
-    body = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
-    start = start if body.status == 206 else 0
-    length = body.headers["Content-Length"]
-    if length is None and not body.chunked:
-        raise HTTPException("the server does not say how many bytes it sends")
-    return body, start, length and start + int(length), body.headers["ETag"]
+    with urlopen(url, timeout=TIMEOUT) as body:
+        length = body.headers["Content-Length"]
+        if length is None and not body.chunked:
+            raise ValueError("the server does not say how many bytes it sends")
+        reserve(length and int(length))
+        while block := body.read(BLOCK):
+            file.write(block)
+            progress()
+    if length and file.tell() < int(length):
+        raise ConnectionError(f"it breaks off after {file.tell():,} of {int(length):,} bytes")
 
 
-def open_s3(address: str, start: int, tag: str) -> tuple[Any, int, int | None, str]:
+def fetch_s3(address: str, file: Any, reserve: Callable, progress: Callable) -> None:
     if not HAS_S3:
         raise ValueError("it needs `pip install boto3`")
     bucket, _, key = address.removeprefix("s3://").partition("/")
-    options = {"Range": f"bytes={start}-", "IfMatch": tag} if start else {}
-    found = s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, **options)
-    return found["Body"], start, start + found["ContentLength"], found["ETag"]
+    client = s3_client(os.getpid())
+    reserve(client.head_object(Bucket=bucket, Key=key)["ContentLength"])
+    client.download_fileobj(bucket, key, file, Callback=lambda _: progress())
 
 
 @functools.cache
@@ -241,19 +205,16 @@ def s3_client(process: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    timeouts: Any = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT}
-    config = Config(retries={"total_max_attempts": 1}, **timeouts)  # Cache tries again itself
+    retries: Any = {"total_max_attempts": 1 + RETRIES, "mode": "standard"}
+    config = Config(retries=retries, connect_timeout=TIMEOUT, read_timeout=TIMEOUT)
     return boto3.Session().client("s3", config=config)
 
 
-def is_temporary(error: Any) -> bool:
-    """Return whether what failed may succeed a moment later."""
-    answer = getattr(error, "response", None) or {}  # botocore's; urllib's errors have a code
-    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or getattr(error, "code", 0)
-    if status:
-        return status in (408, 429) or status >= 500
-    kinds = f"{type(error).__mro__} {getattr(error, 'reason', '')!r}"
-    return not re.search(LASTING, kinds)
+def is_temporary(error: BaseException) -> bool:
+    """Return whether what failed may succeed a moment later; boto3 tries again itself."""
+    status = getattr(error, "code", 500)  # of HTTPError
+    network = isinstance(error, (OSError, HTTPException)) and not isinstance(error, ValueError)
+    return network and (status >= 500 or status in (408, 429))
 
 
 def refuse_wrong(file: Any, address: str) -> None:

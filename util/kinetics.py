@@ -135,12 +135,6 @@ class VideoIndex:
         path = os.fsdecode(self._paths[start : self._ends[i]].tobytes())
         return path if is_remote(path) else os.path.join(self.folder, path)
 
-    def remote_paths(self) -> list[str]:
-        """Return the paths of the rows that are addresses."""
-        if not is_remote(self.folder) and b"://" not in self._paths.tobytes():
-            return []
-        return list(filter(is_remote, map(self.path, range(len(self)))))
-
 
 def _parse_row(line: str) -> tuple[str, int]:
     """Split a csv line at its last separator into path and label."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from util.dist import gather_objects, is_main, print0, rank, world_size
+from util.dist import gather_objects, rank, world_size
 from util.errors import UserError
 from util.kinetics import MAX_REPLACEMENTS, Kinetics
 from util.signals import STOP_SIGNALS, child_signal_kept, signals_blocked
@@ -57,7 +57,6 @@ class EpochSampler(Sampler):
     epoch: int = 0
     start: int = 0  # rows of this rank to skip when an epoch is continued
     rows: Sequence[int] | None = None  # of this rank, in place of its share of a test's rows
-    epochs: int = 1  # dealt one after the other
 
     def __post_init__(self) -> None:
         joint = self.batch_size * world_size()
@@ -65,18 +64,15 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         own = range(rank(), self.used_rows, world_size()) if self.rows is None else self.rows
-        return len(own) * self.epochs
+        return len(own)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for epoch in range(self.epoch, self.epoch + self.epochs):
-            order = np.arange(self.num_rows)
-            if self.training:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
-            own = (
-                order[: self.used_rows][rank() :: world_size()] if self.rows is None else self.rows
-            )
-            for row in own[self.start :]:
-                yield epoch, int(row)
+        order = np.arange(self.num_rows)
+        if self.training:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
+        own = order[: self.used_rows][rank() :: world_size()] if self.rows is None else self.rows
+        for row in own[self.start :]:
+            yield self.epoch, int(row)
 
 
 class BatchMemory:
@@ -262,22 +258,18 @@ class VideoLoader:
     max_bad_share: float  # training stops when more than this share of the csv cannot be read
     device: torch.device
     rows: Sequence[int] | None = None  # that this rank tests; None: its share of all rows
-    epochs: int = 1  # that follow one another without a stop when this is iterated over
 
     def __post_init__(self) -> None:
         dataset, batch_size = self.dataset, self.batch_size
         self.started = False
         self.bad: dict[str, str] = {}  # path -> "PATH: reason"; includes other ranks' at each epoch
         order = len(dataset), batch_size, dataset.training, dataset.seed
-        self.sampler = EpochSampler(*order, rows=self.rows, epochs=self.epochs)
+        self.sampler = EpochSampler(*order, rows=self.rows)
         if dataset.training and self.sampler.used_rows == 0:
             raise UserError(
                 f"{dataset.index.csv_path} lists {len(dataset)} videos, fewer than one batch of "
                 f"--batch_size {batch_size} on {world_size()} ranks"
             )
-        remote = dataset.index.remote_paths() if dataset.training and is_main() else []
-        if remote and (warning := dataset.cache.shortage(remote)):
-            print0(f"WARNING: {dataset.index.csv_path}: {warning}")
         workers = default_num_workers() if self.num_workers is None else self.num_workers
         # Only forked workers see the memory of this process. There are slots for the batches
         # made ahead, the one on its way to the device, the one in use, and a spare one.
@@ -347,7 +339,11 @@ class VideoLoader:
 def make_loader(
     dataset: Dataset, num_workers: int, requests: _BatchRequests | None = None
 ) -> DataLoader:
-    """Let worker processes make whole batches: those requested, or all of an IterableDataset."""
+    """Let worker processes make whole batches: those requested, or all of an IterableDataset.
+
+    The latter come as they are made: workers that wait for their turn would keep files in the cache
+    in use, and other workers may wait for room there.
+    """
     return DataLoader(
         dataset,
         batch_size=None,  # a request is for a whole batch
@@ -356,6 +352,7 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
+        in_order=requests is not None,
         worker_init_fn=_start_worker,
     )
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -20,7 +21,7 @@ import util.kinetics
 from util.dist import print0, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, Sample
-from util.loader import VideoLoader, available_cpus, default_num_workers
+from util.loader import EpochSampler, VideoLoader, available_cpus, default_num_workers
 from util.video import clip_ops
 from util.video.decode import Video
 
@@ -32,8 +33,8 @@ PARTS = [  # what is timed apart, and its name
     (Kinetics, "_load", "packing"),
 ]  # fmt: skip
 READING = ["opening", "decoding", "conversion", "resizing", "augmentation", "packing"]
-COUNTED = ["videos", "wall", "reading", "cpu", "queued", "bytes", "disk", *READING]  # by a worker
-FOREVER = 10**6  # epochs
+COUNTED = ["videos", "wall", "reading", "cpu", "queued", "bytes", *READING]  # by a worker
+FOREVER = 10**7  # videos
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def _usage() -> dict[str, float]:
     tasks = Path("/proc/self/task").iterdir()
     queued = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks)
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return {"queued": queued / 1e9, "bytes": int(io["rchar"]), "disk": int(io["read_bytes"])}
+    return {"queued": queued / 1e9, "bytes": int(io["rchar"])}
 
 
 class Measured(NamedTuple):
@@ -98,27 +99,22 @@ class Measured(NamedTuple):
     seconds: float
     videos: int
     bytes: float  # that were read
-    disk: float  # bytes of them that came from the disk; the system had cached the others
     cores: float  # that were busy on average
     shares: dict[str, float]
     bad: dict[str, str]  # unreadable videos, as in VideoLoader
 
 
 def measure(
-    dataset: Kinetics,
-    batch_size: int,
-    workers: int,
-    seconds: float,
-    max_bad_share: float = 1.0,
-    bad: dict[str, str] | None = None,
+    dataset: Kinetics, batch_size: int, workers: int, seconds: float, max_bad_share: float = 1.0
 ) -> Measured:
     """Let workers read without a stop between epochs, from when each of them has made a batch."""
     own = dict.fromkeys(COUNTED, 0.0)  # every worker has a copy once it is forked
     counts = torch.zeros(workers, len(COUNTED), dtype=torch.float64).share_memory_()
-    options = batch_size, workers, max_bad_share, torch.device("cpu")
-    loader = VideoLoader(counting(dataset, counts, own), *options, epochs=FOREVER)
-    loader.bad = bad or {}  # these have been named
-    loader.set_epoch(workers)  # other numbers of workers read other videos
+    order = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
+    rows: Any = [row for _, row in order]
+    rows = np.tile(rows, FOREVER // max(len(rows), 1) + 1)  # the first epoch, again and again
+    options = batch_size, workers, max_bad_share, torch.device("cpu"), rows
+    loader = VideoLoader(counting(dataset, counts, own), *options)
     with timed_parts(own):
         batches = iter(loader)
     for _ in range(workers):
@@ -139,15 +135,14 @@ def measure(
     times["waiting for the main process"] = max(idle, 0.0)
     total = sum(times.values())
     shares, cores = {k: v / total for k, v in times.items()}, workers * n["cpu"] / total
-    amounts = int(n["videos"]), n["bytes"], n["disk"]
-    return Measured(workers, passed, *amounts, cores, shares, loader.bad)
+    return Measured(workers, passed, int(n["videos"]), n["bytes"], cores, shares, loader.bad)
 
 
 def find_limit(found: Measured, cpus: int) -> str:
-    """Say in one sentence which of disk, computing, main process or workers is the limit."""
-    files, queue, idle = list(found.shares.values())[-3:]
+    """Say in one sentence which of disk, computing or number of workers is the limit."""
+    files, queue = list(found.shares.values())[-3:-1]
     used = f"--num_workers {found.workers} keep {found.cores:.1f} of {cpus} CPUs busy"
-    if files >= 0.2 and files == max(files, queue, idle):
+    if files >= 0.2 and files >= queue:
         return (
             f"The disk is the limit: {files:.0%} of the time goes to waiting for reads; {used}; "
             "a faster disk or fewer, larger files help, more CPUs do not."
@@ -161,13 +156,11 @@ def find_limit(found: Measured, cpus: int) -> str:
             f"{queue:.0%} of the time goes to waiting for one{others}; more CPUs help, and copies "
             "that are cheaper to decode (DATASET.md), a faster disk does not."
         )
-    if idle >= 0.3:
-        return f"The main process is the limit: workers wait {idle:.0%} of their time; {used}."
     return f"The number of workers is the limit: {used}; more --num_workers help."
 
 
 def time_loader(dataset: Kinetics, args: Namespace) -> None:
-    """Print what one worker and all of them do in --time_loader seconds, and what limits them."""
+    """Print what the workers do in --time_loader seconds, and what limits them."""
     workers = default_num_workers() if args.num_workers is None else args.num_workers
     if world_size() > 1 or not workers:
         need = "a single process" if workers else "at least one of --num_workers"
@@ -177,12 +170,12 @@ def time_loader(dataset: Kinetics, args: Namespace) -> None:
     except (OSError, LookupError) as error:
         raise UserError(f"--time_loader needs Linux's /proc ({error})", status=1) from error
     dataset.index.refuse_missing()
-    options = args.time_loader / min(workers, 2), args.max_bad_share  # seconds of each measurement
-    found = measure(dataset, args.batch_size, 1, *options)
-    _print_rates(found, dataset.views)
-    if workers > 1:
-        found = measure(dataset, args.batch_size, workers, *options, bad=found.bad)
-        _print_rates(found, dataset.views)
+    found = measure(dataset, args.batch_size, workers, args.time_loader, args.max_bad_share)
+    rate, read = found.videos / found.seconds, found.bytes / found.seconds
+    print0(
+        f"workers: {workers}, videos/s: {rate:.1f} ({rate / workers:.1f} each), "
+        f"clips/s: {rate * dataset.views:.1f}, MB/s read: {read / 1e6:.1f}"
+    )
     print0("a worker's time: " + ", ".join(f"{k} {v:.1%}" for k, v in found.shares.items()))
     clips = found.videos * dataset.views
     cpu, size = found.cores * found.seconds / clips, found.bytes / clips  # of a clip
@@ -192,12 +185,3 @@ def time_loader(dataset: Kinetics, args: Namespace) -> None:
     if found.bad:
         print0(f"unreadable videos: {len(found.bad)}, named above")
     print0(find_limit(found, available_cpus()))
-
-
-def _print_rates(found: Measured, views: int) -> None:
-    rate, size, disk = (n / found.seconds for n in (found.videos, found.bytes, found.disk))
-    print0(
-        f"workers: {found.workers}, videos/s: {rate:.1f} ({rate / found.workers:.1f} each), "
-        f"clips/s: {rate * views:.1f}, MB/s read: {size / 1e6:.1f} ({disk / 1e6:.1f} "
-        "of them from a local disk, the others cached or over a network)"
-    )

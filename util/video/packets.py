@@ -20,7 +20,7 @@ from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 
 from util.video.mp4 import composition_offsets
-from util.video.source import Lease, find_member, open_bytes, open_container
+from util.video.source import Lease, file_of, find_member, open_bytes, open_container
 
 SMALL = 16 * 2**20  # bytes; the packets of a file that is no larger are kept in memory
 NO_STAMP = -(2**63)  # a packet without a time stamp
@@ -324,6 +324,14 @@ def give_back(packets: Packets) -> None:
                 unused.append(_kept.popitem(last=False)[1])
     for other in filter(None, unused):
         other.close()
+
+
+def forget(file: str) -> None:
+    """Close the videos that are kept in a file or shard that was replaced."""
+    with _lock:
+        gone = [_kept.pop(key) for key in list(_kept) if file_of(key[0]) == file]
+    for packets in gone:
+        packets.close()
 
 
 def _forget() -> None:

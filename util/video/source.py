@@ -131,7 +131,7 @@ def _lease(member: Member) -> Lease:
         try:
             _check(member, fd, size)
             return address, fd
-        except OSError:  # of a descriptor that was kept too long, perhaps (ESTALE)
+        except (OSError, ValueError):  # of a descriptor that was kept too long, perhaps
             lease.detach()
             os.close(fd)
             if kept is None:
