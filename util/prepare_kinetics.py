@@ -341,9 +341,8 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
 # --- copies -------------------------------------------------------------------------------------
 
 
-def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]] | None:
-    """Make copies of all videos; return the data set of the copies, and 'PATH: reason' by path of
-    videos that are broken and copies that are damaged. None after --dry_run.
+def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]]:
+    """Make copies of all videos; return their data set, and 'PATH: reason' of broken ones by path.
 
     Broken videos leave the data set, except those of the test: it keeps the original files, so that
     results have the same denominator.
@@ -352,15 +351,12 @@ def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[s
     split_of: dict[str, str] = {}  # a video in several lists is copied once
     for clip in sorted(data.clips, key=lambda clip: LISTS.index(clip.split)):
         split_of.setdefault(names[clip.path], clip.split)
-    made = make_copies(split_of, args)
-    if made is None:
-        return None
-    kept = [c for c in data.clips if names[c.path] in made["places"] or c.split == "test"]
-    if tested := sum(names[c.path] in made["failed"] for c in kept):
+    places, broken = make_copies(split_of, args)
+    kept = [c for c in data.clips if names[c.path] in places or c.split == "test"]
+    if tested := sum(names[c.path] not in places for c in kept):
         print_any(f"broken videos that stay in test.csv, as the original files: {tested}")
-    path_of = {path: made["places"].get(name, path) for path, name in names.items()}
-    reasons = made["failed"] | made["damaged"]
-    failed = {path_of[x]: reasons[name] for x, name in names.items() if name in reasons}
+    path_of = {path: places.get(name, path) for path, name in names.items()}
+    failed = {path_of[path]: broken[name] for path, name in names.items() if name in broken}
     return data._replace(clips=[c._replace(path=path_of[c.path]) for c in kept]), failed
 
 
@@ -492,9 +488,7 @@ def main(args: argparse.Namespace) -> int:
     if args.cluster and not copying:
         raise UserError("--cluster is for copies: it needs --reencode or --pack")
     if copying:
-        if (made := use_copies(data, args)) is None:
-            return 0
-        data, broken = made
+        data, broken = use_copies(data, args)
         failed |= broken
     if lost := data.wanted - {clip.split for clip in data.clips}:
         first = min(failed.values())
