@@ -300,6 +300,42 @@ def test_a_video_that_changes_on_the_way_is_an_error(videos, tmp_path, monkeypat
         run(tmp_path / "v", tmp_path, "--val_share", 0)
 
 
+def test_another_command_is_faster_and_cleans_up(videos, whole, tmp_path, monkeypatch):
+    """The shards of both are complete, and neither stops."""
+    real, calls = transcode, []
+
+    def slow(*words, **options):
+        calls.extend([1] * ("max_frames" not in options))
+        if len(calls) == 4:
+            monkeypatch.setattr(copies, "transcode", real)
+            assert run(videos, tmp_path, "--workers", 1) == 1
+        return real(*words, **options)
+
+    monkeypatch.setattr(copies, "transcode", slow)
+    assert run(videos, tmp_path, "--workers", 1) == 1
+    assert contents(tmp_path) == whole
+
+
+def test_loose_copies_go_on_with_other_videos(tmp_path, monkeypatch):
+    """After an interrupted call, as after a finished one, only new videos are copied."""
+    (tmp_path / "v/a").mkdir(parents=True)
+    for i in range(3):
+        write_counter_video(tmp_path / f"v/a/{i}.mp4", 5)
+    words = "folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "r", "--val_share", 0
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "save_json", lambda path, _: Path(path).write_text("{"))
+        with pytest.raises(ValueError):
+            prepare(*words)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "r/a").iterdir()}
+    assert len(times) == 3
+    for i in (3, 4):
+        write_counter_video(tmp_path / f"v/a/{i}.mp4", 5)
+        assert prepare(*words) == 0
+    assert lines(tmp_path / "train.csv") == [f"r/a/{i}.mp4 0" for i in range(5)]
+    assert all(path.stat().st_mtime_ns == t for path, t in times.items())
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["a"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--cluster", "local", "--jobs", 3]], ids=["here", "jobs"])
 def test_kills_at_random_moments(tmp_path, flags):

@@ -325,9 +325,6 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
         stray = min(tar for tar, split in splits.items() if not split)
         raise UserError(f"{stray}: neither train, val nor test is in its path, as in others")
     rows, classes, damaged = index_tars(splits, SUFFIXES, args.label_key)
-    if lost := wanted - {split for _, _, split in rows}:
-        empty = f"{min(lost) or 'train'}.csv would be empty: no tar for it has a video"
-        raise UserError(min(damaged.values(), default=empty), 1)
     label_of = {path: label for path, label, _ in rows}
     split_of = {path: split or "train" for path, _, split in rows}
     if wanted == {""}:
@@ -417,6 +414,7 @@ def _check_lists(data: DataSet, videos: str) -> None:
         if lost := [name for name in data.missing if name.startswith(f"{split} ")]:
             reason = f"none of its {len(lost)} videos, such as {lost[0]}, is below {videos}; "
             reason += "add them, or leave out its annotations or list to go without"
+        reason = min((text for _, text in data.damaged), default=reason)
         raise UserError(f"{split}.csv would be empty: {reason}")
 
 
@@ -470,6 +468,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
+    copying = bool(args.pack or args.reencode)
+    if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
+        raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
+    if args.cluster and not copying:
+        raise UserError("--cluster is for copies: it needs --reencode or --pack")
     readers = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}
     readers["webdataset"] = read_webdataset
     data = readers[args.kind](args)
@@ -482,11 +485,6 @@ def main(args: argparse.Namespace) -> int:
         repeated = [clip._replace(split="test") for clip in data.clips if clip.split == "val"]
         data = data._replace(clips=data.clips + repeated)
     failed = dict(data.damaged)
-    copying = bool(args.pack or args.reencode)
-    if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
-        raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
-    if args.cluster and not copying:
-        raise UserError("--cluster is for copies: it needs --reencode or --pack")
     if copying:
         data, broken = use_copies(data, args)
         failed |= broken
