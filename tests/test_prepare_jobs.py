@@ -322,9 +322,15 @@ def test_loose_copies_go_on_with_other_videos(tmp_path, monkeypatch):
     for i in range(3):
         write_counter_video(tmp_path / f"v/a/{i}.mp4", 5)
     words = "folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "r", "--val_share", 0
+    make = copies.Copies.make
+
+    def interrupt(*words):
+        make(*words)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "save_json", lambda path, _: Path(path).write_text("{"))
-        with pytest.raises(ValueError):
+        patch.setattr(copies.Copies, "make", interrupt)
+        with pytest.raises(KeyboardInterrupt):
             prepare(*words)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "r/a").iterdir()}
     assert len(times) == 3
@@ -367,6 +373,17 @@ def test_kills_at_random_moments(tmp_path, flags):
     assert process.returncode == 0, out
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(shards.glob(".*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(videos, tmp_path):
+    process = start(videos, tmp_path)
+    while not list(tmp_path.glob("shards/*-*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in out, out
+    assert out.endswith("prepare_kinetics: interrupted; the same command goes on\n")
 
 
 @pytest.mark.slow

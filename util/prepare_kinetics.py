@@ -513,3 +513,6 @@ if __name__ == "__main__":
     except (UserError, OSError) as error:
         print(f"prepare_kinetics: error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))
+    except KeyboardInterrupt:
+        print("prepare_kinetics: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
