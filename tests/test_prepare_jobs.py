@@ -235,6 +235,8 @@ def test_an_old_plan_that_does_not_fit_is_refused(tmp_path, change, words):
         ("--reencode", "--reencode needs a folder"),
         ("--reencode r --pack p", "takes none with --pack"),
         ("--cluster local", "--cluster is for copies"),
+        ("--pack p --jobs 3", "--jobs has no effect without --cluster"),
+        ("--reencode r --shard_mb 5", "--shard_mb has no effect without --pack"),
         ("--pack p.tar", "may not end with .tar"),
     ],
 )

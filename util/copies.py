@@ -209,9 +209,10 @@ def sample(copies: Copies, sizes: dict[str, int]) -> tuple[float, float]:
 
     The bytes are rounded: another version of the libraries may write slightly other copies.
     """
-    before, after, seconds = 0, 0.0, 0.0
+    before, after, seconds, there = 0, 0.0, 0.0, Path(copies.folder)
+    new = [path for path in sizes if copies.shards or not (there / copies.name(path)).exists()]
     with tempfile.TemporaryDirectory() as folder:
-        for path in list(sizes)[:: -(-len(sizes) // SAMPLE)]:  # spread evenly
+        for path in new[:: -(-len(new) // SAMPLE) or 1]:  # spread evenly
             with contextlib.suppress(VideoError), Video(f"{copies.videos}/{path}") as video:
                 begin, target = time.thread_time(), f"{folder}/copy.mp4"
                 recipe = copies.recipe or {}

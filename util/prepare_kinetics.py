@@ -431,7 +431,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     text = "write copies that decode faster here, and list these; without DIR: only for --pack"
     add("--reencode", None, text, nargs="?", const="", metavar="DIR")
     add("--pack", "", "pack the copies, or else the videos, into tar files here", metavar="DIR")
-    add("--shard_mb", 1024, "size of these files, MB", positive_float)
+    add("--shard_mb", None, "size of these files, MB; not given: 1024", positive_float)
     count = between(int, 1, 65535)
     add("--short_side", 256, "short side of the copies, pixels, at most", count)
     add("--gop", 32, "frames between key frames", count)
@@ -442,7 +442,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dry_run", False, "print how much there is to do, and write nothing")
     text = "copy, pack and verify in jobs, and wait for them; local: processes on this machine"
     add("--cluster", None, text, choices=("slurm", "local"))
-    add("--jobs", 8, "number of these jobs", between(int, 1, 1000))
+    add("--jobs", None, "number of these jobs; not given: 8", between(int, 1, 1000))
     add_queue_args(common, "prepare")
     commands = parser.add_subparsers(dest="kind", required=True)
     text = "official files; a column or their names say which is train, val and test"
@@ -473,6 +473,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
     if args.cluster and not copying:
         raise UserError("--cluster is for copies: it needs --reencode or --pack")
+    for flag, default, needed in (("jobs", 8, "cluster"), ("shard_mb", 1024.0, "pack")):
+        if getattr(args, flag) and not getattr(args, needed):
+            raise UserError(f"--{flag} has no effect without --{needed}")
+        setattr(args, flag, getattr(args, flag) or default)
     readers = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}
     readers["webdataset"] = read_webdataset
     data = readers[args.kind](args)

@@ -148,7 +148,7 @@ def _find_samples(
 def _read_label(path: str, files: dict[str, tarfile.TarInfo], fd: int, label_key: str) -> str:
     """Return the label of a sample, a number or a name; empty without one."""
     values: dict[str, Any] = {}
-    for kind, info in sorted(files.items(), reverse=True):  # .cls comes before .json
+    for kind, info in sorted(files.items(), reverse=True):  # .cls counts more than .json
         content = os.pread(fd, info.size, info.offset_data)
         try:
             if kind == "json":
