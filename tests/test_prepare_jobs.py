@@ -318,6 +318,20 @@ def test_another_command_is_faster_and_cleans_up(videos, whole, tmp_path, monkey
     assert contents(tmp_path) == whole
 
 
+def test_two_commands_write_the_same_loose_copies(videos, tmp_path, monkeypatch):
+    words = "folders", videos, tmp_path, "--reencode", tmp_path / "r", *SMALL[:2]
+    make, status = copies.Copies.make, []
+
+    def slow(*rest):
+        monkeypatch.setattr(copies.Copies, "make", make)
+        status.append(prepare(*words))
+        make(*rest)
+
+    monkeypatch.setattr(copies.Copies, "make", slow)
+    assert prepare(*words) == 1 and status == [1]
+    assert len(lines(tmp_path / "train.csv")) == 14
+
+
 def test_loose_copies_go_on_with_other_videos(tmp_path, monkeypatch):
     """After an interrupted call, as after a finished one, only new videos are copied."""
     (tmp_path / "v/a").mkdir(parents=True)

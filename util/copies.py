@@ -251,12 +251,15 @@ def tell_costs(copies: Copies, plan: dict[str, Any], args: Namespace) -> None:
 # --- running --------------------------------------------------------------------------------------
 
 
-def make_copies(split_of: dict[str, str], args: Namespace) -> tuple[dict[str, str], dict[str, str]]:
+def make_copies(
+    split_of: dict[str, str], args: Namespace, private: str
+) -> tuple[dict[str, str], dict[str, str]]:
     """Make the copies that --reencode and --pack ask for, here or by the jobs of --cluster.
 
     Args:
         split_of: the path of every video, below args.videos, and the split whose shards take it;
             the splits one after the other.
+        private: an empty folder of this process.
 
     Returns:
         The paths of the copies (after --dry_run, of the videos); 'PATH: reason' of videos without a
@@ -266,7 +269,8 @@ def make_copies(split_of: dict[str, str], args: Namespace) -> tuple[dict[str, st
     if args.reencode is not None:
         recipe = {name: getattr(args, name) for name in ("short_side", "gop", "crf")}
     shards, folder = bool(args.pack), str(args.pack or args.reencode)
-    state = folder if shards else os.path.join(folder, ".jobs")
+    # loose copies that are there are looked at again, so that a single process needs no old records
+    state = folder if shards else os.path.join(folder, ".jobs") if args.cluster else private
     copies = Copies(args.videos, folder, state, shards, recipe, args.verify, args.workers, {})
     _check_names(copies, split_of)
     plan = find_plan(copies, split_of if shards else dict.fromkeys(split_of, "copies"), args)

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby, zip_longest
@@ -348,7 +349,8 @@ def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[s
     split_of: dict[str, str] = {}  # a video in several lists is copied once
     for clip in sorted(data.clips, key=lambda clip: LISTS.index(clip.split)):
         split_of.setdefault(names[clip.path], clip.split)
-    places, broken = make_copies(split_of, args)
+    with tempfile.TemporaryDirectory() as private:
+        places, broken = make_copies(split_of, args, private)
     kept = [c for c in data.clips if names[c.path] in places or c.split == "test"]
     if tested := sum(names[c.path] not in places for c in kept):
         print_any(f"broken videos that stay in test.csv, as the original files: {tested}")
