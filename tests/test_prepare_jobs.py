@@ -235,6 +235,8 @@ def test_an_old_plan_that_does_not_fit_is_refused(tmp_path, change, words):
         ("--reencode", "--reencode needs a folder"),
         ("--reencode r --pack p", "takes none with --pack"),
         ("--cluster local", "--cluster is for copies"),
+        ("--pack p --jobs 3", "--jobs has no effect without --cluster"),
+        ("--reencode r --shard_mb 5", "--shard_mb has no effect without --pack"),
         ("--pack p.tar", "may not end with .tar"),
     ],
 )
@@ -300,6 +302,62 @@ def test_a_video_that_changes_on_the_way_is_an_error(videos, tmp_path, monkeypat
         run(tmp_path / "v", tmp_path, "--val_share", 0)
 
 
+def test_another_command_is_faster_and_cleans_up(videos, whole, tmp_path, monkeypatch):
+    """The shards of both are complete, and neither stops."""
+    real, calls = transcode, []
+
+    def slow(*words, **options):
+        calls.extend([1] * ("max_frames" not in options))
+        if len(calls) == 4:
+            monkeypatch.setattr(copies, "transcode", real)
+            assert run(videos, tmp_path, "--workers", 1) == 1
+        return real(*words, **options)
+
+    monkeypatch.setattr(copies, "transcode", slow)
+    assert run(videos, tmp_path, "--workers", 1) == 1
+    assert contents(tmp_path) == whole
+
+
+def test_two_commands_write_the_same_loose_copies(videos, tmp_path, monkeypatch):
+    words = "folders", videos, tmp_path, "--reencode", tmp_path / "r", *SMALL[:2]
+    make, status = copies.Copies.make, []
+
+    def slow(*rest):
+        monkeypatch.setattr(copies.Copies, "make", make)
+        status.append(prepare(*words))
+        make(*rest)
+
+    monkeypatch.setattr(copies.Copies, "make", slow)
+    assert prepare(*words) == 1 and status == [1]
+    assert len(lines(tmp_path / "train.csv")) == 14
+
+
+def test_loose_copies_go_on_with_other_videos(tmp_path, monkeypatch):
+    """After an interrupted call, as after a finished one, only new videos are copied."""
+    (tmp_path / "v/a").mkdir(parents=True)
+    for i in range(3):
+        write_counter_video(tmp_path / f"v/a/{i}.mp4", 5)
+    words = "folders", tmp_path / "v", tmp_path, "--reencode", tmp_path / "r", "--val_share", 0
+    make = copies.Copies.make
+
+    def interrupt(*words):
+        make(*words)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies.Copies, "make", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(*words)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "r/a").iterdir()}
+    assert len(times) == 3
+    for i in (3, 4):
+        write_counter_video(tmp_path / f"v/a/{i}.mp4", 5)
+        assert prepare(*words) == 0
+    assert lines(tmp_path / "train.csv") == [f"r/a/{i}.mp4 0" for i in range(5)]
+    assert all(path.stat().st_mtime_ns == t for path, t in times.items())
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["a"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--cluster", "local", "--jobs", 3]], ids=["here", "jobs"])
 def test_kills_at_random_moments(tmp_path, flags):
@@ -331,6 +389,17 @@ def test_kills_at_random_moments(tmp_path, flags):
     assert process.returncode == 0, out
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(shards.glob(".*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(videos, tmp_path):
+    process = start(videos, tmp_path)
+    while not list(tmp_path.glob("shards/*-*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in out, out
+    assert out.endswith("prepare_kinetics: interrupted; the same command goes on\n")
 
 
 @pytest.mark.slow

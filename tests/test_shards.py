@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import gzip
 import io
 import json
@@ -302,6 +303,7 @@ def test_members_that_are_not_there_are_refused(members, tmp_path):
         assert f"its shard is cut off at byte {size}, or has changed" in changed(b, **changes)
     with open(b.shard, "r+b") as file:
         file.truncate(b.offset + b.size - 1)
+    gc.collect()  # errors keep descriptors
     source._close_idle()
     assert f"its shard is cut off at byte {b.offset + b.size - 1}" in changed(b)
     assert len(frames_of(member_path(members[0]))) == 30  # what is there can be read
@@ -521,19 +523,16 @@ def index(folder: Path, *words) -> tuple[int, dict[str, list[tuple[str, int]]]]:
     }
 
 
-def test_labels_are_numbers_names_or_both(clip, tmp_path, capsys):
+def test_labels_are_numbers_or_names(clip, tmp_path, capsys):
     cases = {
         "cls": [{"json": '{"label": 7}', "cls": "1"}, {"cls": " 0\n"}, {"cls": "1"}],
         "label": [{"json": '{"label": 1}'}, {"json": '{"label": 0, "id": 7}'},
                   {"json": '{"class": "1"}'}],
         "names": [{"json": '{"label": "b c"}'}, {"json": '{"category": "a"}'}, {"cls": "b c"}],
-        "both": [{"cls": "1", "json": '{"class_name": "a", "category": "c"}'},
-                 {"json": '{"cls": 0, "class": "z"}'}, {"cls": "1"}],
         "own": [{"json": '{"label": [], "verb": "b"}', "cls": "9"}, {"json": '{"verb": "a"}'},
                 {"json": '{"verb": "b"}'}],
-        "bare": [{"json": '"b"'}, {"json": '"a"'}, {"json": '"b"'}],
     }  # fmt: skip
-    classes = {"names": ["a", "b c"], "both": ["z", "a"], "own": ["a", "b"], "bare": ["a", "b"]}
+    classes = {"names": ["a", "b c"], "own": ["a", "b"]}
     for case, samples in cases.items():
         files: dict = {}
         for number, labels in enumerate(samples):
@@ -588,7 +587,7 @@ def test_splits_of_tars(clip, tmp_path):
     with pytest.raises(UserError, match=r"k400-val-000\.tar: is not a tar file"):
         index(tmp_path / "named")
     write_tar(tmp_path / "named/k400-val-000.tar", {"a.cls": "0"})
-    with pytest.raises(UserError, match=r"val\.csv would be empty: no tar for it has a video"):
+    with pytest.raises(UserError, match=r"val\.csv would be empty: no video below .* is for it"):
         index(tmp_path / "named")
     write_tar(tmp_path / "named/k400-val-000.tar", files)
     write_tar(tmp_path / "named/odd.tar", files)
@@ -629,12 +628,7 @@ def test_the_list_of_an_earlier_call_goes(clip, tmp_path, capsys):
         ({"a.mp4": "", "a.json": '{"label"'}, r"its \.json cannot be read"),
         ({"a.mp4": "", "a.json": '{"label": "\\ud800"}'}, r"its \.json cannot be read"),
         ({"a.mp4": "", "a.cls": "a\nb"}, "holds a line break"),
-        ({"a.jpg": "", "a.cls": "0"}, r"train\.csv would be empty: no tar for it has a video"),
-        (
-            {"a.mp4": "", "a.json": '{"label": 1, "class": "u"}', "b.mp4": "",
-             "b.json": '{"label": 1, "class": "v"}'},
-            "label 1 is called u and v; see --label_key",
-        ),
+        ({"a.jpg": "", "a.cls": "0"}, r"train\.csv would be empty: no video below .* is for it"),
     ],
 )  # fmt: skip
 def test_odd_samples_are_refused(tmp_path, files, words):
@@ -704,9 +698,8 @@ def test_damaged_tars_are_named_and_give_what_is_before(clip, tmp_path, capsys):
     os.remove(tmp_path / "t/whole.tar")
     for name in contents.keys() - {"page"}:
         os.remove(tmp_path / f"t/{name}.tar")
-    with pytest.raises(UserError, match=r"page\.tar: is not a tar file") as caught:
+    with pytest.raises(UserError, match=r"train\.csv would be .*page\.tar: is not a tar file"):
         index(tmp_path)
-    assert caught.value.status == 1
 
 
 def test_only_headers_and_labels_are_read(tmp_path):

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby, zip_longest
@@ -325,9 +326,6 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
         stray = min(tar for tar, split in splits.items() if not split)
         raise UserError(f"{stray}: neither train, val nor test is in its path, as in others")
     rows, classes, damaged = index_tars(splits, SUFFIXES, args.label_key)
-    if lost := wanted - {split for _, _, split in rows}:
-        empty = f"{min(lost) or 'train'}.csv would be empty: no tar for it has a video"
-        raise UserError(min(damaged.values(), default=empty), 1)
     label_of = {path: label for path, label, _ in rows}
     split_of = {path: split or "train" for path, _, split in rows}
     if wanted == {""}:
@@ -341,9 +339,8 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
 # --- copies -------------------------------------------------------------------------------------
 
 
-def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]] | None:
-    """Make copies of all videos; return the data set of the copies, and 'PATH: reason' by path of
-    videos that are broken and copies that are damaged. None after --dry_run.
+def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]]:
+    """Make copies of all videos; return their data set, and 'PATH: reason' of broken ones by path.
 
     Broken videos leave the data set, except those of the test: it keeps the original files, so that
     results have the same denominator.
@@ -352,15 +349,13 @@ def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[s
     split_of: dict[str, str] = {}  # a video in several lists is copied once
     for clip in sorted(data.clips, key=lambda clip: LISTS.index(clip.split)):
         split_of.setdefault(names[clip.path], clip.split)
-    made = make_copies(split_of, args)
-    if made is None:
-        return None
-    kept = [c for c in data.clips if names[c.path] in made["places"] or c.split == "test"]
-    if tested := sum(names[c.path] in made["failed"] for c in kept):
+    with tempfile.TemporaryDirectory() as private:
+        places, broken = make_copies(split_of, args, private)
+    kept = [c for c in data.clips if names[c.path] in places or c.split == "test"]
+    if tested := sum(names[c.path] not in places for c in kept):
         print_any(f"broken videos that stay in test.csv, as the original files: {tested}")
-    path_of = {path: made["places"].get(name, path) for path, name in names.items()}
-    reasons = made["failed"] | made["damaged"]
-    failed = {path_of[x]: reasons[name] for x, name in names.items() if name in reasons}
+    path_of = {path: places.get(name, path) for path, name in names.items()}
+    failed = {path_of[path]: broken[name] for path, name in names.items() if name in broken}
     return data._replace(clips=[c._replace(path=path_of[c.path]) for c in kept]), failed
 
 
@@ -421,6 +416,7 @@ def _check_lists(data: DataSet, videos: str) -> None:
         if lost := [name for name in data.missing if name.startswith(f"{split} ")]:
             reason = f"none of its {len(lost)} videos, such as {lost[0]}, is below {videos}; "
             reason += "add them, or leave out its annotations or list to go without"
+        reason = min((text for _, text in data.damaged), default=reason)
         raise UserError(f"{split}.csv would be empty: {reason}")
 
 
@@ -437,7 +433,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     text = "write copies that decode faster here, and list these; without DIR: only for --pack"
     add("--reencode", None, text, nargs="?", const="", metavar="DIR")
     add("--pack", "", "pack the copies, or else the videos, into tar files here", metavar="DIR")
-    add("--shard_mb", 1024, "size of these files, MB", positive_float)
+    add("--shard_mb", None, "size of these files, MB; not given: 1024", positive_float)
     count = between(int, 1, 65535)
     add("--short_side", 256, "short side of the copies, pixels, at most", count)
     add("--gop", 32, "frames between key frames", count)
@@ -448,7 +444,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dry_run", False, "print how much there is to do, and write nothing")
     text = "copy, pack and verify in jobs, and wait for them; local: processes on this machine"
     add("--cluster", None, text, choices=("slurm", "local"))
-    add("--jobs", 8, "number of these jobs", between(int, 1, 1000))
+    add("--jobs", None, "number of these jobs; not given: 8", between(int, 1, 1000))
     add_queue_args(common, "prepare")
     commands = parser.add_subparsers(dest="kind", required=True)
     text = "official files; a column or their names say which is train, val and test"
@@ -474,6 +470,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
+    copying = bool(args.pack or args.reencode)
+    if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
+        raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
+    if args.cluster and not copying:
+        raise UserError("--cluster is for copies: it needs --reencode or --pack")
+    for flag, default, needed in (("jobs", 8, "cluster"), ("shard_mb", 1024.0, "pack")):
+        if getattr(args, flag) and not getattr(args, needed):
+            raise UserError(f"--{flag} has no effect without --{needed}")
+        setattr(args, flag, getattr(args, flag) or default)
     readers = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}
     readers["webdataset"] = read_webdataset
     data = readers[args.kind](args)
@@ -486,15 +491,8 @@ def main(args: argparse.Namespace) -> int:
         repeated = [clip._replace(split="test") for clip in data.clips if clip.split == "val"]
         data = data._replace(clips=data.clips + repeated)
     failed = dict(data.damaged)
-    copying = bool(args.pack or args.reencode)
-    if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
-        raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
-    if args.cluster and not copying:
-        raise UserError("--cluster is for copies: it needs --reencode or --pack")
     if copying:
-        if (made := use_copies(data, args)) is None:
-            return 0
-        data, broken = made
+        data, broken = use_copies(data, args)
         failed |= broken
     if lost := data.wanted - {clip.split for clip in data.clips}:
         first = min(failed.values())
@@ -521,3 +519,6 @@ if __name__ == "__main__":
     except (UserError, OSError) as error:
         print(f"prepare_kinetics: error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))
+    except KeyboardInterrupt:
+        print("prepare_kinetics: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

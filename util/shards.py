@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from util.file_io import print_any, text_to_path, write_atomically
 from util.video import source
 from util.video.source import Member, member_path
 
+NUMBER = "[0-9]{1,5}"  # of a class
 LABEL_KEYS = ("label", "cls", "class", "label_name", "class_name", "category")
 
 
@@ -51,15 +52,6 @@ def blocks(size: int) -> int:
 # --- WebDataset -----------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    """A video in a WebDataset tar."""
-
-    path: str  # as csvs hold it
-    split: str
-    number: int | None  # of its class; None and "": not known
-    name: str
-
-
 def index_tars(
     splits: dict[str, str], suffixes: Collection[str], label_key: str
 ) -> tuple[list[tuple[str, str, str]], list[str], dict[str, str]]:
@@ -71,14 +63,14 @@ def index_tars(
         label_key: the label's key in .json files; empty: .cls files, or those of LABEL_KEYS.
 
     Returns:
-        (path, label, split) of videos; the classes' names in the order of their numbers, otherwise
-        of the alphabet; 'TAR: reason' of damaged tars, which give the videos before the damage.
-        Labels are numbers as text if some have no name; empty if no video of the split has one.
+        (path, label, split) of videos, the label empty if no video of the split has one; the
+        classes' names in the order of the alphabet, none if the labels are numbers; 'TAR: reason'
+        of damaged tars, which give the videos before the damage.
 
     Raises:
         UserError: a tar is compressed, or a sample has two videos or an odd label.
     """
-    samples, damaged = list[Sample](), dict[str, str]()
+    rows, damaged = list[tuple[str, str, str]](), dict[str, str]()
     for tar, split in tqdm(splits.items(), "reading headers"):
         with open(tar, "rb", buffering=2048) as file:  # a header and a label
             if file.read(tarfile.BLOCKSIZE).startswith(source.COMPRESSED):
@@ -88,18 +80,25 @@ def index_tars(
             if problem:
                 damaged[tar] = f"{tar}: {problem}"
             for path, files in _find_samples(tar, members, suffixes):
-                number, name = _read_label(path, files, file.fileno(), label_key)
-                if not problem or name or number is not None:  # its label may be beyond the damage
-                    samples.append(Sample(path, split, number, name))
-    labels, classes = _number_classes(samples)
-    rows = [(x.path, label, x.split) for x, label in zip(samples, labels, strict=True)]
+                label = _read_label(path, files, file.fileno(), label_key)
+                if label or not problem:  # its label may be beyond the damage
+                    rows.append((path, label, split))
     labelled = {split for _, label, split in rows if label}
     if lacking := [path for path, label, split in rows if split in labelled and not label]:
         keys = label_key or ", ".join(LABEL_KEYS)
         raise UserError(
             f"{lacking[0]} has no label, unlike others: no .cls, nor a .json with {keys}"
         )
-    return rows, classes, damaged
+    names = sorted({label for _, label, _ in rows if label}, key=os.fsencode)
+    numbers = {int(name) for name in names if re.fullmatch(NUMBER, name)}
+    if not numbers:
+        return rows, names, damaged
+    if others := [name for name in names if not re.fullmatch(NUMBER, name)]:
+        path = next(path for path, label, _ in rows if label == others[0])
+        raise UserError(f"{path} has the label {others[0]}, but others have numbers")
+    if absent := [str(i) for i in range(max(numbers)) if i not in numbers]:
+        print_any(f"WARNING: labels of no video: {some_names(absent)}")
+    return rows, [], damaged
 
 
 def _list_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
@@ -146,47 +145,27 @@ def _find_samples(
     return [(member_path(member), labels[key]) for key, member in videos.items()]
 
 
-def _read_label(
-    path: str, files: dict[str, tarfile.TarInfo], fd: int, label_key: str
-) -> tuple[int | None, str]:
-    """Return the first number and the first name among the labels of a sample."""
-    values: list[Any] = []
-    for kind, info in sorted(files.items()):  # .cls comes before .json
-        if kind == "cls" and label_key:
-            continue
+def _read_label(path: str, files: dict[str, tarfile.TarInfo], fd: int, label_key: str) -> str:
+    """Return the label of a sample, a number or a name; empty without one."""
+    values: dict[str, Any] = {}
+    for kind, info in sorted(files.items(), reverse=True):  # .cls counts more than .json
         content = os.pread(fd, info.size, info.offset_data)
         try:
-            found = content.decode("utf-8", "surrogateescape")
             if kind == "json":
-                found = json.loads(content)
-                json.dumps(found, ensure_ascii=False).encode()  # escapes may be no characters
+                values = json.loads(content)
+                json.dumps(values, ensure_ascii=False).encode()  # escapes may be no characters
+                values = values if isinstance(values, dict) else {}
+            elif not label_key:
+                values = {LABEL_KEYS[0]: content.decode("utf-8", "surrogateescape")}
         except ValueError as error:
             raise UserError(f"{path}: its .json cannot be read: {error}") from error
-        keys = [label_key] if label_key else LABEL_KEYS
-        values += [found.get(key) for key in keys] if isinstance(found, dict) else [found]
-    values = [value for value in values if value is not None]
-    texts = [str(x).strip() for x in values if type(x) in (int, str)]  # not True, which is an int
-    numbers = [int(text) for text in texts if re.fullmatch("[0-9]{1,5}", text)]
-    names = [text_to_path(text) for text in texts if not re.fullmatch("[-+0-9.]*", text)]
-    if values and not (numbers or names):
-        raise UserError(f"{path}: {values[0]!r:.80} is neither the number nor the name of a class")
-    return numbers[0] if numbers else None, names[0] if names else ""
-
-
-def _number_classes(samples: list[Sample]) -> tuple[list[str], list[str]]:
-    """Return the samples' labels and the classes' names; see index_tars."""
-    numbers = {x.number for x in samples if x.number is not None}
-    if not numbers:
-        return [x.name for x in samples], sorted({x.name for x in samples} - {""}, key=os.fsencode)
-    names: dict[int | None, str] = {}
-    for x in samples:
-        if x.name and x.number is None:
-            raise UserError(f"{x.path} has the label {x.name}, but others have numbers")
-        if x.name and names.setdefault(x.number, x.name) != x.name:
-            both = f"{names[x.number]} and {x.name}"
-            raise UserError(f"{x.path}: label {x.number} is called {both}; see --label_key")
-    if absent := [str(i) for i in range(max(numbers)) if i not in numbers]:
-        print_any(f"WARNING: labels of no video: {some_names(absent)}")
-    if len(names) <= max(numbers):  # some are not known
-        return ["" if x.number is None else str(x.number) for x in samples], []
-    return [names.get(x.number, "") for x in samples], [names[i] for i in sorted(numbers)]
+    keys = [label_key] if label_key else LABEL_KEYS
+    value = next((values[key] for key in keys if values.get(key) is not None), None)
+    if value is None:
+        return ""
+    text = str(value).strip() if type(value) in (int, str) else ""  # not True, which is an int
+    if re.fullmatch(NUMBER, text):
+        return str(int(text))
+    if re.fullmatch("[-+0-9.]*", text):
+        raise UserError(f"{path}: {value!r:.80} is neither the number nor the name of a class")
+    return text_to_path(text)
