@@ -26,7 +26,7 @@ from urllib.parse import quote, urlparse
 from urllib.request import urlopen
 
 from util.errors import UserError
-from util.file_io import ADDRESSES, HAS_S3, S3_ERRORS, is_remote, refuse_other_kinds
+from util.file_io import ADDRESSES, HAS_S3, S3_ERRORS, is_remote, print_any, refuse_other_kinds
 from util.video.packets import forget
 from util.video.source import file_of, find_member, member_path
 from util.video.time_limit import TimeLimit, call_within
@@ -128,6 +128,7 @@ class Cache:
                     os.remove(part)
                 if failures > RETRIES or not is_temporary(error):
                     raise
+                print_any(f"{address}: {error}; trying again")
             time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
     def _reserve(self, file: IO[bytes], progress: Callable[[], Any], size: int | None) -> None:

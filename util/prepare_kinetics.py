@@ -472,7 +472,7 @@ def main(args: argparse.Namespace) -> int:
     """Write the lists; return 1 if --reencode or --verify found broken videos."""
     copying = bool(args.pack or args.reencode)
     if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
-        raise UserError("--reencode needs a folder for loose copies, and takes none with --pack")
+        raise UserError("--reencode needs a folder, or --pack; with --pack it takes no folder")
     if args.cluster and not copying:
         raise UserError("--cluster is for copies: it needs --reencode or --pack")
     for flag, default, needed in (("jobs", 8, "cluster"), ("shard_mb", 1024.0, "pack")):
@@ -503,10 +503,15 @@ def main(args: argparse.Namespace) -> int:
         if not copying:
             with tqdm(desc="verifying", total=len(paths)) as bar:
                 failed |= in_parallel(find_damage, paths, args.workers, bar)
-        print_any(f"{len(paths.keys() - failed.keys())} of {len(paths)} videos can be decoded")
+        intact = len(paths.keys() - failed.keys())
+        still = "; the lists have the others, too" * (intact < len(paths))
+        print_any(f"{intact} of {len(paths)} videos can be decoded{still}")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
-    counts += f"; {len(data.classes) or 'unnamed'} classes; {len(data.missing)} not found"
+    kinds = f"{len(data.classes) or 'unnamed'} classes"
+    if not any(clip.label for clip in data.clips):
+        kinds = "no labels (--label_key KEY takes those of .json files)"
+    counts += f"; {kinds}; {len(data.missing)} not found"
     print_any(f"{args.out}: {counts}; wrote {', '.join(written) or 'nothing'}")
     if failed:
         print_any("\n  ".join([f"{len(failed)} broken files:", *sorted(failed.values())]))

@@ -147,14 +147,17 @@ def find_limit(found: Measured, cpus: int) -> str:
             f"The disk is the limit: {files:.0%} of the time goes to waiting for reads; {used}; "
             "a faster disk or fewer, larger files help, more CPUs do not."
         )
-    if queue >= 0.1 or found.cores >= 0.85 * cpus:
+    if found.cores >= 0.85 * cpus:
         part = max(READING, key=lambda name: found.shares[name])
         share = found.shares[part] * found.workers / found.cores
-        others = " (other processes take CPUs, too)" if found.cores < 0.85 * cpus else ""
         return (
-            f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}, and "
-            f"{queue:.0%} of the time goes to waiting for one{others}; more CPUs help, and copies "
-            "that are cheaper to decode (DATASET.md), a faster disk does not."
+            f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}; more CPUs "
+            "help, and copies that are cheaper to decode (DATASET.md), a faster disk does not."
+        )
+    if queue >= 0.1:
+        return (
+            f"Other processes are the limit: {queue:.0%} of the time goes to waiting for a CPU; "
+            f"{used}; measure again without them."
         )
     return f"The number of workers is the limit: {used}; more --num_workers help."
 

@@ -26,7 +26,7 @@ LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADERS = 128 * BLOCK  # bytes before a member in which its long name is looked for
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how such files begin
-UNPACK = "is compressed; unpack it with gunzip, bunzip2, unxz or unzstd"
+UNPACK = "is compressed; unpack it: gzip, bzip2, xz or zstd with -dc FILE > NEW.tar"
 Lease = tuple[str, int]  # an address for FFmpeg and the descriptor that it reads
 MAX_IDLE = 256  # descriptors that a process keeps, and half of those that it may have
 
