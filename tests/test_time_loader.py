@@ -102,13 +102,7 @@ def shares(**known: float) -> dict[str, float]:
     ("workers", "cores", "waits", "limit", "words"),
     [
         (16, 4.8, {"files": 0.62}, "The disk", "62% of the time goes to waiting for reads"),
-        (
-            16,
-            3.0,
-            {"files": 0.3, "queue": 0.5},
-            "Other processes",
-            "50% of the time goes to waiting",
-        ),
+        (16, 3.0, {"files": 0.3, "queue": 0.5}, "Other processes", "50% of the time"),
         (32, 15.9, {"queue": 0.49}, "Decoding", "more CPUs help"),
         (14, 13.8, {}, "Decoding", "--num_workers 14 keep 13.8 of 16 CPUs busy"),
         (16, 15.5, {"augmentation": 0.7}, "Augmentation", "it takes 72% of the work"),
@@ -120,10 +114,7 @@ def shares(**known: float) -> dict[str, float]:
 def test_the_limit(workers, cores, waits, limit, words):
     found = Measured(workers, 30.0, 100, 1e6, cores, shares(**waits), {})
     sentence = find_limit(found, 16)
-    assert (
-        sentence.startswith((f"{limit} is the limit: ", f"{limit} are the limit: "))
-        and words in sentence
-    )
+    assert sentence.startswith(limit) and " the limit: " in sentence and words in sentence
     assert sentence.endswith(".") and sentence.count(". ") == 0
 
 

@@ -151,8 +151,8 @@ def find_limit(found: Measured, cpus: int) -> str:
         part = max(READING, key=lambda name: found.shares[name])
         share = found.shares[part] * found.workers / found.cores
         return (
-            f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}; more CPUs "
-            "help, and copies that are cheaper to decode (DATASET.md), a faster disk does not."
+            f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}; more "
+            "CPUs help, and copies that are cheaper to decode (DATASET.md), a faster disk does not."
         )
     if queue >= 0.1:
         return (
