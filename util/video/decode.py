@@ -1,7 +1,8 @@
 """Decode exactly the wanted frames of a video, and as few others as possible.
 
 Frames are numbered in the order in which they are shown; frames that an edit list hides do not
-count. Opening a file reads all its packets, because its header may be wrong, and decodes none.
+count. Opening a file reads all its packets, as headers may be wrong, or the header of a plain MP4
+file with some of its packets (packets.py); it decodes none.
 Files that start within a group of pictures, or change their decoder's parameters on the way, are
 decoded in full, once to count their frames and again at every use.
 """

@@ -1,8 +1,9 @@
 """The packets of a video: a table of them all, and the packets of a part when they are needed.
 
-A small file is read at once, and its packets are kept. A large file is read once for the table;
-later, the packets of a part are read by seeking, and each is compared with the table. Where seeking
-does not lead to the expected packet, the file is read from its start, and the others are dropped.
+The table comes from the header of a plain MP4 file of H.264. Other files are read once for it, and
+the packets of small ones are kept. Otherwise the packets of a part are read by seeking, and each is
+compared with the table. Where seeking does not lead to the expected packet, the file is read from
+its start, and the others are dropped.
 """
 
 import os
