@@ -233,7 +233,7 @@ def test_an_old_plan_that_does_not_fit_is_refused(tmp_path, change, words):
     ("flags", "reason"),
     [
         ("--reencode", "--reencode needs a folder"),
-        ("--reencode r --pack p", "takes none with --pack"),
+        ("--reencode r --pack p", "with --pack it takes no folder"),
         ("--cluster local", "--cluster is for copies"),
         ("--pack p --jobs 3", "--jobs has no effect without --cluster"),
         ("--reencode r --shard_mb 5", "--shard_mb has no effect without --pack"),
