@@ -197,6 +197,28 @@ def test_a_full_disk_makes_no_video_broken(videos, tmp_path, small_disk, monkeyp
         transcode(str(videos / "train/a/0.avi"), str(small_disk / "x.mp4"), crf=0)
 
 
+@pytest.mark.parametrize("work", ["find_damage(path)", "transcode(path, path + '.copy.mp4')"])
+def test_a_process_without_descriptors_makes_no_video_broken(videos, work):
+    path = str(videos / "train/a/0.avi")
+    code = f"""if True:
+        import resource
+        from util.video.transcode import find_damage, transcode
+        path, files = {path!r}, []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        try:
+            while True:
+                files.append(open(path))
+        except OSError:
+            pass
+        try:
+            print("broken:", {work})
+        except OSError as error:
+            print("machine:", error)
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.startswith("machine: [Errno 24] Too many open files"), run.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

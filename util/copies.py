@@ -31,7 +31,7 @@ from util.shards import write_shard
 from util.slurm import find_live, submit_jobs
 from util.video.decode import Video, VideoError
 from util.video.source import file_of, find_member, member_path
-from util.video.transcode import find_damage, transcode
+from util.video.transcode import CHEAP, find_damage, transcode
 
 GROUP = 256  # videos of a unit without --pack
 OVERHEAD = 1536  # bytes per video in a shard, about: header, name and padding
@@ -173,6 +173,7 @@ def find_plan(copies: Copies, split_of: dict[str, str], args: Namespace) -> dict
     with ThreadPoolExecutor(32) as pool:  # on file servers each answer takes milliseconds
         sizes = dict(zip(split_of, pool.map(file_size, paths), strict=True))
     made_for: dict[str, Any] = {f"--{name}": value for name, value in (copies.recipe or {}).items()}
+    made_for |= {"x264's options": str(CHEAP)} if copies.recipe else {}
     made_for |= {"--shard_mb": args.shard_mb} if copies.shards else {}
     made_for |= {x: f"in {split}, {sizes[x]} bytes" for x, split in split_of.items()}
     if not copies.shards:  # copies of other calls are kept; their records may be of other units

@@ -99,10 +99,9 @@ def transcode(
             if video.num_frames != count:
                 raise ValueError(f"{video.num_frames} of {count} frames were written")
         os.replace(temporary, target)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if (code := getattr(error, "errno", None)) in OF_THE_MACHINE:
-            raise OSError(code, os.strerror(code), target) from error
-        raise VideoError(f"{source}: {error}") from error
+    except (VideoError, av.FFmpegError, OSError, ValueError) as error:
+        _blame_machine(error, target)
+        raise VideoError(_describe(error, source)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return count
@@ -122,8 +121,24 @@ def _set_up(encoder: VideoStream, frame: av.VideoFrame, short_side: int | None) 
     encoder.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))  # the last one is 2.30
 
 
+def _blame_machine(error: BaseException | None, path: str) -> None:
+    """Raise OSError if an error, or what it was raised from, is not about the video."""
+    while error is not None:
+        if (code := getattr(error, "errno", None)) in OF_THE_MACHINE:
+            raise OSError(code, os.strerror(code), path) from error
+        error = error.__cause__
+
+
+def _describe(error: Exception, path: str) -> str:
+    return str(error) if isinstance(error, VideoError) else f"{path}: {error}"
+
+
 def find_damage(path: str) -> str:
-    """Decode a whole video; return 'PATH: reason' if something is wrong with it, otherwise ''."""
+    """Decode a whole video; return 'PATH: reason' if something is wrong with it, otherwise ''.
+
+    Raises:
+        OSError: as in transcode.
+    """
     frames = errors = 0
     try:
         with _opened(path) as (container, stream):
@@ -137,7 +152,8 @@ def find_damage(path: str) -> str:
                 errors += sum(frame.is_corrupt for frame in decoded)
             promised = stream.frames
     except (VideoError, av.FFmpegError, OSError, ValueError) as error:
-        return str(error) if isinstance(error, VideoError) else f"{path}: {error}"
+        _blame_machine(error, path)
+        return _describe(error, path)
     if not frames:
         return f"{path}: no frame can be decoded"
     if errors:
