@@ -49,7 +49,7 @@ def open_files(folder: Path) -> list[str]:
     """Return the files of a folder that this process has open."""
     found = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
              if os.path.islink(f"/proc/self/fd/{n}")]  # fmt: skip
-    return sorted(x for x in found if x.startswith(str(folder)))
+    return sorted({x for x in found if x.startswith(str(folder))})
 
 
 # --- memory and bytes
@@ -155,7 +155,7 @@ def test_seeks_that_lead_elsewhere(tmp_path, monkeypatch, target):
         def seek(self, offset, stream=None):
             if target is None:
                 raise av.FFmpegError(1, "no seeking")
-            return self.container.seek(target * 512, stream=stream)
+            return self.container.seek(target * 1000 // 30, stream=stream)
 
     opened, open_container = [], packets.open_container
 
@@ -163,13 +163,13 @@ def test_seeks_that_lead_elsewhere(tmp_path, monkeypatch, target):
         opened.append(Astray(open_container(*args)))
         return opened[-1]
 
-    path = write(tmp_path / "v.mp4")
+    path = write(tmp_path / "v.mkv")
     reference = decode_all(path)
     monkeypatch.setattr(packets, "open_container", open_astray)
     for wanted in ([40], [3], [7, 33], [13, 30, 50]):
         assert_exact(path, reference, wanted)
     # Groups in ascending order are read in one go, even where no seek works.
-    assert len(opened) == (1 if target == 0 else 4)
+    assert len(opened) == (1 if target == 0 else 5)
 
 
 def test_packets_that_differ_after_a_seek(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_file_that_is_truncated_between_uses(tmp_path):
     assert_exact(mkv, reference, [3, 20])
 
 
-@pytest.mark.parametrize("suffix", [".mkv", ".ts"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_a_file_that_is_truncated_during_a_use(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (FRAMES, 48, 64, 3), np.uint8)
     path = write_video(tmp_path / f"v{suffix}", noise, options={"qp": "4"})
@@ -295,7 +295,7 @@ def test_few_files_stay_open(tmp_path, monkeypatch):
 
 
 def test_a_video_is_not_kept_after_an_error(tmp_path):
-    path = write(tmp_path / "v.mp4")
+    path = write(tmp_path / "v.mkv")
     with Video(path, time_limit=0.3) as video:
         time.sleep(0.35)
         with pytest.raises(VideoError, match="not read within"):

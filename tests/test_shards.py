@@ -156,7 +156,7 @@ def test_two_videos_of_a_shard_at_a_time(files, members):
     for number in range(30):  # in turns
         for stream, frames in zip(streams, wanted, strict=True):
             np.testing.assert_array_equal(next(stream)[1], frames[number])
-    assert open_files(members[0].shard) == 4  # of each container, one is FFmpeg's duplicate
+    assert open_files(members[0].shard) == 5  # two of each container, and one of the MP4
     for video in videos:
         video.close()
     del videos, video, streams, stream
@@ -209,8 +209,8 @@ def test_a_forked_process_does_not_share_positions(files, members):
         next(stream)
         frames_of(path)  # and an idle one
         child = os.fork()
-        if not child:  # has the open video's two, and one of its own
-            os._exit(0 if all_right() and open_files(shard) == 3 else 1)
+        if not child:  # has the open video's three, and one of its own
+            os._exit(0 if all_right() and open_files(shard) == 4 else 1)
         assert all_right()
         np.testing.assert_array_equal(np.stack([frame for _, frame in stream]), wanted[1:])
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
