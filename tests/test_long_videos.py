@@ -255,6 +255,24 @@ def test_plain_mp4_files_open_without_a_pass(
                 assert np.array_equal(image, reference[number])
 
 
+def test_hidden_frames_of_a_file_whose_stamps_number_nothing(tmp_path):
+    """Its frames are in the order of the packets by their stamps, but not by the codec."""
+
+    def stamp_in_order(k, packet):
+        packet.pts = packet.dts
+        return True
+
+    path = tmp_path / "v.mp4"
+    data = bytearray(Path(remux(write(tmp_path / "w.mp4"), path, stamp_in_order)).read_bytes())
+    at = data.index(b"elst") + 16
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + 3 * 512).to_bytes(4, "big")
+    path.write_bytes(data)
+    reference = decode_all(str(path))
+    with Video(str(path)) as video:
+        assert video.num_frames == len(reference) < FRAMES
+    assert_exact(str(path), reference, [0, 5, len(reference) - 1])
+
+
 @pytest.mark.parametrize("size", [b"\0\x10\0\x20", b"\xff\xff\x7f\xff"])
 def test_a_header_that_lies_about_the_size(tmp_path, size):
     path = tmp_path / "v.mp4"
