@@ -11,6 +11,7 @@ follows: they read whole frames, but compute only what lies in the box.
 import math
 from collections.abc import Callable, Iterable
 from itertools import product
+from typing import Any
 
 import cv2
 import numpy as np
@@ -107,11 +108,16 @@ def color_jitter(clip: np.ndarray, strength: float, rng: np.random.Generator) ->
 
 
 def shear_x(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
-    return warp(clip, (1, factor, 0, 0, 1, 0), box)
+    top, left, h, w = box or (0, 0, *clip.shape[1:3])
+    offsets = factor * (np.arange(top, top + h) + 0.5)
+    return _move_rows([x[top : top + h] for x in clip], offsets, left, w)
 
 
 def shear_y(clip: np.ndarray, factor: float, box: Box | None = None) -> np.ndarray:
-    return warp(clip, (1, 0, 0, factor, 1, 0), box)
+    top, left, h, w = box or (0, 0, *clip.shape[1:3])
+    offsets = factor * (np.arange(left, left + w) + 0.5)
+    columns = [cv2.transpose(x[:, left : left + w]) for x in clip]
+    return np.stack([cv2.transpose(x) for x in _move_rows(columns, offsets, top, h)])
 
 
 def translate_x(clip: np.ndarray, share: float, box: Box | None = None) -> np.ndarray:
@@ -166,12 +172,9 @@ def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.nd
     out = np.full((T, h, w, C), FILL, np.uint8)
     source, place, border, weights = [], [], [], []
     for first, count, size, offset in ((top, h, H, dy), (left, w, W, dx)):
-        # Output pixels k in [start, end) take their values, at k + 0.5 + offset, from the frame.
-        start = max(first, math.ceil(-0.5 - offset))
-        end = min(first + count, math.ceil(size - 0.5 - offset))
+        whole, start, end = (int(x) for x in _moved(np.float64(offset), first, count, size))
         if start >= end:
             return out
-        whole = math.floor(offset)
         low, high = start + whole - 1, end + whole + 2  # with neighbours at -1 to +2
         source.append(slice(max(low, 0), high))
         place.append(slice(start - first, end - first))
@@ -183,6 +186,36 @@ def _translate(clip: np.ndarray, dy: float, dx: float, box: Box | None) -> np.nd
         moved = cv2.filter2D(bordered, -1, kernel, anchor=(1, 1), delta=TRUNCATE)
         target[tuple(place)] = moved[1:-2, 1:-2]
     return out
+
+
+def _move_rows(frames: list[np.ndarray], offsets: np.ndarray, first: int, w: int) -> np.ndarray:
+    """Move row y of all frames [h, W, C] by offsets[y] pixels, as `warp` would: [T, h, w, C].
+
+    The result has the columns from `first` on, w of them.
+    """
+    T, (h, W, C) = len(frames), frames[0].shape
+    whole, starts, ends = _moved(offsets, first, w, W)
+    kernels = np.ascontiguousarray(_cubic_weights((offsets - whole).astype(np.float32)).T)
+    rows = np.stack([cv2.copyMakeBorder(x, 0, 0, 2, 3, cv2.BORDER_REPLICATE) for x in frames])
+    out = np.full((T, h, w, C), FILL, np.uint8)
+    for y in (starts < ends).nonzero()[0].tolist():
+        start, end, shift = int(starts[y]), int(ends[y]), int(whole[y])
+        # The same row of all frames makes one picture. Neighbours are at -1 to +2.
+        row = rows[:, y, start + shift + 1 : end + shift + 4]
+        moved = cv2.filter2D(row, -1, kernels[y : y + 1], anchor=(1, 0), delta=TRUNCATE)
+        out[:, y, start - first : end - first] = moved[:, 1:-2]
+    return out
+
+
+def _moved(offset: Any, first: int, count: int, size: int) -> tuple[Any, Any, Any]:
+    """Return an offset in whole pixels, rounded down, and where the pixels that move begin and end.
+
+    The pixels from `first` on, `count` of them, take their values from `offset` pixels ahead in a
+    frame of `size` pixels, if these lie inside of it.
+    """
+    start = np.maximum(first, np.ceil(-0.5 - offset))
+    end = np.minimum(first + count, np.ceil(size - 0.5 - offset))
+    return np.floor(offset).astype(int), start.astype(int), end.astype(int)
 
 
 def _source_rectangle(matrix: Matrix, box: Box, H: int, W: int) -> Box | None:
@@ -218,30 +251,25 @@ def _make_table(clip: np.ndarray, source: Box) -> Tensor:
 
 
 def _neighbours(matrix: Matrix, box: Box, source: Box, H: int, W: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of the table that each pixel of a box sums, and weights: [h w, 1 to 16]."""
+    """Return the rows of the table that each pixel of a box sums, and weights: [h w, 16]."""
     a, b, c, d, e, f = matrix
     top, left, h, w = box
     x, y = np.arange(left, left + w) + 0.5, np.arange(top, top + h)[:, None] + 0.5
-    # Positions minus half a pixel. In shears u is the same in all rows [1, w], or v in all columns.
-    u, v = (a * x + (c - 0.5))[None], e * y + (f - 0.5)
-    u, v = u + b * y if b else u, v + d * x if d else v
+    u, v = a * x + b * y + (c - 0.5), d * x + e * y + (f - 0.5)  # positions minus half a pixel
     outside = ((u < -0.5) | (u >= W - 0.5)) | ((v < -0.5) | (v >= H - 0.5))  # [h, w]
     first_u, first_v = np.floor(u), np.floor(v)
     u_weights = _cubic_weights((u - first_u).astype(np.float32))
     v_weights = _cubic_weights((v - first_v).astype(np.float32))
-    # A shear also moves along one axis only: three of four rows or columns have no weight.
-    rows = [i for i in range(4) if d or v_weights[i].any()]
-    columns = [i for i in range(4) if b or u_weights[i].any()]
-    weights = np.empty((len(rows) * len(columns), h, w), np.float32)
-    offsets = np.empty((len(weights), 1), np.int32)
-    for k, (i, j) in enumerate(product(rows, columns)):
+    weights = np.empty((16, h, w), np.float32)
+    offsets = np.empty((16, 1), np.int32)
+    for k, (i, j) in enumerate(product(range(4), repeat=2)):
         np.multiply(v_weights[i], u_weights[j], out=weights[k])
         offsets[k] = i * source[3] + j
     row = first_v.astype(np.int32) + (1 - source[0])
     column = first_u.astype(np.int32) + (1 - source[1])
     index = cv2.transpose((row * source[3] + column).reshape(1, -1) + offsets)
     index[outside.ravel()] = source[2] * source[3]
-    weights = cv2.transpose(weights.reshape(len(weights), -1))
+    weights = cv2.transpose(weights.reshape(16, -1))
     return torch.from_numpy(index), torch.from_numpy(weights)
 
 
