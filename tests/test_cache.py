@@ -92,11 +92,7 @@ def web(monkeypatch) -> Iterator[Server]:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
                 content, status = content[start:end], 206
             headers["ETag"] = '"1"'
-            if fault.startswith("chunked"):
-                headers["Transfer-Encoding"] = "chunked"
-                content = b"%x\r\n%b\r\n" % (len(content), content)
-                content += b"0\r\n\r\n" * (fault == "chunked")
-            elif fault != "no length":
+            if fault != "no length":
                 headers["Content-Length"] = str(len(content))
             content = content[: len(content) // 2] if fault in ("short", "hang") else content
             self.answer(status, content, headers)
@@ -325,8 +321,6 @@ def test_the_next_process_fetches_what_a_killed_one_began(web, tmp_path):
         (["short"], 2),
         (["503", "429", "500"], 4),
         (["redirect"], 1),
-        (["chunked"], 1),
-        (["chunked, broken"], 2),
     ],
 )
 def test_transfers_start_anew_after_a_break(web, tmp_path, faults, wanted):
@@ -346,8 +340,8 @@ def test_transfers_start_anew_after_a_break(web, tmp_path, faults, wanted):
         (["502"] * 9, b"", "HTTP Error 502: Bad Gateway", 4),
         (["no length"] * 9, tar(MB), "the server does not say how many bytes it sends", 1),
         ([], b"\n<html>Sign in</html>" * 100, r"x\.tar is damaged or not a video: it is a web", 1),
-        ([], b"not a tar" * 1000, r"x\.tar is damaged or not a tar file: ", 1),
-        ([], b"", r"x\.tar is damaged or not a tar file: ", 1),
+            ([], b"not a tar" * 1000, r"x\.tar is damaged or not a tar file", 1),
+        ([], b"", r"x\.tar is damaged or not a tar file", 1),
     ],
 )
 def test_broken_downloads_are_refused(web, tmp_path, faults, content, problem, requests):
@@ -523,9 +517,6 @@ def test_a_shard_larger_than_the_limit_is_refused(web, tmp_path):
     web.files["/x.tar"] = tar(MB)
     with pytest.raises(UserError, match=r"x\.tar: it has 0\.001 GB, and --cache_gb is 0\.0009$"):
         read(Cache(str(tmp_path), 0.0009), f"{web.address}/x.tar")
-    web.faults["/x.tar"] = ["chunked"]
-    with pytest.raises(UserError, match=r"it has an unknown size, and --cache_gb is 1$"):
-        read(Cache(str(tmp_path), 1), f"{web.address}/x.tar")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
@@ -726,4 +717,4 @@ for function in (lambda: Cache(sys.argv[1]).hold("s3://data/x.tar").__enter__(),
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second = run.stdout.splitlines()
     assert first == "cannot fetch s3://data/x.tar: it needs `pip install boto3`"
-    assert second.startswith("cannot open s3://data/x.pth: ") and "`pip install boto3`" in second
+    assert second == "cannot open s3://data/x.pth: it needs `pip install boto3`"
