@@ -24,15 +24,8 @@ from typing import IO, Any
 from urllib.parse import quote, urlparse
 from urllib.request import urlopen
 
+from util import file_io
 from util.errors import UserError
-from util.file_io import (
-    ADDRESSES,
-    errors_of,
-    is_remote,
-    print_any,
-    refuse_other_kinds,
-    write_atomically,
-)
 from util.video.packets import forget
 from util.video.source import file_of, find_member, member_path
 from util.video.time_limit import TimeLimit, call_within
@@ -69,14 +62,14 @@ class Cache:
         What is remote is fetched first, by this process or another one. This takes any time, if no
         `seconds` pass without progress. Raise UserError if it fails.
         """
-        if not is_remote(path):
+        if not file_io.is_remote(path):
             yield path
             return
         address, member, limit = file_of(path), find_member(path), TimeLimit(seconds)
         slow = f"no progress in {seconds:g} seconds, by this process or another"
-        with errors_of("fetch", address, slow):
-            if not address.startswith(ADDRESSES):
-                raise ValueError(f"addresses start with {', '.join(ADDRESSES)}")
+        with file_io.errors_of("fetch", address, slow):
+            if not address.startswith(file_io.ADDRESSES):
+                raise ValueError(f"addresses start with {', '.join(file_io.ADDRESSES)}")
             name = os.path.basename(urlparse(address).path)[-50:]
             name = f"{hashlib.sha1(os.fsencode(address)).hexdigest()[:16]}-{name}"
             local = os.path.join(self.folder, name)
@@ -89,8 +82,8 @@ class Cache:
         os.makedirs(self.folder, 0o700 if self.is_private else 0o777, exist_ok=True)
         if self.is_private and os.lstat(self.folder).st_uid != os.getuid():
             raise PermissionError(f"{self.folder} is another user's; give another --cache_dir")
-        lock = open(f"{local}.lock", "ab")  # noqa: SIM115  (the caller closes it)
-        try:
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context(open(f"{local}.lock", "ab"))
             seen = os.fstat(lock.fileno()).st_mtime_ns
             while True:
                 with contextlib.suppress(BlockingIOError):
@@ -101,6 +94,7 @@ class Cache:
                             forget(local)
                             _times[local] = fetched
                         os.utime(local, ns=(time.time_ns(), fetched))  # the time of its last use
+                        stack.pop_all()  # the caller closes it
                         return lock
                     fcntl.flock(lock, fcntl.LOCK_UN)
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,9 +104,6 @@ class Cache:
                 # The process that fetches the file sets the lock's time whenever bytes come.
                 if seen != (seen := os.fstat(lock.fileno()).st_mtime_ns):
                     restart()
-        except BaseException:
-            lock.close()  # which the error's traceback would keep
-            raise
 
     def _fetch(self, address: str, local: str, progress: Callable[[], Any]) -> None:
         """Fetch a file, of which nothing stays if this fails or is no video."""
@@ -121,7 +112,7 @@ class Cache:
             fetch = fetch_s3 if address.startswith("s3://") else fetch_http
             fetch(address, file, partial(self._reserve, file, progress), progress)
             file.seek(0)
-            refuse_other_kinds(file.read(64), address, "a video")
+            file_io.refuse_other_kinds(file.read(64), address, "a video")
             file.seek(0)
             if address.endswith(".tar") and not tarfile.is_tarfile(file):
                 raise UserError(f"{address} is damaged or not a tar file")
@@ -129,11 +120,11 @@ class Cache:
         for failures in range(1, RETRIES + 2):
             progress()
             try:
-                return write_atomically(local, write, ".part")
+                return file_io.write_atomically(local, write, ".part")
             except (OSError, HTTPException) as error:
                 if failures > RETRIES or getattr(error, "code", 500) not in TEMPORARY:
                     raise
-                print_any(f"{address}: {error}; trying again")
+                file_io.print_any(f"{address}: {error}; trying again")
             time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
     def _reserve(self, file: IO[bytes], progress: Callable[[], Any], size: int) -> None:

@@ -134,7 +134,7 @@ def local_path(address: str) -> str:
 
     iopath keeps it for ever. Videos have a cache of their own: see util/cache.py.
     """
-    with errors_of("fetch", address, hint="; without a network, fetch it elsewhere"):
+    with errors_of("fetch", address, hint="; without a network, give the path of a copy"):
         parts = urlparse(address)  # iopath tells cached files apart by path alone
         name = f"{parts.netloc}{zlib.crc32(parts.query.encode()) if parts.query else ''}"
         return path_manager.get_local_path(address, cache_dir=os.path.join(get_cache_dir(), name))
@@ -359,12 +359,11 @@ def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
         if os.path.basename(name) != name or name.endswith(".json"):
             raise UserError(f"{path} lists {name}, which is not a file beside it")
         part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
-        part = part.get("model", part)
-        listed = [key for key, place in places.items() if place == name]
-        if lacking := [key for key in listed if key not in part]:
-            raise UserError(f"{path} lists {lacking[0]} in {name}, which lacks it")
-        tensors |= {key: part[key] for key in listed}
-    return {"model": tensors}
+        tensors |= part.get("model", part)
+    for key in places:
+        if key not in tensors:
+            raise UserError(f"{path} lists {key} in {places[key]}, which lacks it")
+    return {"model": {key: tensors[key] for key in places}}
 
 
 def read_json(path: str) -> dict[str, Any]:
