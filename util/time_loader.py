@@ -101,7 +101,7 @@ def measure(
 
     counting.read = read
     order = np.random.default_rng(dataset.seed).permutation(len(dataset))
-    rows: Any = np.resize(order, MOST_VIDEOS)  # the same ones again and again
+    rows: Any = np.tile(order, MOST_VIDEOS // max(len(dataset), 1) + 1)
     loader = VideoLoader(counting, batch_size, workers, max_bad_share, torch.device("cpu"), rows)
     with timed_parts(own):
         batches = iter(loader)
