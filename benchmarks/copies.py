@@ -12,12 +12,13 @@ import argparse
 import sys
 import tempfile
 import time
+from itertools import islice, product
 
 import av
 import numpy as np
 import torch
 
-from benchmarks.loader import methods_for, write_synthetic_clips
+from benchmarks.loader import RECIPES, SIZE, methods_for, write_synthetic_clips
 from util.args import adder, positive_int
 from util.kinetics import Kinetics, VideoIndex
 from util.prepare_kinetics import find_videos
@@ -32,7 +33,6 @@ STYLES = {  # of x264; the first is the default
     "no B-frames": {"bf": "0"},
 }
 QUALITIES = (23, 32), (20, 32), (22, 32), (26, 32), (22, 16), (22, 64)  # crf, GOP
-RECIPES = [(name, *pair) for name in STYLES for pair in QUALITIES]
 
 
 def psnr(path: str, other: str) -> float:
@@ -53,11 +53,8 @@ def stream_size(path: str) -> int:
 
 def decode_ratio(path: str, copy: str, rounds: int) -> tuple[float, float]:
     """Return the CPU ms of an item of a copy, and their ratio to those of the video itself."""
-    spent = np.zeros(2)  # by the video and the copy
-    sets = [
-        Kinetics(VideoIndex.of_files([p]), "pretrain", 224, 16, 4, repeat_aug=4)
-        for p in (path, copy)
-    ]
+    indices, spent = map(VideoIndex.of_files, ([path], [copy])), np.zeros(2)
+    sets = [Kinetics(x, "pretrain", SIZE, 16, 4, **RECIPES["pretrain"]) for x in indices]
     for epoch in range(rounds):
         times = np.zeros((3, 2))
         methods = [methods_for("pretrain", s, 0, epoch, torch.empty(0))["bare"] for s in sets]
@@ -69,8 +66,15 @@ def decode_ratio(path: str, copy: str, rounds: int) -> tuple[float, float]:
     return spent[1] / rounds, spent[1] / spent[0]
 
 
-def main(args: argparse.Namespace) -> int:
+def main() -> int:
     """Print the table; return 1 when --check finds a target missed."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = adder(parser)
+    add("--videos", "", "folder of videos; empty: synthetic clips")
+    add("--num_videos", 12, "at most so many", positive_int)
+    add("--rounds", 2, "items of every video", positive_int)
+    add("--check", False, "measure only the default recipe; exit 1 below the targets")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         if not args.videos:
@@ -78,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
         videos = find_videos(args.videos or scratch)[: args.num_videos]
         copy = f"{scratch}/copy.mp4"
         print("| recipe | crf | GOP | decode, ms | decode | size | PSNR, dB | encode, s |")
-        for name, crf, gop in RECIPES[: 1 if args.check else None]:
+        for name, (crf, gop) in islice(product(STYLES, QUALITIES), 1 if args.check else None):
             rows = []
             for video in videos:
                 start = time.process_time()
@@ -96,16 +100,5 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Build the flags."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = adder(parser)
-    add("--videos", "", "folder of videos; empty: synthetic clips")
-    add("--num_videos", 12, "at most so many", positive_int)
-    add("--rounds", 2, "items of every video", positive_int)
-    add("--check", False, "measure only the default recipe; exit 1 below the targets")
-    return parser
-
-
 if __name__ == "__main__":
-    sys.exit(main(get_args_parser().parse_args()))
+    sys.exit(main())

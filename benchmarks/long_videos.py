@@ -30,7 +30,6 @@ from util.video.decode import Video
 MAX_MIB = 64  # above the groups of pictures that a clip needs
 MAX_READ = 2.0  # times the bytes of these groups, from the second use on
 MBIT = {720: 8.0, 256: 0.6}  # per second, of pictures with so many rows
-Item = dict[str, float]
 
 
 def write_long(path: str, rows: int, seconds: float) -> None:
@@ -54,16 +53,12 @@ def write_long(path: str, rows: int, seconds: float) -> None:
                 target.mux(copy)
 
 
-def memory(name: str) -> float:
-    """Return this process's VmRSS, or VmHWM (its peak), in MiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+def mib(file: str, name: str, unit: int = 1) -> float:
+    """Return a number that a file of /proc/self has, in MiB; `unit` is its own, in bytes."""
+    return int(Path("/proc/self", file).read_text().split(f"{name}:")[1].split()[0]) * unit / 2**20
 
 
-def bytes_read() -> float:
-    return int(Path("/proc/self/io").read_text().split()[1]) / 2**20
-
-
-def measure(path: str, count: int) -> list[Item]:
+def measure(path: str, count: int) -> list[dict[str, float]]:
     """Read `count` clips of a video; return MiB, MiB of groups, MiB read and seconds of each."""
     torch.set_num_threads(1)
     dataset = Kinetics(VideoIndex.of_files([path]), "pretrain", 224, 16, 4)
@@ -75,15 +70,16 @@ def measure(path: str, count: int) -> list[Item]:
         groups[0] = sum(video._packets.sizes[a : b + 1].sum() / 2**20 for a, b in runs)
         return runs
 
-    idle = memory("VmRSS")
+    idle = mib("status", "VmRSS", 1024)
     for epoch in range(count):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        start, before = time.perf_counter(), bytes_read()
+        start, before = time.perf_counter(), mib("io", "rchar")
         with patch.object(Video, "_runs", note):
             sample = dataset.read(epoch, 0, clips)
         assert not sample.errors, sample.errors
-        spent, read = time.perf_counter() - start, bytes_read() - before
-        items.append({"MiB": memory("VmHWM") - idle, "groups": groups[0], "read": read, "s": spent})
+        spent, read = time.perf_counter() - start, mib("io", "rchar") - before
+        peak = mib("status", "VmHWM", 1024) - idle
+        items.append({"MiB": peak, "groups": groups[0], "read": read, "s": spent})
     return items
 
 
