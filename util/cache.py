@@ -7,7 +7,6 @@ processes.
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -162,7 +161,7 @@ class Cache:
                     file.truncate(0)  # processes may keep descriptors, and so the bytes
                 lacking, excess = lacking - freed, excess - freed
         if lacking > 0:
-            raise ValueError(f"{os.strerror(errno.ENOSPC)}: {self.folder}")
+            raise ValueError(f"No space left on device: {self.folder}")
         return excess <= 0
 
 
