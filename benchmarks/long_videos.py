@@ -30,45 +30,35 @@ from util.video.decode import Video
 MAX_MIB = 64  # above the groups of pictures that a clip needs
 MAX_READ = 2.0  # times the bytes of these groups, from the second use on
 MBIT = {720: 8.0, 256: 0.6}  # per second, of pictures with so many rows
-Item = dict[str, float]
 
 
 def write_long(path: str, rows: int, seconds: float) -> None:
     """Write 30 fps of H.264, a key frame every 60: ten seconds again and again, to save time."""
-    tiles = -(-rows // 256)
-    with av.open(path + ".part", "w", format="mp4") as piece:
+    tiles, frames = -(-rows // 256), islice(moving_texture(np.random.default_rng(0)), 300)
+    with av.open(path, "w") as target:
         options = {"preset": "ultrafast", "bf": "2", "g": "60"}
-        stream = piece.add_stream("libx264", rate=30, options=options)
+        stream = target.add_stream("libx264", rate=30, options=options)
         stream.width, stream.height, stream.pix_fmt = 340 * tiles, rows, "yuv420p"
-        stream.bit_rate = int(MBIT[rows] * 1e6)
-        for frame in islice(moving_texture(np.random.default_rng(0)), 300):
+        stream.bit_rate, packets = int(MBIT[rows] * 1e6), []
+        for frame in frames:
             picture = np.ascontiguousarray(np.tile(frame, (tiles, tiles, 1))[:rows])
-            piece.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        piece.mux(stream.encode(None))
-    with av.open(path + ".part") as piece, av.open(path, "w") as target:
-        stream = target.add_stream_from_template(piece.streams.video[0])
-        packets = [packet for packet in piece.demux(video=0) if packet.size]
+            packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+        packets += stream.encode(None)
         for turn in range(round(seconds / 10)):
             for packet in packets:
                 copy = av.Packet(packet)
                 copy.stream, copy.time_base = stream, packet.time_base
-                later = turn * int(10 / packet.time_base)
-                copy.pts, copy.dts = packet.pts + later, packet.dts + later
+                copy.pts, copy.dts = packet.pts + 300 * turn, packet.dts + 300 * turn
                 copy.is_keyframe = packet.is_keyframe
                 target.mux(copy)
-    os.remove(path + ".part")
 
 
-def memory(name: str) -> float:
-    """Return this process's VmRSS, or VmHWM (its peak), in MiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+def mib(file: str, name: str, unit: int = 1) -> float:
+    """Return a number that a file of /proc/self has, in MiB; `unit` is its own, in bytes."""
+    return int(Path("/proc/self", file).read_text().split(f"{name}:")[1].split()[0]) * unit / 2**20
 
 
-def bytes_read() -> float:
-    return int(Path("/proc/self/io").read_text().split()[1]) / 2**20
-
-
-def measure(path: str, count: int) -> list[Item]:
+def measure(path: str, count: int) -> list[dict[str, float]]:
     """Read `count` clips of a video; return MiB, MiB of groups, MiB read and seconds of each."""
     torch.set_num_threads(1)
     dataset = Kinetics(VideoIndex.of_files([path]), "pretrain", 224, 16, 4)
@@ -80,15 +70,16 @@ def measure(path: str, count: int) -> list[Item]:
         groups[0] = sum(video._packets.sizes[a : b + 1].sum() / 2**20 for a, b in runs)
         return runs
 
-    idle = memory("VmRSS")
+    idle = mib("status", "VmRSS", 1024)
     for epoch in range(count):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        start, before = time.perf_counter(), bytes_read()
+        start, before = time.perf_counter(), mib("io", "rchar")
         with patch.object(Video, "_runs", note):
             sample = dataset.read(epoch, 0, clips)
         assert not sample.errors, sample.errors
-        spent, read = time.perf_counter() - start, bytes_read() - before
-        items.append({"MiB": memory("VmHWM") - idle, "groups": groups[0], "read": read, "s": spent})
+        spent, read = time.perf_counter() - start, mib("io", "rchar") - before
+        peak = mib("status", "VmHWM", 1024) - idle
+        items.append({"MiB": peak, "groups": groups[0], "read": read, "s": spent})
     return items
 
 

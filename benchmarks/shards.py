@@ -10,7 +10,6 @@ these calls; it is left out where strace is missing.
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.loader import data_set, write_synthetic_clips
+from benchmarks.loader import RECIPES, SIZE, write_synthetic_clips
 from util.args import adder, positive_int
+from util.kinetics import Kinetics, VideoIndex
 from util.prepare_kinetics import find_videos
 from util.shards import write_shard
 from util.synthetic import write_video
@@ -48,10 +48,8 @@ os.access("/begin", 0)
 def compare_items(videos: list[str], folder: str, rounds: int) -> list[float]:
     """Return the wall and CPU time of items from a shard, relative to files: medians of all."""
     members = write_shard(f"{folder}/s.tar", [(os.path.basename(x), x) for x in videos])
-    paths, sets = [[*map(os.path.abspath, videos)], [*map(member_path, members)]], []
-    for k in range(2):
-        Path(f"{folder}/{k}.csv").write_text("".join(f'"{path}" 0\n' for path in paths[k]))
-        sets.append(data_set("finetune", f"{folder}/{k}.csv"))
+    indices = map(VideoIndex.of_files, (videos, [*map(member_path, members)]))
+    sets = [Kinetics(x, "finetune", SIZE, 16, 4, **RECIPES["finetune"]) for x in indices]
     out, ratios = torch.zeros(sets[0].clips_shape, dtype=torch.uint8), []
     for epoch, row in np.ndindex(rounds, len(videos)):
         times = np.zeros((2, 2))
@@ -68,19 +66,16 @@ def compare_opening(folder: str) -> float:
     frames = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
     write_video(f"{folder}/short", frames, 30, {})
     files = [shutil.copy(f"{folder}/short", f"{folder}/short{i}.mp4") for i in range(VIDEOS)]
-    members = []
-    for i in range(SHARDS):
-        part = [(f"{n}.mp4", files[n]) for n in range(i, VIDEOS, SHARDS)]
-        members += write_shard(f"{folder}/{i}.tar", part)
-    members.sort(key=lambda member: member.name)  # the next one is in another shard
+    parts = [[(f"{n}.mp4", files[n]) for n in range(i, VIDEOS, SHARDS)] for i in range(SHARDS)]
+    written = [write_shard(f"{folder}/{i}.tar", part) for i, part in enumerate(parts)]
+    members = [member_path(x) for row in zip(*written, strict=True) for x in row]  # by turns
     command = ["strace", "-f", "-o", f"{folder}/trace", "-e", f"trace={METADATA}"]
     command += ["-e", f"inject={METADATA}:delay_enter=5ms", sys.executable, "-c", OPEN]
-    command += ["\n".join(files), "\n".join(map(member_path, members))]
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds = [float(line) for line in run.stdout.split()]
-    parts = re.split('"/begin"', Path(f"{folder}/trace").read_text())[1:3]
-    for name, took, part in zip(("files", "shards"), seconds, parts, strict=True):
-        calls = part.count("\n") / VIDEOS
+    printed = subprocess.check_output([*command, "\n".join(files), "\n".join(members)])
+    seconds = [float(line) for line in printed.split()]
+    traces = Path(f"{folder}/trace").read_text().split('"/begin"')[1:3]
+    for name, took, trace in zip(("files", "shards"), seconds, traces, strict=True):
+        calls = trace.count("\n") / VIDEOS
         print(f"{VIDEOS} videos from {name}: {took:.2f} s, {calls:.2f} calls about metadata each")
     return seconds[0] / seconds[1]
 

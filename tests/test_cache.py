@@ -67,6 +67,7 @@ class Server:
 @pytest.fixture
 def web(monkeypatch) -> Iterator[Server]:
     monkeypatch.setattr(cache, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(cache, "POLL_SECONDS", 0.01)
     web = Server()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -92,11 +93,7 @@ def web(monkeypatch) -> Iterator[Server]:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
                 content, status = content[start:end], 206
             headers["ETag"] = '"1"'
-            if fault.startswith("chunked"):
-                headers["Transfer-Encoding"] = "chunked"
-                content = b"%x\r\n%b\r\n" % (len(content), content)
-                content += b"0\r\n\r\n" * (fault == "chunked")
-            elif fault != "no length":
+            if fault != "no length":
                 headers["Content-Length"] = str(len(content))
             content = content[: len(content) // 2] if fault in ("short", "hang") else content
             self.answer(status, content, headers)
@@ -292,12 +289,11 @@ def test_flags_reach_the_data_sets(main, flags, tmp_path):
 # --- one process fetches, the others wait
 
 
-def test_many_processes_fetch_once(web, tmp_path):
-    web.files["/x.tar"], web.seconds = tar(MB), 1.0
-    fetchers = [Fetcher(Cache(str(tmp_path)), f"{web.address}/x.tar") for _ in range(8)]
+def test_many_processes_fetch_once_in_any_time_with_progress(web, tmp_path):
+    web.files["/x.tar"], web.seconds = tar(MB), 1.6
+    fetchers = [Fetcher(Cache(str(tmp_path)), f"{web.address}/x.tar", 1.0) for _ in range(6)]
     assert {fetcher.wait() for fetcher in fetchers} == {str(len(web.files["/x.tar"]))}
-    assert web.count("/x.tar") == 1
-    assert fetched(tmp_path) == ["x.tar"]
+    assert web.count("/x.tar") == 1 and fetched(tmp_path) == ["x.tar"]
 
 
 def test_the_next_process_fetches_what_a_killed_one_began(web, tmp_path):
@@ -306,7 +302,7 @@ def test_the_next_process_fetches_what_a_killed_one_began(web, tmp_path):
     part = lambda: list(tmp_path.glob("*.part"))  # noqa: E731
     wait_until(lambda: part() and part()[0].stat().st_size > 2 * MB)
     second = Fetcher(Cache(str(tmp_path)), f"{web.address}/x.tar")
-    time.sleep(0.3)
+    time.sleep(0.1)
     assert second.process.is_alive() and fetched(tmp_path) == ["x.tar.part"]
     first.process.kill()
     first.process.join()
@@ -320,14 +316,7 @@ def test_the_next_process_fetches_what_a_killed_one_began(web, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "faults, wanted",
-    [
-        (["short"], 2),
-        (["503", "429", "500"], 4),
-        (["redirect"], 1),
-        (["chunked"], 1),
-        (["chunked, broken"], 2),
-    ],
+    "faults, wanted", [(["short"], 2), (["503", "429", "500"], 4), (["redirect"], 1)]
 )
 def test_transfers_start_anew_after_a_break(web, tmp_path, faults, wanted):
     web.files["/x y.tar"] = web.files["/elsewhere"] = tar(5 * MB)
@@ -346,8 +335,8 @@ def test_transfers_start_anew_after_a_break(web, tmp_path, faults, wanted):
         (["502"] * 9, b"", "HTTP Error 502: Bad Gateway", 4),
         (["no length"] * 9, tar(MB), "the server does not say how many bytes it sends", 1),
         ([], b"\n<html>Sign in</html>" * 100, r"x\.tar is damaged or not a video: it is a web", 1),
-        ([], b"not a tar" * 1000, r"x\.tar is damaged or not a tar file: ", 1),
-        ([], b"", r"x\.tar is damaged or not a tar file: ", 1),
+        ([], b"not a tar" * 1000, r"x\.tar is damaged or not a tar file", 1),
+        ([], b"", r"x\.tar is damaged or not a tar file", 1),
     ],
 )
 def test_broken_downloads_are_refused(web, tmp_path, faults, content, problem, requests):
@@ -373,30 +362,23 @@ def test_servers_that_cannot_be_reached(web, tmp_path, address, problem):
         read(Cache(str(tmp_path)), address)
 
 
-def test_fetching_takes_any_time_with_progress(web, tmp_path):
-    web.files["/x.tar"], web.seconds = tar(20 * MB), 3.0
-    fetchers = [Fetcher(Cache(str(tmp_path)), f"{web.address}/x.tar", 1.0) for _ in range(2)]
-    assert {fetcher.wait() for fetcher in fetchers} == {str(len(web.files["/x.tar"]))}
-    assert web.count("/x.tar") == 1
-
-
 def test_fetching_ends_without_progress(web, tmp_path, monkeypatch):
     web.files["/x.tar"], web.faults["/x.tar"] = tar(20 * MB), ["hang"] * 9
-    with pytest.raises(UserError, match=r"x\.tar: no progress in 1 seconds, by this process or"):
-        read(Cache(str(tmp_path)), f"{web.address}/x.tar", 1.0)
-    monkeypatch.setattr(cache, "TIMEOUT", 0.5)  # the connection ends before the patience
+    with pytest.raises(UserError, match=r"x\.tar: no progress in 0\.2 seconds, by this process or"):
+        read(Cache(str(tmp_path)), f"{web.address}/x.tar", 0.2)
+    monkeypatch.setattr(cache, "TIMEOUT", 0.1)  # the connection ends before the patience
     with pytest.raises(UserError, match=r"y\.tar: .*timed out"):
         web.files["/y.tar"], web.faults["/y.tar"] = tar(MB), ["hang"] * 9
         read(Cache(str(tmp_path)), f"{web.address}/y.tar", 5.0)
 
 
 def test_waiting_ends_if_the_other_process_stands_still(web, tmp_path):
-    web.files["/x.tar"], web.seconds = tar(20 * MB), 4.0
+    web.files["/x.tar"], web.seconds = tar(20 * MB), 0.5
     first = Fetcher(Cache(str(tmp_path)), f"{web.address}/x.tar")
     wait_until(lambda: list(tmp_path.glob("*.part")))
     os.kill(first.process.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match="no progress in 1 seconds, by this process or another"):
-        read(Cache(str(tmp_path)), f"{web.address}/x.tar", 1.0)
+    with pytest.raises(UserError, match=r"no progress in 0\.2 seconds, by this process or another"):
+        read(Cache(str(tmp_path)), f"{web.address}/x.tar", 0.2)
     os.kill(first.process.pid, signal.SIGCONT)
     assert first.wait() == str(len(web.files["/x.tar"])) and web.count("/x.tar") == 1
 
@@ -429,8 +411,10 @@ def test_the_least_recently_used_files_leave(web, tmp_path):
     assert all(path.exists() for path in others)  # of somebody else
 
 
-@pytest.mark.parametrize("small", [packets.SMALL, 0])
-def test_files_that_leave_free_their_bytes_and_may_come_again(web, tmp_path, monkeypatch, small):
+@pytest.mark.parametrize("small, epochs", [(packets.SMALL, 2), (0, 12)])
+def test_files_that_leave_free_their_bytes_and_may_come_again(
+    web, tmp_path, monkeypatch, small, epochs
+):
     """Processes keep descriptors of shards, and tables of large videos: of files that are gone."""
     monkeypatch.setattr(packets, "SMALL", small)
     noise = np.random.default_rng(0).integers(256, size=(60, 48, 64, 3), dtype=np.uint8)
@@ -449,11 +433,11 @@ def test_files_that_leave_free_their_bytes_and_may_come_again(web, tmp_path, mon
     local_one = Kinetics(VideoIndex.of_files(paths[:1] * 5), "pretrain", 32, 4, 4)
     with dataset.cache.hold(paths[1]) as local:
         kept = os.open(file_of(local), os.O_RDONLY)
-    for epoch in range(12):
+    for epoch in range(epochs):
         for row in (1, 3, 2, 4):
             sample = dataset[epoch, row]
             assert not sample.errors and torch.equal(sample.clips, local_one[epoch, row].clips)
-    assert os.fstat(kept).st_blocks == 0 and web.count("/a.tar") == 24
+    assert os.fstat(kept).st_blocks == 0 and web.count("/a.tar") == 2 * epochs
     os.close(kept)
 
 
@@ -486,11 +470,11 @@ def test_windows_of_shards_do_not_wait_for_each_other(web, shards, tmp_path):
 def test_fetching_waits_while_all_files_are_in_use(web, tmp_path):
     web.files |= {f"/{name}.tar": tar(MB) for name in "ab"}
     held = Cache(str(tmp_path), 1.5 * MB / GB)
-    other = Fetcher(held, f"{web.address}/b.tar", 1.0, begin=False)
+    other = Fetcher(held, f"{web.address}/b.tar", 0.7, begin=False)
     with held.hold(f"{web.address}/a.tar") as local:
         other.begin.set()
         wait_until(lambda: web.count("/b.tar"))
-        assert not other.answer.poll(1.5) and os.path.exists(local)
+        assert not other.answer.poll(0.8) and os.path.exists(local)
     assert other.wait() == str(len(web.files["/b.tar"])) and fetched(tmp_path) == ["b.tar"]
 
 
@@ -499,7 +483,7 @@ def test_processes_at_random_keep_the_limit(web, tmp_path):
     web.seconds, limit = 0.05, 2.1 * MB
 
     def use(seed: int) -> None:
-        for i in np.random.default_rng(seed).integers(6, size=10).tolist():
+        for i in np.random.default_rng(seed).integers(6, size=9).tolist():
             content = read(Cache(str(tmp_path), limit / GB), f"{web.address}/{i}.tar")
             assert content == web.files[f"/{i}.tar"]
 
@@ -523,9 +507,6 @@ def test_a_shard_larger_than_the_limit_is_refused(web, tmp_path):
     web.files["/x.tar"] = tar(MB)
     with pytest.raises(UserError, match=r"x\.tar: it has 0\.001 GB, and --cache_gb is 0\.0009$"):
         read(Cache(str(tmp_path), 0.0009), f"{web.address}/x.tar")
-    web.faults["/x.tar"] = ["chunked"]
-    with pytest.raises(UserError, match=r"it has an unknown size, and --cache_gb is 1$"):
-        read(Cache(str(tmp_path), 1), f"{web.address}/x.tar")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
@@ -631,11 +612,12 @@ def test_s3_without_credentials(s3, tmp_path, monkeypatch, new_client):
 
 def test_breaks_of_transfers_from_s3(web, tmp_path, monkeypatch, new_client):
     use_s3(web.address, new_manager(), monkeypatch)
-    for name, faults in {"a": ["short"], "b": ["503", "short", "429"]}.items():
-        path, web.requests = f"/data/{name}.tar", []
-        web.files[path], web.faults[path] = tar(20 * MB), list(faults)  # fetched in three parts
-        assert read(Cache(str(tmp_path)), f"s3:/{path}") == web.files[path]
-        assert web.count(path) == 3 + len(faults)
+    no_wait = "botocore.retries.standard.ExponentialBackoff.delay_amount"
+    monkeypatch.setattr(no_wait, lambda self, context: 0.01)
+    path = "/data/b.tar"
+    web.files[path], web.faults[path] = tar(20 * MB), ["503", "short", "429"]
+    assert read(Cache(str(tmp_path)), f"s3:/{path}") == web.files[path]
+    assert web.count(path) == 3 + 3  # it is fetched in three parts
     web.keep_alive = True  # this process has a connection, which its children must not use
     web.files |= {f"/data/{name}.tar": tar(5 * MB + i) for i, name in enumerate("fgh")}
     assert read(Cache(str(tmp_path)), "s3://data/f.tar") == web.files["/data/f.tar"]
@@ -658,7 +640,7 @@ def test_breaks_of_transfers_from_s3(web, tmp_path, monkeypatch, new_client):
         with pytest.raises(UserError, match=rf"^cannot fetch s3:/{path}: .*{problem}"):
             read(Cache(str(tmp_path)), f"s3:/{path}")
         assert web.count(path) == requests
-    assert fetched(tmp_path) == [f"{name}.tar" for name in "abfgh"]
+    assert fetched(tmp_path) == [f"{name}.tar" for name in "bfgh"]
 
 
 def test_files_on_s3_are_written_whole_or_not_at_all(s3):
@@ -726,4 +708,4 @@ for function in (lambda: Cache(sys.argv[1]).hold("s3://data/x.tar").__enter__(),
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second = run.stdout.splitlines()
     assert first == "cannot fetch s3://data/x.tar: it needs `pip install boto3`"
-    assert second.startswith("cannot open s3://data/x.pth: ") and "`pip install boto3`" in second
+    assert second == "cannot open s3://data/x.pth: it needs `pip install boto3`"

@@ -22,13 +22,10 @@ WAITS = ["waiting for files", "waiting for a CPU", "waiting for the main process
 NUMBERS = r"workers: (\d+), videos/s: ([\d.]+) \(([\d.]+) each\), clips/s: ([\d.]+), MB/s read: "
 
 
-@pytest.mark.parametrize(
-    ("module", "flags"), [(main_pretrain, PRETRAIN), (main_finetune, FINETUNE)]
-)
-def test_it_prints_rates_shares_cores_and_the_limit(module, flags, videos, tmp_path, capsys):
-    words = ["--num_workers", 2, "--time_loader", 1, "--clips_per_second", 12345]
+def test_it_prints_rates_shares_cores_and_the_limit(videos, tmp_path, capsys):
+    words = ["--num_workers", 2, "--time_loader", 0.3, "--clips_per_second", 12345]
     out = tmp_path / "out"
-    call(module, "--path_to_data_dir", videos, "--output_dir", out, *flags, *words)
+    call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", out, *PRETRAIN, *words)
     text = capsys.readouterr().out
     [numbers] = re.findall(NUMBERS, text)
     workers, rate, each, clips = map(float, numbers)
@@ -52,12 +49,12 @@ def test_waiting_for_reads_is_told_from_computing(videos, monkeypatch):
         return load(*args)
 
     monkeypatch.setattr(Kinetics, "_load", slow)
-    found = measure(data_set(videos), 2, 1, 2.0)
+    found = measure(data_set(videos), 2, 1, 0.8)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert 0.3 < found.shares["waiting for files"] < 1
     assert 10 < found.videos / found.seconds < 1 / 0.04
     waited = found.shares["waiting for files"] * found.seconds / found.videos
-    assert 0.036 < waited < 0.06
+    assert 0.02 < waited < 0.08
     sizes = [(videos / f"v{i}.mp4").stat().st_size for i in range(6)]
     assert 0.5 < found.bytes / found.videos / (sum(sizes) / 6) < 3
     assert find_limit(found, 16).startswith("The disk is the limit: ")
@@ -120,18 +117,16 @@ def test_the_limit(workers, cores, waits, limit, words):
 
 def test_unreadable_videos_are_named_once_and_counted(videos, tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    rows = [f"{videos}/v{i}.mp4\n" for i in range(6)]
-    (tmp_path / "train.csv").write_text("".join([*rows, "broken.mp4\n"]))
-    words = ["--max_bad_share", 0.5, "--num_workers", 2, "--time_loader", 0.4]
-    call(main_pretrain, "--path_to_data_dir", tmp_path, *PRETRAIN, *words)
+    rows = [f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(6)]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.csv").write_text("".join([*rows, "broken.mp4 0\n"]))
+    words = ["--max_bad_share", 0.5, "--num_workers", 2, "--time_loader", 1e-9]
+    call(main_finetune, "--path_to_data_dir", tmp_path, *FINETUNE, *words)
     text = capsys.readouterr().out
+    assert float(re.findall(NUMBERS, text)[0][1]) > 0  # some videos are counted in any time
     assert len(re.findall(r"unreadable video \(1 so far\): .*broken.mp4", text)) == 1
     assert text.count("broken.mp4: ") == 1 and "unreadable videos: 1, named above" in text
-
-
-def test_some_videos_are_always_counted(videos):
-    found = measure(data_set(videos), 2, 1, 1e-9)
-    assert found.videos > 0 and sum(found.shares.values()) == pytest.approx(1)
+    assert " the limit: " in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import codecs
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import pickle
@@ -41,11 +40,6 @@ MD5 = {
     "k700/vit_huge": "4c4e3c",
 }
 ADDRESS = "https://dl.fbaipublicfiles.com/video-mae/pretrain/mae_pretrain_{size}_{data}.pth"
-FILE_NAMES = (  # at ADDRESS, and at another address
-    re.compile(r"(^|/)mae_pretrain_(?P<size>vit_(large|huge))_(?P<data>k\d00)(\.pth)?$"),
-    re.compile(r"/(?P<size>vit_[lh])/(?P<data>k\d00)_400ep_rep4_mr9_16x4\.pyth$"),
-)
-LONG_NAMES = {"vit_l": "vit_large", "vit_h": "vit_huge"}
 
 # what may stand before the "<" of a web page: byte order marks of UTF-8 and UTF-16, and white space
 BLANKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
@@ -53,32 +47,22 @@ OTHER_KINDS = {  # by the first bytes
     b"<": "a web page (HTML), which servers send for files that moved or need a login",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
 }
-PLAIN: list[Any] = [argparse.Namespace]  # loaded besides tensors, numbers and text
-MAX_CLASSES = 30  # that are looked for in a file that asks to run code
+torch.serialization.add_safe_globals([argparse.Namespace])  # besides tensors, numbers and text
 CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's errors: what else a file asks for
 
 path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
-HAS_S3 = importlib.util.find_spec("boto3") is not None  # not a dependency: only s3:// needs it
-S3_ERRORS: tuple[type[Exception], ...] = ()  # that are no OSErrors
-if HAS_S3:
+try:  # not a dependency: only s3:// needs it
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
-    S3_ERRORS = Boto3Error, BotoCoreError, ClientError
+    S3_ERRORS: tuple[type[Exception], ...] = Boto3Error, BotoCoreError, ClientError  # no OSErrors
     # None: the profile in AWS's own variables and files; iopath's default is Facebook's
     path_manager.register_handler(S3PathHandler(profile=None))
+except ImportError:
+    S3_ERRORS = ()
 
 # --- paths and addresses --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def s3_errors() -> Iterator[None]:
-    """Turn errors of boto3 into OSErrors."""
-    try:
-        yield
-    except S3_ERRORS as error:
-        raise OSError(str(error)) from error
 
 
 def is_remote(path: str) -> bool:
@@ -86,16 +70,28 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+@contextlib.contextmanager
+def errors_of(action: str, path: str, otherwise: str = "", hint: str = "") -> Iterator[None]:
+    """Turn errors of files, servers and boto3 into a UserError that says what cannot be done.
+
+    Its reason is `otherwise` if the error has no text; `hint` follows the reason.
+    """
+    try:
+        if path.startswith("s3://") and not S3_ERRORS:
+            raise ValueError("it needs `pip install boto3`")
+        yield
+    except (OSError, ValueError, NotImplementedError, HTTPException, *S3_ERRORS) as error:
+        brief = not is_remote(path) and getattr(error, "strerror", "")
+        reason = " ".join(str(brief or error).split()) or otherwise
+        raise UserError(f"cannot {action} {path}: {reason}{hint}") from error
+
+
 def open_file(path: str, mode: str = "r") -> IO:
     """Open a path or address like `open`; if that fails, raise a UserError that names it."""
-    try:
-        if "r" in mode and path.startswith("http"):  # into the cache
-            path = local_path(path)
-        with s3_errors():
-            return path_manager.open(path, mode)
-    except OSError as error:
-        hint = "; it needs `pip install boto3`" if path.startswith("s3://") and not HAS_S3 else ""
-        raise UserError(f"cannot open {path}: {error.strerror or error}{hint}") from error
+    if "r" in mode and path.startswith("http"):  # into the cache
+        path = local_path(path)
+    with errors_of("open", path):
+        return path_manager.open(path, mode)
 
 
 def read_text(path: str) -> str:
@@ -138,56 +134,50 @@ def local_path(address: str) -> str:
 
     iopath keeps it for ever. Videos have a cache of their own: see util/cache.py.
     """
-    try:
+    with errors_of("fetch", address, hint="; without a network, give the path of a copy"):
         parts = urlparse(address)  # iopath tells cached files apart by path alone
         name = f"{parts.netloc}{zlib.crc32(parts.query.encode()) if parts.query else ''}"
         return path_manager.get_local_path(address, cache_dir=os.path.join(get_cache_dir(), name))
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: not an address
-        hint = "without a network, fetch it elsewhere and give its path"
-        raise UserError(f"cannot fetch {address}: {error}; {hint}") from error
 
 
 def make_dirs(path: str) -> None:
     """Create a folder and its parents; if that fails, raise a UserError that names it."""
-    try:
-        with s3_errors():
-            path_manager.mkdirs(path.rstrip("/") + "/" if is_remote(path) else path)
-    except (OSError, NotImplementedError) as error:
-        problem = getattr(error, "strerror", "") or str(error) or "no files can be written there"
-        raise UserError(f"cannot create the folder {path}: {problem}") from error
-    if not is_remote(path) and not os.path.isdir(path):  # mkdirs does not mind a file there
-        raise UserError(f"cannot create the folder {path}: it is a file")
+    with errors_of("create the folder", path, "no files can be written there"):
+        path_manager.mkdirs(path.rstrip("/") + "/" if is_remote(path) else path)
+        if not is_remote(path) and not os.path.isdir(path):  # mkdirs does not mind a file there
+            raise ValueError("it is a file")
 
 
 def list_names(folder: str) -> list[str]:
     """Return the names in a folder; none if there is no such folder."""
     if not is_remote(folder):
         return os.listdir(folder) if os.path.isdir(folder) else []
-    try:
-        with s3_errors():
-            return [key.split("/")[-1] for key in path_manager.ls(folder.rstrip("/") + "/")]
-    except OSError as error:
-        raise UserError(f"cannot list {folder}: {error}") from error
+    with errors_of("list", folder):
+        return [key.split("/")[-1] for key in path_manager.ls(folder.rstrip("/") + "/")]
 
 
-def write_atomically(path: str, write: Callable[[Any], None]) -> None:
+def write_atomically(path: str, write: Callable[[Any], None], suffix: str = "") -> None:
     """Create a file by write(file) so that it appears whole or not at all.
 
     A local file is written beside its final place, forced to disk and renamed, so that neither a
-    kill nor a full disk leaves half a file under the final name. Object stores are atomic already.
+    kill nor a full disk leaves half a file under the final name. Its name ends in `suffix` until
+    then, which tells processes apart by default. Object stores are atomic already.
 
     Raises:
         OSError: the write failed; whatever stood at `path` before is untouched.
     """
     if is_remote(path):
-        with s3_errors(), path_manager.open(path, "wb") as file:
-            upload, file.close = file.close, lambda: None  # after an error, upload nothing
-            write(file)
-            file.close = upload
+        try:
+            with path_manager.open(path, "wb") as file:
+                upload, file.close = file.close, lambda: None  # after an error, upload nothing
+                write(file)
+                file.close = upload
+        except S3_ERRORS as error:
+            raise OSError(str(error)) from error
         return
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = path + (suffix or f".tmp{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -208,8 +198,13 @@ def write_atomically(path: str, write: Callable[[Any], None]) -> None:
 
 def find_name(path: str) -> str | None:
     """Return the released name (a key of MD5) of a file with this path or address, or None."""
-    match = next(filter(None, (pattern.search(path) for pattern in FILE_NAMES)), None)
-    return match and f"{match['data']}/{LONG_NAMES.get(match['size'], match['size'])}"
+    stem = "/" + path.removesuffix(".pth")
+    for name in MD5:
+        data, size = name.split("/")
+        released = f"/mae_pretrain_{size}_{data}", f"/{size[:5]}/{data}_400ep_rep4_mr9_16x4.pyth"
+        if stem.endswith(released):
+            return name
+    return None
 
 
 @functools.cache
@@ -298,26 +293,24 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
         try:
             if start[8:9] == b"{":
                 return _read_safetensors(local, file)
-            with torch.serialization.safe_globals(PLAIN):
-                checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
+            checkpoint = torch.load(source, "cpu", weights_only=not trust, mmap=mmap)
         except Exception as error:  # torch's readers raise errors of every kind for damaged files
+            reason = (str(error).splitlines() or ["empty file"])[0]
             if code := CODE.search(str(error)):
-                found = _entries_with_code(source, mmap)
-                entries = "".join(f", in its entry {name}" for name in found)
-                raise UserError(
-                    f"{path} is not loaded: it asks to run code ({code[1]}{entries}), not only for "
+                names = _entries_with_code(file, source, mmap)
+                entries = "".join(f", in its entry {name}" for name in names)
+                problem = (
+                    f"is not loaded: it asks to run code ({code[1]}{entries}), not only for "
                     "weights; if you trust the file, keep what is plain data: "
                     f"python -m util.convert {shlex.quote(path)} OUT --to safetensors --trust"
-                ) from error
-            reason = (str(error).splitlines() or ["empty file"])[0]
-            if trust:
-                raise UserError(
-                    f"{path} cannot be read, even if it is trusted: {reason}"
-                ) from error
-            if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-                reason = "PyTorch does not recognise it"  # its advice is to run the code
-            reason += forget(path, local)
-            raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
+                )
+            elif trust:
+                problem = f"cannot be read, even if it is trusted: {reason}"
+            else:
+                if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+                    reason = "PyTorch does not recognise it"  # its advice is to run the code
+                problem = f"is damaged or not a checkpoint: {reason}{forget(path, local)}"
+            raise UserError(f"{path} {problem}") from error
     if trust:  # whole models
         checkpoint = checkpoint if isinstance(checkpoint, dict) else {"model": checkpoint}
         for name in [k for k, v in checkpoint.items() if isinstance(v, torch.nn.Module)]:
@@ -330,25 +323,22 @@ def read_checkpoint(path: str, mmap: bool = False, trust: bool = False) -> dict[
 class _Inert:
     """Stand for an object of any class, without running its code."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     __setstate__ = __init__
 
 
-def _entries_with_code(source: Any, mmap: bool, inert: tuple[str, ...] = ()) -> list[str]:
+def _entries_with_code(file: IO, source: Any, mmap: bool) -> list[str]:
     """Find the entries of a checkpoint with more than plain data; [] if they cannot be told."""
-    if not mmap:
-        source.seek(0)
     try:
-        with torch.serialization.safe_globals(PLAIN + [(_Inert, name) for name in inert]):
+        file.seek(0)
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        file.seek(0)
+        with torch.serialization.safe_globals([(_Inert, name) for name in unsafe]):
             content = torch.load(source, "cpu", weights_only=True, mmap=mmap)
         return [str(k) for k, value in content.items() if _Inert.__name__ in repr(value)]
-    except Exception as error:
-        code = CODE.search(str(error))
-        if not code or code[1] in inert or len(inert) == MAX_CLASSES:
-            return []
-        return _entries_with_code(source, mmap, (*inert, code[1]))
+    except Exception:
+        return []
 
 
 def _read_safetensors(local: str, file: IO) -> dict[str, Any]:
@@ -369,12 +359,11 @@ def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
         if os.path.basename(name) != name or name.endswith(".json"):
             raise UserError(f"{path} lists {name}, which is not a file beside it")
         part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
-        part = part.get("model", part)
-        listed = [key for key, place in places.items() if place == name]
-        if lacking := [key for key in listed if key not in part]:
-            raise UserError(f"{path} lists {lacking[0]} in {name}, which lacks it")
-        tensors |= {key: part[key] for key in listed}
-    return {"model": tensors}
+        tensors |= part.get("model", part)
+    for key in places:
+        if key not in tensors:
+            raise UserError(f"{path} lists {key} in {places[key]}, which lacks it")
+    return {"model": {key: tensors[key] for key in places}}
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,20 +21,20 @@ import util.kinetics
 from util.dist import print0, world_size
 from util.errors import UserError
 from util.kinetics import Kinetics, Sample
-from util.loader import EpochSampler, VideoLoader, available_cpus, default_num_workers
+from util.loader import VideoLoader, available_cpus, default_num_workers
 from util.video import clip_ops
 from util.video.decode import Video
 
 PARTS = [  # what is timed apart, and its name
-    (Video, "__init__", "opening"), (Video, "close", "opening"), (Video, "_to_rgb", "conversion"),
-    (util.kinetics, "resize_frame", "resizing"), (util.kinetics, "augment", "augmentation"),
-    (clip_ops, "color_jitter", "augmentation"),
+    (Video, "__init__", "opening"), (Video, "close", "opening"),
     (util.kinetics, "cut_views", "decoding"), (util.kinetics, "read_clip", "decoding"),
+    (Video, "_to_rgb", "conversion"), (util.kinetics, "resize_frame", "resizing"),
+    (util.kinetics, "augment", "augmentation"), (clip_ops, "color_jitter", "augmentation"),
     (Kinetics, "_load", "packing"),
 ]  # fmt: skip
-READING = ["opening", "decoding", "conversion", "resizing", "augmentation", "packing"]
+READING = list(dict.fromkeys(name for *_, name in PARTS))
 COUNTED = ["videos", "wall", "reading", "cpu", "queued", "bytes", *READING]  # by a worker
-FOREVER = 10**7  # videos
+MOST_VIDEOS = 10**7  # that are read
 
 
 @contextmanager
@@ -55,33 +55,11 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    functions = [getattr(owner, name) for owner, name, _ in PARTS]
-    for (owner, name, label), function in zip(PARTS, functions, strict=True):
-        setattr(owner, name, timed(label, function))
-    try:
+    with ExitStack() as stack:
+        for owner, name, label in PARTS:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, timed(label, getattr(owner, name)))
         yield
-    finally:
-        for (owner, name, _), function in zip(PARTS, functions, strict=True):
-            setattr(owner, name, function)
-
-
-def counting(dataset: Kinetics, counts: torch.Tensor, own: dict[str, float]) -> Any:
-    """Return a copy of a data set whose workers count in `own`, and then copy it to `counts`."""
-    copied: Any = copy.copy(dataset)
-
-    def read(epoch: int, row: int, clips: torch.Tensor) -> Sample:
-        start = time.perf_counter()
-        sample = dataset.read(epoch, row, clips)
-        own["videos"] += 1
-        own["wall"], own["cpu"] = time.perf_counter(), time.process_time()
-        own["reading"] += own["wall"] - start
-        own.update(_usage())
-        worker: Any = get_worker_info()
-        counts[worker.id] = torch.tensor(list(own.values()))
-        return sample
-
-    copied.read = read
-    return copied
 
 
 def _usage() -> dict[str, float]:
@@ -110,11 +88,21 @@ def measure(
     """Let workers read without a stop between epochs, from when each of them has made a batch."""
     own = dict.fromkeys(COUNTED, 0.0)  # every worker has a copy once it is forked
     counts = torch.zeros(workers, len(COUNTED), dtype=torch.float64).share_memory_()
-    order = EpochSampler(len(dataset), batch_size, dataset.training, dataset.seed)
-    rows: Any = [row for _, row in order]
-    rows = np.tile(rows, FOREVER // max(len(rows), 1) + 1)  # the first epoch, again and again
-    options = batch_size, workers, max_bad_share, torch.device("cpu"), rows
-    loader = VideoLoader(counting(dataset, counts, own), *options)
+    counting: Any = copy.copy(dataset)
+
+    def read(epoch: int, row: int, clips: torch.Tensor) -> Sample:
+        start = time.perf_counter()
+        sample = dataset.read(epoch, row, clips)
+        now, worker = time.perf_counter(), cast(Any, get_worker_info())
+        own.update(_usage(), wall=now, cpu=time.process_time(), videos=own["videos"] + 1)
+        own["reading"] += now - start
+        counts[worker.id] = torch.tensor(list(own.values()))
+        return sample
+
+    counting.read = read
+    order = np.random.default_rng(dataset.seed).permutation(len(dataset))
+    rows: Any = np.tile(order, MOST_VIDEOS // max(len(dataset), 1) + 1)
+    loader = VideoLoader(counting, batch_size, workers, max_bad_share, torch.device("cpu"), rows)
     with timed_parts(own):
         batches = iter(loader)
     for _ in range(workers):
@@ -122,44 +110,41 @@ def measure(
     before, start = counts.sum(0), time.perf_counter()
     while time.perf_counter() - start < seconds or counts[:, 0].sum() == before[0]:
         next(batches)
-    passed, spent = time.perf_counter() - start, (counts.sum(0) - before).tolist()
+    seconds, spent = time.perf_counter() - start, (counts.sum(0) - before).tolist()
 
     # What is left of the time of a read is waiting for files.
     n = dict(zip(COUNTED, spent, strict=True))
     times = {name: n[name] for name in READING}
-    computing = sum(times.values())
+    computing, queued = sum(times.values()), n["queued"]
     times["transport"] = n["cpu"] - computing
-    times["waiting for files"] = max(n["reading"] - computing - n["queued"], 0.0)
-    times["waiting for a CPU"] = n["queued"]
+    times["waiting for files"] = max(n["reading"] - computing - queued, 0.0)
+    times["waiting for a CPU"] = queued
     idle = n["wall"] - n["reading"] - times["transport"]
     times["waiting for the main process"] = max(idle, 0.0)
     total = sum(times.values())
     shares, cores = {k: v / total for k, v in times.items()}, workers * n["cpu"] / total
-    return Measured(workers, passed, int(n["videos"]), n["bytes"], cores, shares, loader.bad)
+    return Measured(workers, seconds, int(n["videos"]), n["bytes"], cores, shares, loader.bad)
 
 
 def find_limit(found: Measured, cpus: int) -> str:
     """Say in one sentence which of disk, computing or number of workers is the limit."""
     files, queue = list(found.shares.values())[-3:-1]
-    used = f"--num_workers {found.workers} keep {found.cores:.1f} of {cpus} CPUs busy"
+    part = max(READING, key=lambda name: found.shares[name])
+    work = found.shares[part] * found.workers / found.cores
+    why, advice = "", "more --num_workers help"
     if files >= 0.2 and files >= queue:
-        return (
-            f"The disk is the limit: {files:.0%} of the time goes to waiting for reads; {used}; "
-            "a faster disk or fewer, larger files help, more CPUs do not."
-        )
-    if found.cores >= 0.85 * cpus:
-        part = max(READING, key=lambda name: found.shares[name])
-        share = found.shares[part] * found.workers / found.cores
-        return (
-            f"{part.capitalize()} is the limit: it takes {share:.0%} of the work; {used}; more "
-            "CPUs help, and copies that are cheaper to decode (DATASET.md), a faster disk does not."
-        )
-    if queue >= 0.1:
-        return (
-            f"Other processes are the limit: {queue:.0%} of the time goes to waiting for a CPU; "
-            f"{used}; measure again without them."
-        )
-    return f"The number of workers is the limit: {used}; more --num_workers help."
+        limit, why = "The disk", f"{files:.0%} of the time goes to waiting for reads; "
+        advice = "a faster disk or fewer, larger files help, more CPUs do not"
+    elif found.cores >= 0.85 * cpus:
+        limit, why = part.capitalize(), f"it takes {work:.0%} of the work; "
+        advice = "more CPUs help, and copies that are cheaper to decode (DATASET.md)"
+    elif queue >= 0.1:
+        limit, why = "Other processes", f"{queue:.0%} of the time goes to waiting for a CPU; "
+        advice = "measure again without them"
+    else:
+        limit = "The number of workers"
+    used = f"--num_workers {found.workers} keep {found.cores:.1f} of {cpus} CPUs busy"
+    return f"{limit} is the limit: {why}{used}; {advice}."
 
 
 def time_loader(dataset: Kinetics, args: Namespace) -> None:
