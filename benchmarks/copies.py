@@ -12,7 +12,9 @@ import argparse
 import sys
 import tempfile
 import time
-from itertools import islice, product
+from fractions import Fraction
+from functools import partial
+from itertools import product
 
 import av
 import numpy as np
@@ -33,6 +35,29 @@ STYLES = {  # of x264; the first is the default
     "no B-frames": {"bf": "0"},
 }
 QUALITIES = (23, 32), (20, 32), (22, 32), (26, 32), (22, 16), (22, 64)  # crf, GOP
+QUIET = {"x265-params": "log-level=none:pools=1"}
+OTHERS = {  # encoder and its options, at about the same PSNR
+    "HEVC": ("libx265", QUIET, (24, 27)),
+    "HEVC, fastdecode": ("libx265", {"tune": "fastdecode", **QUIET}, (22, 25)),
+    "AV1": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1"}, (28, 34)),
+}
+
+
+def encode(codec: str, options: dict[str, str], source: str, target: str, crf: int) -> None:
+    """Re-encode a video at its own size, in GOPs of 32 frames, by another encoder than x264."""
+    options = {"crf": str(crf), "g": "32", **options}
+    with av.open(source) as old, av.open(target, "w") as new:
+        film = old.streams.video[0]
+        rate = film.average_rate or Fraction(30)
+        film.codec_context.thread_type = "NONE"
+        stream = new.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = film.height, film.width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(old.decode(film)):
+            frame = frame.reformat(format="yuv420p")
+            frame.pts, frame.time_base, frame.pict_type = number, 1 / rate, 0
+            new.mux(stream.encode(frame))
+        new.mux(stream.encode(None))
 
 
 def psnr(path: str, other: str) -> float:
@@ -82,11 +107,15 @@ def main() -> int:
         videos = find_videos(args.videos or scratch)[: args.num_videos]
         copy = f"{scratch}/copy.mp4"
         print("| recipe | crf | GOP | decode, ms | decode | size | PSNR, dB | encode, s |")
-        for name, (crf, gop) in islice(product(STYLES, QUALITIES), 1 if args.check else None):
+        recipes = [(name, *q, partial(transcode, short_side=None, gop=q[1], options=options))
+                   for (name, options), q in product(STYLES.items(), QUALITIES)]  # fmt: skip
+        recipes += [(name, crf, 32, partial(encode, codec, options))
+                    for name, (codec, options, crfs) in OTHERS.items() for crf in crfs]  # fmt: skip
+        for name, crf, gop, copied in recipes[: 1 if args.check else None]:
             rows = []
             for video in videos:
                 start = time.process_time()
-                transcode(video, copy, None, gop, crf, STYLES[name])
+                copied(source=video, target=copy, crf=crf)
                 seconds = time.process_time() - start
                 sizes = stream_size(copy), stream_size(video)
                 speed = decode_ratio(video, copy, args.rounds)

@@ -359,11 +359,12 @@ def _read_parts(path: str, mmap: bool) -> dict[str, Any]:
         if os.path.basename(name) != name or name.endswith(".json"):
             raise UserError(f"{path} lists {name}, which is not a file beside it")
         part = read_checkpoint(os.path.join(os.path.dirname(path), name), mmap)
-        tensors |= part.get("model", part)
-    for key in places:
-        if key not in tensors:
-            raise UserError(f"{path} lists {key} in {places[key]}, which lacks it")
-    return {"model": {key: tensors[key] for key in places}}
+        part = part.get("model", part)
+        for key in (key for key, place in places.items() if place == name):
+            if key not in part:
+                raise UserError(f"{path} lists {key} in {name}, which lacks it")
+            tensors[key] = part[key]
+    return {"model": tensors}
 
 
 def read_json(path: str) -> dict[str, Any]:
