@@ -9,6 +9,7 @@ import sysconfig
 import venv
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.conftest import FORK
 from util import synthetic
 from util.synthetic import MOVEMENTS, render_video, write_dataset
 
@@ -137,10 +139,13 @@ def test_a_folder_whose_name_cannot_be_printed(tmp_path: Path, monkeypatch, caps
 
 
 def test_two_processes_at_once(tmp_path: Path):
-    flags = [f"--{name}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "util.synthetic", str(tmp_path / "set"), *flags]
-    processes = [subprocess.Popen(command, cwd=Path(synthetic.__file__).parents[1]) for _ in "ab"]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    write = partial(write_dataset, tmp_path / "set", **SMALL)
+    processes = [FORK.Process(target=write) for _ in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert json.loads((tmp_path / "set/dataset.json").read_text())["num_videos"] == 20
 
