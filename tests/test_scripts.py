@@ -438,7 +438,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow  # test_kills.py has a fast one
+@pytest.mark.slow  # test_kills.py has a fast one, with signals
 def test_killed_run_resumes_to_the_same_weights(videos, tmp_path):
     """After SIGKILL in the second epoch, the same command gives the uninterrupted run, bitwise."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

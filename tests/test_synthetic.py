@@ -168,8 +168,8 @@ def grey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Te
     """Write and decode a set: grey videos [N, 12, 32, 32] and labels [N] of train and test."""
     root = write_dataset(
         tmp_path_factory.mktemp("motion") / "set",
-        num_videos=480,
-        num_labelled=480,
+        num_videos=320,
+        num_labelled=320,
         num_val=1,
         num_test=240,
         num_classes=8,
@@ -204,11 +204,11 @@ def held_out_accuracy(
     )
     videos, labels = grey["train"]
     views = view(videos)
-    steps = 300
+    steps = 200
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
     for _ in range(steps):
-        batch, k = torch.randint(len(views), (64,)), torch.randint(views.shape[1], (64,))
+        batch, k = torch.randint(len(views), (32,)), torch.randint(views.shape[1], (32,))
         loss = F.cross_entropy(model(views[batch, k]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
