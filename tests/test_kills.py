@@ -197,6 +197,7 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
         assert "forcefully exiting" not in out
         assert time.monotonic() - began < 30
     (saved,) = tmp_path.glob("checkpoint-*-*.pth")
+    flags[flags.index("--checkpoint_minutes") + 1] = 1e-6  # now every step saves
     process = spawn("main_pretrain.py", *flags, ranks=ranks)
     out = kill_at(process, tmp_path, "step", np.random.default_rng(0), epoch=2)
     assert f"going on at epoch 1, step {int(saved.stem[-8:])}\n" in out
