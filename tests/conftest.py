@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import http.server
+import multiprocessing
 import os
 import threading
 from pathlib import Path
@@ -25,6 +26,9 @@ def read_number(frame) -> int:
     """Return the number that a decoded `numbered_frame`, or a crop of one, shows."""
     luma = (np.asarray(frame, dtype=np.float64) * [0.299, 0.587, 0.114]).sum(-1).mean()
     return round((luma - 30) / 3)
+
+
+FORK = multiprocessing.get_context("fork")  # such processes need not import PyTorch anew
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import main_pretrain
 import models_mae
 from models_vit import VisionTransformer
 from tests import formats
-from tests.test_scripts import PRETRAIN, assert_same_weights, call, fails, finish, spawn, weights
+from tests.test_scripts import PRETRAIN, call, fails, weights
 from util.formats import is_decoder
 from util.weights import read_weights
 
@@ -128,19 +128,25 @@ def test_positions_are_resized_to_other_clips(videos, start, tmp_path, capsys):
     assert found["decoder_pos_embed_spatial"].shape == (1, 36, 32)
 
 
-def test_a_continued_run_resumes_exactly_and_without_its_file(videos, start, tmp_path):
+def test_a_continued_run_resumes_exactly_and_without_its_file(videos, start, tmp_path, capsys):
+    """Up to the last bits, which differ within a process (see spawn); updates are 1e-3 large."""
     file = shutil.copy(start, tmp_path / "start.pth")
     argv = ["--path_to_data_dir", videos, *PRETRAIN, "--finetune", file, "--epochs", 2]
-    finish(spawn("main_pretrain.py", *argv, "--output_dir", tmp_path / "whole"))
+    argv += ["--lr", 1e-3, "--warmup_epochs", 0]
+    call(main_pretrain, *argv, "--output_dir", tmp_path / "whole")
     (tmp_path / "parts").mkdir()
     shutil.copy(tmp_path / "whole/checkpoint-00000.pth", tmp_path / "parts")
     file.unlink()
-    out = finish(spawn("main_pretrain.py", *argv, "--output_dir", tmp_path / "parts"))
+    capsys.readouterr()
+    call(main_pretrain, *argv, "--output_dir", tmp_path / "parts")
+    out = capsys.readouterr().out
     assert "resumed from" in out
-    small = ("the peak learning rate", "6 updates are few")  # of this run; none about the file
+    small = "6 updates are few"  # of this run; none about the file
     warned = [line for line in out.splitlines() if line.startswith("WARNING: ")]
     assert all(line.removeprefix("WARNING: ").startswith(small) for line in warned), warned
-    assert_same_weights(*(tmp_path / f"{x}/checkpoint-00001.pth" for x in ("whole", "parts")))
+    whole, parts = (weights(tmp_path / f"{x}/checkpoint-00001.pth") for x in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert max((whole[k] - parts[k]).abs().max() for k in whole) < 1e-5
 
 
 @pytest.mark.parametrize(

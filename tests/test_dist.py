@@ -2,14 +2,12 @@
 
 import os
 import re
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from util import dist
+from tests.test_scripts import free_port
+from util import dist, run
 from util.errors import UserError
 
 STEP = {
@@ -109,22 +107,11 @@ def test_device_that_is_not_there(name):
         dist.get_device(name)
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     "variables",
-    [
-        pytest.param({"RANK": "0"}, marks=pytest.mark.slow),
-        {"RANK": "1"},
-        {"RANK": "1", "LOCAL_RANK": "1"},
-        {"SLURM_PTY_PORT": "5"},
-    ],
+    [{"RANK": "0"}, {"RANK": "1"}, {"RANK": "1", "LOCAL_RANK": "1"}, {"SLURM_PTY_PORT": "5"}],
 )
-def test_a_rank_that_waits_in_vain_says_so(environment, variables):
+def test_a_rank_that_waits_in_vain_says_so(environment, capfd, variables):
     """The first rank of a node tells at once what it waits for; all give up after --dist_timeout.
 
     In a shell of `srun --pty`, the other tasks of the step never start anything.
@@ -136,19 +123,17 @@ def test_a_rank_that_waits_in_vain_says_so(environment, variables):
         os.environ |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
         os.environ |= {"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"}
     os.environ |= {"MASTER_PORT": str(port), **variables}
-    code = "from util import dist, run; dist.adopt_slurm_step(); "
-    code += "run.run(lambda _: dist.init_distributed('cpu', 1 / 60), lambda argv: None)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    dist.adopt_slurm_step()
+    with pytest.raises(SystemExit) as end:
+        run.run(lambda _: dist.init_distributed("cpu", 1 / 60), lambda argv: None)
+    out, err = capfd.readouterr()
+    assert end.value.code == 1, err
     first = "rank 1: " if variables.get("RANK") == "1" else ""
     waiting = f"^{first}waiting for 2 ranks at \\w+[.\\w]*:{port}"
-    found = re.findall(waiting, done.stdout, re.MULTILINE)
-    assert len(found) == ("LOCAL_RANK" not in variables), done.stdout
-    assert ("`srun --pty`" in done.stdout) == ("SLURM_PTY_PORT" in variables)
-    (sentence,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    found = re.findall(waiting, out, re.MULTILINE)
+    assert len(found) == ("LOCAL_RANK" not in variables), out
+    assert ("`srun --pty`" in out) == ("SLURM_PTY_PORT" in variables)
+    (sentence,) = [line for line in err.splitlines() if "error: " in line]
     assert "error: 2 ranks did not meet at" in sentence and "--dist_timeout" in sentence
     assert "start all ranks with torchrun or `srun python ...`" in sentence
-    assert "Traceback" not in done.stderr and "frame #" not in done.stderr
+    assert "Traceback" not in err and "frame #" not in err

@@ -128,8 +128,14 @@ def test_recipes_give_no_warning(path, capsys):
     ],
 )
 def test_a_run_far_below_the_recipes_is_warned(videos, capsys, module, words, warnings):
+    """With six videos; without further flags in a dry run, as a user sees it."""
     flags = PRETRAIN if module is main_pretrain else FINETUNE
-    call(module, "--path_to_data_dir", videos, *flags, *words.split(), "--dry_run")
+    argv = ["--path_to_data_dir", str(videos), *flags, *words.split(), "--dry_run"]
+    if words:
+        counted = "videos" if module is main_pretrain else "clips"
+        effective_lr(module.parse_args(argv), counted, 6)
+    else:
+        call(module, *argv)
     assert told(capsys.readouterr().out) == warnings
 
 

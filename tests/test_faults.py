@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import submitit_finetune
 import submitit_pretrain
 import submitit_test
 from models_vit import vit_tiny_patch8
+from tests.conftest import FORK
 from tests.test_kills import argv, children, kill_all, rank_pid, wait_for_line
 from tests.test_scripts import (
     FINETUNE,
@@ -274,43 +276,37 @@ def wait_until(what: Callable[[], object], printed: Callable[[], str], seconds=1
 # --- two runs in one folder
 
 
-HOLDER = """
-import sys, time
-from util import run
-for name in sys.argv[2:]:
-    run.lock_folder(sys.argv[1], 0, name)
-print("locked", flush=True)
-time.sleep(1000)
-"""
+def lock_and_wait(folder: Path, names: tuple[str, ...], pipe: Connection) -> None:
+    for name in names:
+        run.lock_folder(str(folder), 0, name)
+    pipe.send("locked")
+    time.sleep(1000)
 
 
-def hold(folder: Path, *names: str) -> subprocess.Popen:
-    """Start a process that locks files in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), *names], env=environment,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for_line(process, "locked")
-    return process
+@contextlib.contextmanager
+def held(folder: Path, *names: str) -> Iterator[int]:
+    """Lock files in a folder in another process; gives its id."""
+    here, there = FORK.Pipe()
+    process = FORK.Process(target=lock_and_wait, args=(folder, names, there), daemon=True)
+    process.start()
+    assert here.poll(60) and here.recv() == "locked"
+    yield process.ident
+    process.kill()
+    process.join()
 
 
 @pytest.fixture(scope="module")
 def holder(tmp_path_factory):
     """Lock a folder in another process, as a training run and as a test; return both."""
     folder = tmp_path_factory.mktemp("run")
-    process = hold(folder, ".lock", ".lock_test")
-    yield folder, process
-    kill_all(process)
+    with held(folder, ".lock", ".lock_test") as pid:
+        yield folder, pid
 
 
 def test_a_training_run_need_not_wait_for_a_test(videos, tmp_path):
-    process = hold(tmp_path, ".lock_test")
-    try:
+    with held(tmp_path, ".lock_test"):
         call(main_pretrain, "--path_to_data_dir", videos, "--output_dir", tmp_path, *PRETRAIN,
              "--epochs", 1)  # fmt: skip
-    finally:
-        kill_all(process)
 
 
 @pytest.mark.parametrize(
@@ -320,20 +316,20 @@ def test_a_second_run_in_a_folder_is_refused(
     videos, holder, classifier, monkeypatch, capsys, module, flags
 ):
     monkeypatch.setattr(run, "LOCK_SECONDS", 0.3)
-    folder, process = holder
+    folder, pid = holder
     before = {path: path.read_bytes() for path in folder.iterdir()}
     argv = ["--path_to_data_dir", videos, "--output_dir", folder, "--device", "cpu", *flags]
     argv += ["--finetune", classifier] if module is main_test else []
     status, text = fails(capsys, module, *argv)
     assert status == 1
-    assert f"another run (process {process.pid} on " in text and f"uses {folder}" in text
+    assert f"another run (process {pid} on " in text and f"uses {folder}" in text
     call(module, *argv, "--dry_run")  # writes nothing, as --eval
     if module is main_finetune:
         call(module, *argv, "--eval", "--resume", classifier)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_the_lock_dies_with_its_process_not_with_its_workers(videos, tmp_path):
+def test_the_lock_dies_with_its_process_not_with_its_workers(videos, tmp_path, monkeypatch, capsys):
     """After SIGKILL the workers live on for seconds, but the next run need not wait for them."""
     flags = argv("main_pretrain.py", videos, tmp_path, 1, 2)
     flags[flags.index("--epochs") + 1] = 500
@@ -343,17 +339,23 @@ def test_the_lock_dies_with_its_process_not_with_its_workers(videos, tmp_path):
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     flags[flags.index("--epochs") + 1] = 2
-    second = spawn("main_pretrain.py", *flags)
-    try:
-        wait_for_line(second, rf"another run \(process {first.pid} on .*; trying again")
+    told = []
+
+    def tell(words):
+        told.append(words)
         first.kill()
-        out = second.communicate(timeout=120)[0]
+
+    monkeypatch.setattr(run, "print0", lambda *words: "another run" in words[0] and tell(words[0]))
+    try:
+        call(main_pretrain, *flags)
         assert all(map(alive, workers))
     finally:
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         kill_all(first)
-    assert second.returncode == 0 and "resumed from" in out, out
+    (words,) = told
+    assert re.match(rf"another run \(process {first.pid} on .*; trying again", words)
+    assert "resumed from" in capsys.readouterr().out
 
 
 @pytest.mark.slow

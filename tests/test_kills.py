@@ -89,9 +89,16 @@ def uninterrupted(videos, tmp_path_factory):
 MOMENTS = ("step", "save", "epoch")
 
 
-def kill_at(process: subprocess.Popen, out: Path, moment: str, rng: np.random.Generator) -> str:
+def kill_at(
+    process: subprocess.Popen,
+    out: Path,
+    moment: str,
+    rng: np.random.Generator,
+    epoch: int | None = None,
+) -> str:
     """Kill a run at the named moment and return what it had printed; it may end before that."""
-    epoch = rng.integers(EPOCHS - 1)
+    if epoch is None:
+        epoch = rng.integers(EPOCHS - 1)
     if moment == "save":  # a temporary file is there while a checkpoint is written
         while process.poll() is None and not list(out.glob("*.tmp*")):
             time.sleep(0.0005)
@@ -121,12 +128,9 @@ def kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow  # a fast one is with the signals below
 @pytest.mark.parametrize(
-    ("script", "moment"),
-    [
-        ("main_pretrain.py", "step"),
-        pytest.param("main_finetune.py", "save", marks=pytest.mark.slow),
-    ],
+    ("script", "moment"), [("main_pretrain.py", "step"), ("main_finetune.py", "save")]
 )
 def test_a_killed_run_resumes_bitwise(videos, uninterrupted, tmp_path, script, moment):
     kills(videos, uninterrupted, tmp_path, script, 1, 0, [moment], seed=0)
@@ -171,7 +175,10 @@ def rank_pid(process: subprocess.Popen, rank: int) -> int:
 def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     videos, uninterrupted, tmp_path, ranks, number
 ):
-    """Launchers, schedulers and `timeout` also send signals to loader workers."""
+    """Launchers, schedulers and `timeout` also send signals to loader workers.
+
+    The run that goes on is killed, too; the third equals an undisturbed one.
+    """
     whole, _ = uninterrupted("main_pretrain.py", ranks)
     flags = argv("main_pretrain.py", videos, tmp_path, ranks, 2)
     flags[flags.index("--checkpoint_minutes") + 1] = 0  # only the signal saves within an epoch
@@ -190,9 +197,11 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
         assert "forcefully exiting" not in out
         assert time.monotonic() - began < 30
     (saved,) = tmp_path.glob("checkpoint-*-*.pth")
-    assert f"going on at epoch 1, step {int(saved.stem[-8:])}\n" in finish(
-        spawn("main_pretrain.py", *flags, ranks=ranks)
-    )
+    flags[flags.index("--checkpoint_minutes") + 1] = 1e-6  # now every step saves
+    process = spawn("main_pretrain.py", *flags, ranks=ranks)
+    out = kill_at(process, tmp_path, "step", np.random.default_rng(0), epoch=2)
+    assert f"going on at epoch 1, step {int(saved.stem[-8:])}\n" in out
+    assert "resumed from" in finish(spawn("main_pretrain.py", *flags, ranks=ranks))
     assert_same_run(tmp_path, whole)
 
 

@@ -1,7 +1,6 @@
 """The data set: csv rows, samples, determinism, sampler and unreadable videos."""
 
 import gc
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -11,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import read_number
+from tests.conftest import FORK, read_number
 from tests.test_scripts import ROOT
 from tests.test_transforms import resize
 from tests.video_files import counter_frame, moving_frames, read_counter, write_video
@@ -156,24 +156,24 @@ def test_index_does_not_grow_in_workers(tmp_path):
     """Reading paths must not copy the index into a worker; packed arrays have no ref counts."""
     rows = (f"a/rather/long/path/to/video_{i:06d}.mp4 0\n" for i in range(300_000))
     path = write_csv(tmp_path, "".join(rows))
-    code = f"""
-import gc, os
-from util.kinetics import VideoIndex
-index = VideoIndex({path!r})
-pid = os.fork()
-if pid == 0:
-    def private():
-        text = open("/proc/self/smaps_rollup").read()
-        return sum(int(l.split()[1]) for l in text.splitlines() if l.startswith("Private_Dirty"))
-    before = private()
-    for i in range(len(index)):
-        index.path(i)
-    print(private() - before)
-    os._exit(0)
-os.waitpid(pid, 0)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 10_000  # KiB; a list of strings costs about 30 MB here
+    index = VideoIndex(path)
+
+    def private() -> int:
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return sum(int(x.split()[1]) for x in text.splitlines() if x.startswith("Private_Dirty"))
+
+    def read_all(pipe: Connection) -> None:
+        gc.freeze()  # a collection would write to all objects of the tests
+        before = private()
+        for i in range(len(index)):
+            index.path(i)
+        pipe.send(private() - before)
+
+    here, there = FORK.Pipe()
+    child = FORK.Process(target=read_all, args=[there])
+    child.start()
+    assert here.poll(60) and here.recv() < 10_000  # KiB; a list of strings costs about 30 MB here
+    child.join()
 
 
 # --- samples ------------------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def test_call_within_keeps_its_thread_unless_it_hangs_or_is_a_forks():
     with pytest.raises(ZeroDivisionError):
         call_within(5, lambda: 1 // 0)
     assert call_within(5, threading.get_ident) == kept != threading.get_ident()
-    child = multiprocessing.get_context("fork").Process(target=call_within, args=(5, int))
+    child = FORK.Process(target=call_within, args=(5, int))
     child.start()
     child.join()
     assert child.exitcode == 0  # it did not wait for a thread that only the parent has

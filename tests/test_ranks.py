@@ -4,6 +4,7 @@ It stands apart from the other tests of these modules because each process impor
 """
 
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -117,7 +118,8 @@ def work(rank, folder):
 def ranks(tmp_path_factory):
     """Run both functions in two processes; return each one's results in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    multiprocessing.set_forkserver_preload([__name__])  # one import for both processes
+    torch.multiprocessing.start_processes(work, (str(folder),), 2, start_method="forkserver")
     results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return {name: [result[name] for result in results] for name in results[0]}
 

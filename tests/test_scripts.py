@@ -7,7 +7,9 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +52,7 @@ FINETUNE = [
     *"--model vit_tiny_patch8 --num_classes 3 --batch_size 2 --repeat_aug 2".split(),
     *"--warmup_epochs 1 --epochs 2 --print_freq 1 --no-hflip".split(),
 ]
+VIEWS = "--num_clips 2 --num_crops 1 --num_workers 0 --device cpu".split()
 
 
 def call(module, *argv: object) -> None:
@@ -57,7 +60,7 @@ def call(module, *argv: object) -> None:
     run.run(module.main, lambda _: module.parse_args([str(a) for a in argv]))
 
 
-def spawn(script: str, *argv: object, ranks: int = 1, **kwargs) -> subprocess.Popen:
+def spawn(script: str | Path, *argv: object, ranks: int = 1, **kwargs) -> subprocess.Popen:
     """Start a script as a process, or as ranks under torchrun."""
     launcher = [sys.executable]
     if ranks > 1:
@@ -76,6 +79,12 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
     out, _ = process.communicate(timeout=240)
     assert process.returncode == status, out
     return out
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def weights(path: Path, key: str = "model") -> dict[str, torch.Tensor]:
@@ -199,18 +208,17 @@ def test_a_finished_run_leaves_only_the_ends_of_epochs(videos, tmp_path, epochs)
     assert names == [f"checkpoint-0000{i}.pth" for i in range(epochs)]
 
 
-def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path):
+def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path, capsys):
     """The checkpoint gives the model's flags; unreadable videos are listed and count as wrong."""
     rows = [f"{videos}/v{i}.mp4 {i % 3}" for i in range(6)] + ["missing.mp4 0"]
     (tmp_path / "test.csv").write_text("\n".join(rows))
     best = finetuned / "checkpoint-00001.pth"
-    printed = {}
     for ensemble in ("sum", "max"):
         out = tmp_path / ensemble
-        process = spawn("main_test.py", "--path_to_data_dir", tmp_path, "--finetune", best,
-                        "--num_clips", 3, "--num_crops", 2, "--output_dir", out, "--num_workers", 0,
-                        "--device", "cpu", "--ensemble", ensemble)  # fmt: skip
-        printed[ensemble] = finish(process)
+        call(main_test, "--path_to_data_dir", tmp_path, "--finetune", best, "--num_clips", 3,
+             "--num_crops", 2, "--output_dir", out, "--num_workers", 0, "--device", "cpu",
+             "--ensemble", ensemble)  # fmt: skip
+        printed = capsys.readouterr().out
         with (out / "predictions.csv").open() as file:
             predictions = list(csv.DictReader(file))
         assert [p["video"] for p in predictions] == [
@@ -218,9 +226,9 @@ def test_multi_view_test_needs_only_the_checkpoint(videos, finetuned, tmp_path):
         ]  # fmt: skip
         assert predictions[-1]["prediction"] == ""
         correct = sum(int(p["correct"]) for p in predictions)
-        assert f"top-1 {100 * correct / 7:.2f} %" in printed[ensemble]
-        assert "1 unreadable" in printed[ensemble]
-        assert "missing.mp4: no such file" in printed[ensemble]
+        assert f"top-1 {100 * correct / 7:.2f} %" in printed
+        assert "1 unreadable" in printed
+        assert "missing.mp4: no such file" in printed
         scores = np.load(out / "scores.npz")["scores"]
         assert scores.shape == (7, 3)
         if ensemble == "sum":
@@ -430,7 +438,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow  # test_kills.py has a fast one
+@pytest.mark.slow  # test_kills.py has a fast one, with signals
 def test_killed_run_resumes_to_the_same_weights(videos, tmp_path):
     """After SIGKILL in the second epoch, the same command gives the uninterrupted run, bitwise."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -458,61 +466,94 @@ def test_finished_run_does_nothing_more(videos, pretrained, capsys):
 # --- ranks --------------------------------------------------------------------------------------
 
 
-def test_two_ranks_pretrain_finetune_and_test(videos, tmp_path):
-    """Two gloo ranks started by torchrun: one log, joint batches, every video once.
+# Each rank runs command lines one after the other, each as a script's __main__. Their groups meet
+# at different ports, and not in torchrun's store, which keeps the addresses of the group before.
+COMMANDS = """
+import json, os, runpy, sys
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for port, argv in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"], sys.argv = str(port), argv
+    print("command:", *argv, flush=True)
+    runpy.run_path(argv[0], run_name="__main__")
+"""
 
-    Only the main rank makes pictures; confusions are added over ranks.
+
+@pytest.fixture(scope="module")
+def two_ranks(videos, pretrained, finetuned, tmp_path_factory) -> tuple[Path, int, str]:
+    """Train, test and fail in two gloo ranks of one torchrun; return folder, status and output.
+
+    Its folders are pretrain, finetune, test, and nan, whose checkpoint has a NaN in its weights.
     """
-    common = ["--path_to_data_dir", videos]
-    out = finish(spawn("main_pretrain.py", *common, "--output_dir", tmp_path / "p", "--epochs", 1,
-                       *PRETRAIN, "--batch_size", 1, "--accum_iter", 3, "--vis_period", 1,
-                       ranks=2))  # fmt: skip
-    assert "2 process(es)" in out
-    assert "clips per update: 6 x 2 = 12" in out
-    assert (tmp_path / "p/log.txt").read_text().count("\n") == 1
-    assert torch.load(tmp_path / "p/checkpoint-00000.pth", weights_only=True)["step"] == 1
-    assert len(list((tmp_path / "p/tensorboard").iterdir())) == 1
-
-    (tmp_path / "data").mkdir()
+    folder = tmp_path_factory.mktemp("ranks")
     rows = "".join(f"{videos}/v{i}.mp4 {i % 3}\n" for i in range(5))  # odd: one rank has more
     for split in ("train", "val", "test"):
-        (tmp_path / f"data/{split}.csv").write_text(rows)
-    common = ["--path_to_data_dir", tmp_path / "data"]
-    argv = [*common, "--output_dir", tmp_path / "f", *FINETUNE, "--epochs", 1]
-    start = tmp_path / "p/checkpoint-00000.pth"
-    finish(spawn("main_finetune.py", *argv, "--finetune", start, ranks=2))
-    events = EventAccumulator(str(tmp_path / "f/tensorboard")).Reload()
-    text = events.Tensors("val/worst_classes/text_summary")[0].tensor_proto.string_val[0].decode()
-    table = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
-    assert {row[0]: int(row[1]) for row in table} == {"0": 2, "1": 2, "2": 1}
-    right = sum(int(row[1]) * float(row[2]) for row in table) / 5
-    record = simplejson.loads((tmp_path / "f/log.txt").read_text())
-    assert record["val_acc1"] == pytest.approx(right) and record["val_bad"] == 0
-
-    scores = []
-    for ranks in (1, 2):
-        argv = [*common, "--num_clips", 2, "--num_workers", 0]
-        argv += ["--finetune", tmp_path / "f/checkpoint-00000.pth", "--device", "cpu"]
-        finish(spawn("main_test.py", *argv, "--output_dir", tmp_path / f"t{ranks}", ranks=ranks))
-        scores.append(np.load(tmp_path / f"t{ranks}/scores.npz")["scores"])
-    assert scores[0].shape == (5, 3)
-    assert np.array_equal(*scores)
-
-
-def test_non_finite_loss_stops_every_rank(videos, pretrained, tmp_path):
-    """A NaN weight makes the loss NaN; both ranks name the step, the files and the checkpoint."""
-    path = tmp_path / "checkpoint-00000.pth"
+        (folder / f"{split}.csv").write_text(rows)
     checkpoint = torch.load(pretrained / "checkpoint-00000.pth", weights_only=True)
     checkpoint["model"]["decoder_pred.bias"][0] = float("nan")
-    torch.save(checkpoint, path)
-    before = path.read_bytes()
-    out = finish(spawn("main_pretrain.py", "--path_to_data_dir", videos, "--output_dir", tmp_path,
-                       "--epochs", 3, *PRETRAIN, "--batch_size", 1, ranks=2), status=1)  # fmt: skip
-    assert out.count("epoch 1: the loss or gradient of step 0 is not finite") == 2
-    assert f"last good checkpoint: {path}" in out
-    assert sum(f"v{i}.mp4" in out for i in range(6)) == 2  # the joint batch
-    assert path.read_bytes() == before
-    assert not (tmp_path / "checkpoint-00001.pth").exists()
+    (folder / "nan").mkdir()
+    torch.save(checkpoint, folder / "nan.pth")
+    shutil.copy(folder / "nan.pth", folder / "nan/checkpoint-00000.pth")
+    commands = [
+        ["main_pretrain.py", "pretrain", "--path_to_data_dir", videos, *PRETRAIN, "--epochs", 1,
+         "--batch_size", 1, "--accum_iter", 3, "--vis_period", 1],
+        ["main_finetune.py", "finetune", "--path_to_data_dir", folder, *FINETUNE, "--epochs", 1,
+         "--finetune", pretrained / "checkpoint-00000.pth"],
+        ["main_test.py", "test", "--path_to_data_dir", folder, *VIEWS,
+         "--finetune", finetuned / "checkpoint-00001.pth"],
+        ["main_pretrain.py", "nan", "--path_to_data_dir", videos, *PRETRAIN, "--epochs", 3,
+         "--batch_size", 1],
+    ]  # fmt: skip
+    lines = [
+        (free_port(), [str(ROOT / script), "--output_dir", str(folder / name), *map(str, flags)])
+        for script, name, *flags in commands
+    ]
+    (folder / "commands.py").write_text(COMMANDS)
+    process = spawn(folder / "commands.py", simplejson.dumps(lines), ranks=2)
+    out, _ = process.communicate(timeout=240)
+    return folder, process.returncode, out
+
+
+def test_two_ranks_pretrain(two_ranks):
+    """One log, joint batches; only the main rank makes pictures."""
+    folder, _, out = two_ranks
+    assert "2 process(es)" in out, out
+    assert "clips per update: 6 x 2 = 12" in out
+    assert (folder / "pretrain/log.txt").read_text().count("\n") == 1
+    assert torch.load(folder / "pretrain/checkpoint-00000.pth", weights_only=True)["step"] == 1
+    assert len(list((folder / "pretrain/tensorboard").iterdir())) == 1
+
+
+def test_two_ranks_finetune(two_ranks):
+    """Confusions are added over ranks."""
+    folder, _, out = two_ranks
+    record = simplejson.loads((folder / "finetune/log.txt").read_text())
+    events = EventAccumulator(str(folder / "finetune/tensorboard")).Reload()
+    text = events.Tensors("val/worst_classes/text_summary")[0].tensor_proto.string_val[0].decode()
+    table = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    assert {row[0]: int(row[1]) for row in table} == {"0": 2, "1": 2, "2": 1}, out
+    right = sum(int(row[1]) * float(row[2]) for row in table) / 5
+    assert record["val_acc1"] == pytest.approx(right) and record["val_bad"] == 0
+
+
+def test_two_ranks_test_every_video_once(two_ranks, finetuned, tmp_path):
+    folder, _, out = two_ranks
+    call(main_test, "--path_to_data_dir", folder, "--output_dir", tmp_path, *VIEWS,
+         "--finetune", finetuned / "checkpoint-00001.pth")  # fmt: skip
+    one, two = (np.load(path / "scores.npz")["scores"] for path in (tmp_path, folder / "test"))
+    assert one.shape == (5, 3), out
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)  # the last bit may differ, see spawn
+
+
+def test_non_finite_loss_stops_every_rank(two_ranks):
+    """A NaN weight makes the loss NaN; both ranks name the step, the files and the checkpoint."""
+    folder, status, out = two_ranks
+    assert status == 1, out
+    assert out.count("epoch 1: the loss or gradient of step 0 is not finite") == 2, out
+    assert f"last good checkpoint: {folder}/nan/checkpoint-00000.pth" in out
+    told = out[out.index("is not finite") :]
+    assert sum(f"v{i}.mp4" in told for i in range(6)) == 2  # the joint batch
+    (checkpoint,) = (folder / "nan").glob("checkpoint*")
+    assert checkpoint.read_bytes() == (folder / "nan.pth").read_bytes()
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -608,13 +649,13 @@ def test_finetune_from_another_shape_and_from_rubbish(capsys, videos, tmp_path, 
 
 def test_results_that_cannot_be_written_are_printed_at_least(capsys, videos, finetuned, tmp_path):
     (tmp_path / "predictions.csv").mkdir()
-    process = spawn("main_test.py", "--path_to_data_dir", videos, "--output_dir", tmp_path,
-                    "--finetune", finetuned / "checkpoint-00001.pth", "--num_clips", 1,
-                    "--num_crops", 1, "--num_workers", 0, "--device", "cpu")  # fmt: skip
-    out = finish(process, status=1)
+    with pytest.raises(SystemExit) as end:
+        call(main_test, "--path_to_data_dir", videos, "--output_dir", tmp_path, *VIEWS,
+             "--finetune", finetuned / "checkpoint-00001.pth")  # fmt: skip
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
     assert re.search(r"top-1 [\d.]+ %", out)
-    assert "main_test.py: error: [Errno 21] Is a directory" in out
-    assert "Traceback" not in out
+    assert "error: [Errno 21] Is a directory" in err and err.count("\n") == 1
 
 
 def test_an_epoch_without_an_update_is_refused(capsys, videos, tmp_path):
@@ -652,18 +693,22 @@ def test_main_test_without_checkpoint(capsys, videos):
     assert "--finetune" in text
 
 
-def test_full_disk_leaves_old_checkpoints_and_ends_with_status_1(videos, pretrained, tmp_path):
+def test_full_disk_leaves_old_checkpoints_and_ends_with_status_1(
+    videos, pretrained, tmp_path, capsys
+):
     """A limit on file size replaces a full disk: with both, a write fails half-way."""
     full = (pretrained / "checkpoint-00000.pth").stat().st_size // 2
     argv = ["--path_to_data_dir", videos, "--output_dir", tmp_path, "--epochs", 2, *PRETRAIN]
-    out = finish(
-        spawn(
-            "main_pretrain.py", *argv,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (full, full)),
-        ),
-        status=1,
-    )  # fmt: skip
-    assert "error: the run's last checkpoint is lost: could not save" in out
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, before[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            call(main_pretrain, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
+    assert "error: the run's last checkpoint is lost: could not save" in err
     assert out.count("WARNING: could not save") == 2
     assert [p.name for p in tmp_path.glob("checkpoint*")] == []
     assert (tmp_path / "log.txt").read_text().count("\n") == 2

@@ -82,7 +82,9 @@ def test_a_step_on_a_gpu_reads_nothing_back():
         flip = torch.empty(4, dtype=torch.bool, device=gpu)
         boxes = torch.empty(4, 4, dtype=torch.int64, device=gpu)
         labels = torch.empty(4, dtype=torch.int64, device=gpu)
-        for mae, ratio, mask_type in itertools.product(maes, (0.0, 0.5), MASK_TYPES):
+        cases = {*itertools.product(maes, (0.0, 0.5), MASK_TYPES[:1])}
+        cases |= {*itertools.product(maes[:1], (0.0, 0.5), MASK_TYPES)}
+        for mae, ratio, mask_type in cases:
             loss, pred, mask = mae(augment_on_device(pixels, flip, None), 0.5, ratio, mask_type)
             assert loss.device == pred.device == mask.device == gpu
         for draw, ratio in itertools.product(range(8), (0.0, 0.5)):

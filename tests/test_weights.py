@@ -3,8 +3,7 @@
 import argparse
 import os
 import pickle
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import main_test
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests import formats, golden
+from tests.conftest import FORK
 from util import weights
 from util.errors import UserError
 from util.formats import checkpoint_args, model_state
@@ -132,15 +132,19 @@ def test_checkpoint_args():
 # --- reading once, and only what is used
 
 FAT = 2**28  # bytes of an optimiser
-COUNT_BYTES = """
-import sys, main_test
-def counts():
+
+
+def counts() -> tuple[int, int]:
+    """Return the bytes that this process has read, and its peak of memory in bytes."""
     with open("/proc/self/io") as io, open("/proc/self/status") as status:
         return int(io.read().split()[1]), 1024 * int(status.read().split("VmHWM:")[1].split()[0])
-before = counts()
-main_test.main(main_test.parse_args(sys.argv[1:]))
-print("grew", *(after - b for after, b in zip(counts(), before)))
-"""
+
+
+def growth_in_test(argv: list[str]) -> list[int]:
+    """Run main_test and return by how much the counts have grown."""
+    before = counts()
+    main_test.main(main_test.parse_args(argv))
+    return [after - b for after, b in zip(counts(), before, strict=True)]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's counters")
@@ -150,13 +154,10 @@ def test_multi_view_test_leaves_the_optimiser_on_the_disk(tmp_path, videos):
     checkpoint["optimizer"] = {"state": {0: {"exp_avg": torch.zeros(FAT // 4)}}}
     path = tmp_path / "checkpoint-00099.pth"
     torch.save(checkpoint, path)
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT_BYTES, "--path_to_data_dir", videos, "--finetune", path,
-         "--output_dir", tmp_path / "out", "--device", "cpu", "--num_workers", "0", "--dry_run"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    read, peak = map(int, run.stdout.split("grew")[1].split())
+    argv = ["--path_to_data_dir", str(videos), "--finetune", str(path), "--dry_run"]
+    argv += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--num_workers", "0"]
+    with ProcessPoolExecutor(1, FORK) as pool:
+        read, peak = pool.submit(growth_in_test, argv).result(timeout=120)
     assert read < FAT / 4 and peak < FAT / 2
 
 
