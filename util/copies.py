@@ -99,10 +99,9 @@ class Copies(Checkpointable):
                 return record
             record = self.read_record(unit, False) or self._copy(unit, sizes)
             if self.args.verify:
-                places = {f"{self.folder}/{place}": x for x, place in record["copies"].items()}
-                title = f"verifying {unit}"
-                damaged = in_parallel(find_damage, places, self.args.workers, title)
-                record["broken"] |= {places[place]: reason for place, reason in damaged.items()}
+                paths = {f"{self.folder}/{place}": x for x, place in record["copies"].items()}
+                damaged = in_parallel(find_damage, paths, self.args.workers, f"verifying {unit}")
+                record["broken"] |= {paths[place]: reason for place, reason in damaged.items()}
                 record["verified"] = True
             if self.args.pack:
                 save_json(f"{self.folder}/{unit}.json", record)
@@ -189,12 +188,10 @@ def find_plan(copies: Copies, paths: dict[str, str], split_of: dict[str, str]) -
     if args.pack and os.path.exists(path):
         plan = load_json(path)
         old = plan["made_for"]
-        if wrong := [x for x in old | made_for if old.get(x) != made_for.get(x)]:
-            was, now = (made.get(wrong[0], "absent") for made in (old, made_for))
-            raise UserError(
-                f"{path} is of a call with other flags or videos: {wrong[0]} was {was}, is {now}; "
-                f"name another folder, or delete {copies.folder}"
-            )
+        for x in old | made_for:
+            if (was := old.get(x, "absent")) != (now := made_for.get(x, "absent")):
+                what = f"{path} is of a call with other flags or videos: {x} was {was}, is {now}"
+                raise UserError(f"{what}; name another folder, or delete {copies.folder}")
         return plan
     ratio, seconds = sample(copies, sizes) if copies.recipe else (1.0, 0.0)
     units: dict[str, dict[str, int]] = {}
@@ -238,11 +235,9 @@ def tell_costs(copies: Copies, plan: dict[str, Any], todo: list[str]) -> None:
     folder = Path(copies.folder).absolute()
     free = shutil.disk_usage(next(x for x in (folder, *folder.parents) if x.exists())).free
     has, needs, room = (f"{tqdm.format_sizeof(x)}B" for x in (size, needed, free))
-    hours = size * plan["cpu_s_per_byte"] / 3600
-    work = f"about {hours:.3g} CPU-hours to re-encode them; " if hours else ""
-    total = sum(map(len, units.values()))
-    text = f"{len(sizes):,} of {total:,} videos to copy, {has}; {work}about {needs} needed"
-    print_any(f"{folder}: {text}, {room} free")
+    what = f"{len(sizes):,} of {sum(map(len, units.values())):,} videos to copy, {has}"
+    work = f"about {size * plan['cpu_s_per_byte'] / 3600:.3g} CPU-hours to re-encode them"
+    print_any(f"{folder}: {what}; {work}; about {needs} needed, {room} free")
     if needed > free:
         raise UserError(f"{folder} needs about {needs}, and its disk has {room} free", 1)
 

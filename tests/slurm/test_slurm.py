@@ -296,15 +296,14 @@ def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_pat
     assert "0 of 12 videos to copy" in out and "submitted" not in out
 
 
-def test_cancelled_jobs_are_an_error_and_only_what_is_missing_is_made_again(
-    slurm, prepared, tmp_path
-):
+def test_killed_jobs_are_an_error_and_only_what_is_missing_is_made_again(slurm, prepared, tmp_path):
     videos, whole = prepared
     process = start_preparing(slurm, videos, tmp_path, *QUEUE)
     wait_for(lambda: arrays(tmp_path), tmp_path / "shards/jobs")
     array = arrays(tmp_path).pop()
     wait_for(lambda: records(tmp_path), tmp_path / "shards/jobs")
-    subprocess.run(["scancel", array], env=slurm, check=True)
+    for how in (["--state=PENDING"], ["--full", "--signal=KILL"]):
+        subprocess.run(["scancel", *how, array], env=slurm, check=True)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "units are not done" in out, out
     assert "shards/jobs/*_log.err say why" in out
