@@ -51,7 +51,8 @@ class Copies(Checkpointable):
     recipe: dict[str, Any]  # arguments of transcode; empty: pack the videos as they are
 
     def __call__(self) -> None:
-        failed, units = None, list(load_json(f"{self.folder}/plan.json")["units"].items())
+        plan = json.loads(Path(f"{self.folder}/plan.json").read_bytes())
+        failed, units = None, list(plan["units"].items())
         for unit, sizes in random.sample(units, len(units)):  # rarely where another job is
             try:
                 self.make(unit, sizes, wait=False)
@@ -71,7 +72,7 @@ class Copies(Checkpointable):
     def read_record(self, unit: str, verified: bool) -> dict[str, Any]:
         """Return the record of a unit; an empty one unless its shard is there, and verified."""
         with contextlib.suppress(FileNotFoundError):
-            record = load_json(f"{self.folder}/{unit}.json")
+            record = json.loads(Path(f"{self.folder}/{unit}.json").read_bytes())
             whole = record["bytes"] == os.path.getsize(f"{self.folder}/{unit}.tar")
             return record if whole and record["verified"] >= verified else {}
         return {}
@@ -157,10 +158,6 @@ def save_json(path: str, content: Any) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
 
 
-def load_json(path: str) -> Any:
-    return json.loads(Path(path).read_bytes())
-
-
 def in_parallel(
     work: Callable[[str], str], paths: Collection[str], workers: int, title: str
 ) -> dict[str, str]:
@@ -186,7 +183,7 @@ def find_plan(copies: Copies, paths: dict[str, str], split_of: dict[str, str]) -
     made_for |= {x: f"in {split_of[path]}, {sizes[x]} bytes" for x, path in paths.items()}
     path = f"{copies.folder}/plan.json"
     if args.pack and os.path.exists(path):
-        plan = load_json(path)
+        plan = json.loads(Path(path).read_bytes())
         old = plan["made_for"]
         for x in old | made_for:
             if (was := old.get(x, "absent")) != (now := made_for.get(x, "absent")):
@@ -308,8 +305,7 @@ def run_jobs(copies: Copies, todo: list[str]) -> None:
     args.workers = args.cpus_per_task
     jobs = submit_jobs([copies] * num, logs, args)
     after = "" if local else "; the jobs go on if this command ends"
-    ids = f"{jobs[0].job_id} to {jobs[-1].job_id}"
-    print_any(f"submitted {num} jobs, {ids}; logs: {logs}{after}")
+    print_any(f"submitted {num} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; logs: {logs}{after}")
     with tqdm(desc="copying", total=len(todo), unit=" units") as bar:
         live, left = True, todo
         while live:
