@@ -1,8 +1,11 @@
 """Tests of copies in shards, made here or by jobs: plans, kills, full disks, broken videos."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -256,7 +259,7 @@ def test_an_old_plan_that_does_not_fit_is_refused(tmp_path, change, words):
     [
         ("--reencode", "--reencode needs a folder"),
         ("--reencode r --pack p", "with --pack it takes no folder"),
-        ("--cluster local", "--cluster is for copies"),
+        ("--reencode r --cluster local", "--cluster has no effect without --pack"),
         ("--pack p --jobs 3", "--jobs has no effect without --cluster"),
         ("--reencode r --shard_mb 5", "--shard_mb has no effect without --pack"),
         ("--pack p.tar", "may not end with .tar"),
@@ -324,19 +327,45 @@ def test_a_video_that_changes_on_the_way_is_an_error(videos, tmp_path, monkeypat
         run(tmp_path / "v", tmp_path, "--val_share", 0)
 
 
-def test_another_command_is_faster_and_cleans_up(videos, whole, tmp_path, monkeypatch):
-    """The shards of both are complete, and neither stops."""
-    real, calls = transcode, []
+def test_two_commands_share_the_work(videos, whole, tmp_path):
+    """Both end well, and each shard was made once."""
+    processes = [start(videos, tmp_path, "--workers", 1) for _ in range(2)]
+    outs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outs
+    assert contents(tmp_path) == whole
+    one, other = ({*re.findall(r"copying (\S+): 100%", out)} for out in outs)
+    assert one | other == {x[:-4] for x in whole if x.endswith(".tar")} and not one & other
 
-    def slow(*words, **options):
-        calls.extend([1] * ("max_frames" not in options))
-        if len(calls) == 4:
-            monkeypatch.setattr(copies, "transcode", real)
-            assert run(videos, tmp_path, "--workers", 1) == 1
-        return real(*words, **options)
 
-    monkeypatch.setattr(copies, "transcode", slow)
-    assert run(videos, tmp_path, "--workers", 1) == 1
+def test_a_command_waits_for_a_shard_that_another_process_makes(videos, whole, tmp_path):
+    (tmp_path / "shards/.work").mkdir(parents=True)
+    with open(tmp_path / "shards/.work/val-000000", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = start(videos, tmp_path)
+        while not list(tmp_path.glob("shards/train-*.json")):
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        assert not list(tmp_path.glob("shards/val-*"))
+    out = process.communicate()[0]
+    assert process.returncode == 1 and contents(tmp_path) == whole, out
+
+
+def test_without_locks_two_commands_may_make_one_shard(videos, whole, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    copy, status = copies.Copies._copy, []
+
+    def slow(*words):
+        monkeypatch.setattr(copies.Copies, "_copy", copy)
+        record = copy(*words)
+        status.append(run(videos, tmp_path))
+        return record
+
+    monkeypatch.setattr(copies.Copies, "_copy", slow)
+    assert run(videos, tmp_path) == 1 and status == [1]
     assert contents(tmp_path) == whole
 
 
@@ -347,7 +376,7 @@ def test_two_commands_write_the_same_loose_copies(videos, tmp_path, monkeypatch)
     def slow(*rest):
         monkeypatch.setattr(copies.Copies, "make", make)
         status.append(prepare(*words))
-        make(*rest)
+        return make(*rest)
 
     monkeypatch.setattr(copies.Copies, "make", slow)
     assert prepare(*words) == 1 and status == [1]
@@ -433,27 +462,14 @@ def test_a_job_that_fails_names_its_log(videos, whole, tmp_path):
     assert process.returncode == 1 and "Traceback" not in out, out
     error = out.splitlines()[-1]
     assert "units are not done, val-000000 for example" in error, out
-    log = next(word for word in error.split() if word.endswith("_log.err"))
-    assert "val-000000.tar" in Path(log).read_text()
+    logs = next(Path(word) for word in error.split() if word.endswith("_log.err"))
+    assert any("val-000000.tar" in log.read_text() for log in logs.parent.glob(logs.name))
     assert not (tmp_path / "train.csv").exists()
     (tmp_path / "shards/val-000000.tar").rmdir()
     process = start(videos, tmp_path, *flags, "--verify")
     out = process.communicate()[0]
     assert process.returncode == 1 and "28 of 29 videos can be decoded" in out, out
     assert contents(tmp_path) == whole
-
-
-@pytest.mark.slow
-def test_loose_copies_by_jobs(videos, tmp_path):
-    for name, flags in (("one", []), ("jobs", ["--cluster", "local", "--jobs", 2])):
-        out = tmp_path / name
-        words = "folders", videos, out, "--reencode", out / "small", *SMALL[:2], "--verify"
-        assert prepare(*words, *flags) == 1
-    files = [
-        {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-        for out in (tmp_path / "one", tmp_path / "jobs")
-    ]
-    assert files[0] == files[1] and len(files[0]) == 28 + 5
 
 
 @pytest.mark.slow

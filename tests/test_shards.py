@@ -591,7 +591,7 @@ def test_splits_of_tars(clip, tmp_path):
         index(tmp_path / "named")
     write_tar(tmp_path / "named/k400-val-000.tar", files)
     write_tar(tmp_path / "named/odd.tar", files)
-    with pytest.raises(UserError, match=r"odd\.tar: neither train, val nor test is in its path"):
+    with pytest.raises(UserError, match=r"odd\.tar.*: neither train, val nor test is in its path"):
         index(tmp_path / "named")
     write_tar(tmp_path / "two/val/train.tar", files)
     with pytest.raises(UserError, match=r"train\.tar: is this train or val\? Its path says both"):

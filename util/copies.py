@@ -1,23 +1,25 @@
 """Copies of the videos of a data set: re-encoded, packed into shards and verified, here or by jobs.
 
-The unit of work is a fixed group of videos: with --pack, a shard. The plan, which says which videos
-a unit has, follows from the data set and the flags alone, and so do the copies: any number of jobs
-writes the same shards. A unit is done when its record, a json file, is there. Files get their names
-when they are whole: after a kill the same command goes on, and two processes may make one unit.
+The plan, which says which videos a shard has, follows from the data set and the flags alone, and so
+do the shards. A shard is done when its record, a json file, is there. Any process can make any
+shard, and locks it meanwhile. Files get their names when they are whole, so that the same command
+goes on after a kill. Without --pack, copies have no plan and no records: those that are there stay.
 """
 
 import contextlib
+import fcntl
 import json
+import math
 import os
+import random
 import shutil
 import socket
 import tempfile
 import time
-import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,100 +35,114 @@ from util.video.decode import Video, VideoError
 from util.video.source import file_of, find_member, member_path
 from util.video.transcode import CHEAP, find_damage, transcode
 
-GROUP = 256  # videos of a unit without --pack
 OVERHEAD = 1536  # bytes per video in a shard, about: header, name and padding
 SAMPLE, SAMPLE_FRAMES = 8, 100  # videos that are re-encoded for the estimate, frames of each
 
 
 @dataclass
 class Copies(Checkpointable):
-    """The copies of some videos in a folder; a job that makes them, which Slurm may requeue.
+    """The copies that the flags ask for. Paths of videos start from args.videos.
 
-    Paths of videos start from the folder `videos`.
+    As a job, which Slurm may requeue, it makes the shards that no other process makes.
     """
 
-    videos: str
-    folder: str
-    state: str  # folder of the plan, the records and the logs of jobs
-    shards: bool  # pack the copies
-    recipe: dict[str, Any] | None  # arguments of transcode; None: pack the videos as they are
-    verify: bool
-    workers: int  # videos copied at a time
-    units: dict[str, dict[str, int]]  # of every unit, paths and bytes of its videos
+    args: Namespace
+    folder: str  # of the copies, or of shards, their plan, their records and the logs of jobs
+    recipe: dict[str, Any]  # arguments of transcode; empty: pack the videos as they are
 
     def __call__(self) -> None:
-        """Make all units, as a job."""
-        for unit in self.units:
-            self.make(unit)
-            print_any(f"{unit} is done")
+        plan = json.loads(Path(f"{self.folder}/plan.json").read_bytes())
+        failed, units = None, list(plan["units"].items())
+        for unit, sizes in random.sample(units, len(units)):  # rarely where another job is
+            try:
+                self.make(unit, sizes, wait=False)
+            except OSError as error:
+                failed = error
+        if failed:
+            raise failed
 
     def name(self, path: str) -> str:
         """Return the name of the copy of a video, in its shard or in the folder."""
-        return path if self.recipe is None else str(Path(path).with_suffix(".mp4"))
+        return str(Path(path).with_suffix(".mp4")) if self.recipe else path
 
-    def read_record(self, unit: str) -> dict[str, Any] | None:
-        """Return the record of a unit whose copies are made; None without it or its shard."""
+    def lacks(self, path: str) -> bool:
+        """Return whether a video of a unit that is not done has to be copied."""
+        return self.args.pack or not os.path.exists(f"{self.folder}/{self.name(path)}")
+
+    def read_record(self, unit: str, verified: bool) -> dict[str, Any]:
+        """Return the record of a unit; an empty one unless its shard is there, and verified."""
         with contextlib.suppress(FileNotFoundError):
-            record = load_json(f"{self.state}/{unit}.json")
-            if not self.shards or os.path.getsize(f"{self.folder}/{unit}.tar") == record["bytes"]:
+            record = json.loads(Path(f"{self.folder}/{unit}.json").read_bytes())
+            whole = record["bytes"] == os.path.getsize(f"{self.folder}/{unit}.tar")
+            return record if whole and record["verified"] >= verified else {}
+        return {}
+
+    @contextlib.contextmanager
+    def lock(self, unit: str, wait: bool = True) -> Iterator[bool]:
+        """Lock a unit, or give False if another process has it; the lock ends with its process."""
+        os.makedirs(f"{self.folder}/.work", exist_ok=True)
+        with open(f"{self.folder}/.work/{unit}", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except OSError as error:  # file systems without locks raise others
+                free = not isinstance(error, BlockingIOError)
+            yield free
+
+    def make(self, unit: str, sizes: dict[str, int], wait: bool = True) -> dict[str, Any]:
+        """Copy, pack and verify the videos of a unit, unless this was done; return its record.
+
+        Without `wait`, return an empty one if another process makes the unit. `sizes` are bytes.
+        """
+        with self.lock(unit, wait) as free:
+            record = self.read_record(unit, self.args.verify)
+            if record or not free:
                 return record
-        return None
+            record = self.read_record(unit, False) or self._copy(unit, sizes)
+            if self.args.verify:
+                paths = {f"{self.folder}/{place}": x for x, place in record["copies"].items()}
+                damaged = in_parallel(find_damage, paths, self.args.workers, f"verifying {unit}")
+                record["broken"] |= {paths[place]: reason for place, reason in damaged.items()}
+                record["verified"] = True
+            if self.args.pack:
+                save_json(f"{self.folder}/{unit}.json", record)
+            return record
 
-    def is_done(self, unit: str) -> bool:
-        record = self.read_record(unit)
-        return record is not None and ("damaged" in record or not self.verify)
-
-    def make(self, unit: str, bar: tqdm | None = None) -> None:
-        """Copy, pack and verify the videos of a unit, except for what was done before."""
-        try:
-            record = self.read_record(unit) or self._copy(unit, bar)
-        except OSError:
-            record = self.read_record(unit)
-            if record is None:  # otherwise, another process was faster, and cleaned up
-                raise
-        if self.verify and "damaged" not in record:
-            places = {x: os.path.join(self.folder, place) for x, place in record["copies"].items()}
-            record["damaged"] = in_parallel(lambda x: find_damage(places[x]), places, self.workers)
-            save_json(f"{self.state}/{unit}.json", record)
-
-    def _copy(self, unit: str, bar: tqdm | None) -> dict[str, Any]:
-        """Copy and pack the videos of a unit; write and return what is known of them then."""
-        sizes = self.units[unit]
-        sources = {path: os.path.join(self.videos, path) for path in sizes}
-        # a folder of this process: nothing that another one does can spoil a shard
-        with tempfile.TemporaryDirectory(prefix=f".{unit}.", dir=self.state) as own:
-            files = {path: os.path.join(self.folder, self.name(path)) for path in sizes}
-            if self.shards:
-                files = {path: f"{own}/{i}.mp4" for i, path in enumerate(sizes)}
+    def _copy(self, unit: str, sizes: dict[str, int]) -> dict[str, Any]:
+        """Copy and pack the videos of a unit; return its record."""
+        # a folder of this process: where a file system has no locks, two may make one unit
+        with tempfile.TemporaryDirectory(dir=f"{self.folder}/.work") as own:
+            place = {path: f"{self.folder}/{self.name(path)}" for path in sizes}
+            if self.args.pack:
+                place = {path: f"{own}/{i}.mp4" for i, path in enumerate(sizes)}
 
             def copy(path: str) -> str:
-                if file_size(sources[path]) != sizes[path]:
-                    name = f"{sources[path]} (on {socket.gethostname()})"
+                source = os.path.join(self.args.videos, path)
+                if file_size(source) != sizes[path]:
+                    name = f"{source} (on {socket.gethostname()})"
                     raise OSError(f"{name} is missing, or has changed since the plan was made")
                 try:
-                    if self.recipe is None:
-                        Video(sources[path]).close()
+                    if not self.recipe:
+                        Video(source).close()
+                        place[path] = source
                         return ""
-                    with contextlib.suppress(VideoError), Video(files[path]):
+                    with contextlib.suppress(VideoError), Video(place[path]):
                         return ""  # it was copied earlier
-                    os.makedirs(os.path.dirname(files[path]), exist_ok=True)
-                    transcode(sources[path], files[path], **self.recipe)
+                    os.makedirs(os.path.dirname(place[path]), exist_ok=True)
+                    transcode(source, place[path], **self.recipe)
                 except VideoError as error:
                     return str(error)
                 return ""
 
-            failed = in_parallel(copy, sizes, self.workers, bar)
-            copies = {path: self.name(path) for path in sizes if path not in failed}
-            record: dict[str, Any] = {"failed": failed, "copies": copies}
-            if self.shards:
-                files = files if self.recipe else sources
-                members = write_shard(f"{own}/shard", [(copies[x], files[x]) for x in copies])
-                places = [member_path(x._replace(shard=f"{unit}.tar")) for x in members]
-                record["copies"] = dict(zip(copies, places, strict=True))
-                record["bytes"] = os.path.getsize(f"{own}/shard")
-                os.replace(f"{own}/shard", os.path.join(self.folder, f"{unit}.tar"))
-        save_json(f"{self.state}/{unit}.json", record)
-        return record
+            broken = in_parallel(copy, sizes, self.args.workers, f"copying {unit}")
+            copies, size = {path: self.name(path) for path in sizes if path not in broken}, 0
+            if self.args.pack:
+                shard = f"{own}/{unit}.tar"
+                members = write_shard(shard, [(copies[x], place[x]) for x in copies])
+                names = [member_path(x).removeprefix(f"{own}/") for x in members]
+                copies, size = dict(zip(copies, names, strict=True)), os.path.getsize(shard)
+                os.replace(shard, f"{self.folder}/{unit}.tar")
+        return {"copies": copies, "broken": broken, "bytes": size, "verified": False}
 
 
 def file_size(path: str) -> int:
@@ -142,65 +158,47 @@ def save_json(path: str, content: Any) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
 
 
-def load_json(path: str) -> Any:
-    return json.loads(Path(path).read_bytes())
-
-
 def in_parallel(
-    work: Callable[[str], str], paths: Iterable[str], workers: int, bar: tqdm | None = None
+    work: Callable[[str], str], paths: Collection[str], workers: int, title: str
 ) -> dict[str, str]:
-    """Call work(path) for every path and advance the bar; return answers that are not empty."""
-    paths, answers = list(dict.fromkeys(paths)), []
+    """Call work(path) for every path, with a progress bar; return answers that are not empty."""
     # Threads are enough: decoding and encoding release the interpreter's lock. After an error or
     # Ctrl-C, map cancels what has not begun; copies under way are finished or removed.
     with ThreadPoolExecutor(workers) as pool:
-        try:
-            for answer in pool.map(work, paths):
-                answers.append(answer)
-                if bar is not None:
-                    bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
+        answers = tqdm(pool.map(work, paths), title, len(paths), unit=" videos")
+        return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def find_plan(copies: Copies, split_of: dict[str, str], args: Namespace) -> dict[str, Any]:
+def find_plan(copies: Copies, paths: dict[str, str], split_of: dict[str, str]) -> dict[str, Any]:
     """Return the plan of an earlier call or else a new one; UserError if that one does not fit."""
-    paths = [os.path.join(copies.videos, path) for path in split_of]
+    args = copies.args
     with ThreadPoolExecutor(32) as pool:  # on file servers each answer takes milliseconds
-        sizes = dict(zip(split_of, pool.map(file_size, paths), strict=True))
-    made_for: dict[str, Any] = {f"--{name}": value for name, value in (copies.recipe or {}).items()}
+        sizes = dict(zip(paths, pool.map(file_size, paths.values()), strict=True))
+    made_for: dict[str, Any] = {f"--{name}": value for name, value in copies.recipe.items()}
     made_for |= {"x264's options": str(CHEAP)} if copies.recipe else {}
-    made_for |= {"--shard_mb": args.shard_mb} if copies.shards else {}
-    made_for |= {x: f"in {split}, {sizes[x]} bytes" for x, split in split_of.items()}
-    if not copies.shards:  # copies of other calls are kept; their records may be of other units
-        copies.state += f"/{zlib.crc32(repr(made_for).encode()):08x}"
-    path = os.path.join(copies.state, "plan.json")
-    if os.path.exists(path):
-        plan = load_json(path)
+    made_for["--shard_mb"] = args.shard_mb
+    made_for |= {x: f"in {split_of[path]}, {sizes[x]} bytes" for x, path in paths.items()}
+    path = f"{copies.folder}/plan.json"
+    if args.pack and os.path.exists(path):
+        plan = json.loads(Path(path).read_bytes())
         old = plan["made_for"]
-        if wrong := [x for x in old | made_for if old.get(x) != made_for.get(x)]:
-            was, now = (made.get(wrong[0], "absent") for made in (old, made_for))
-            raise UserError(
-                f"{path} is of a call with other flags or videos: {wrong[0]} was {was}, is {now}; "
-                f"name another folder, or delete {copies.state}"
-            )
+        for x in old | made_for:
+            if (was := old.get(x, "absent")) != (now := made_for.get(x, "absent")):
+                what = f"{path} is of a call with other flags or videos: {x} was {was}, is {now}"
+                raise UserError(f"{what}; name another folder, or delete {copies.folder}")
         return plan
-    weights, limit = dict.fromkeys(sizes, 1.0), float(GROUP)
     ratio, seconds = sample(copies, sizes) if copies.recipe else (1.0, 0.0)
-    if copies.shards:
-        weights = {x: max(size, 0) * ratio + OVERHEAD for x, size in sizes.items()}
-        limit = args.shard_mb * 1e6
     units: dict[str, dict[str, int]] = {}
-    for split, group in groupby(split_of, split_of.__getitem__):  # they are in this order
+    for split, group in groupby(paths, lambda x: split_of[paths[x]]):  # they are in this order
         number, room = -1, 0.0
         for x in group:
-            if room < weights[x]:
-                number, room = number + 1, limit
-            room -= weights[x]
+            weight = max(sizes[x], 0) * ratio + OVERHEAD
+            if room < weight:
+                number, room = number + 1, args.shard_mb * 1e6 if args.pack else math.inf
+            room -= weight
             units.setdefault(f"{split}-{number:06d}", {})[x] = sizes[x]
     return {"made_for": made_for, "ratio": ratio, "cpu_s_per_byte": seconds, "units": units}
 
@@ -210,148 +208,113 @@ def sample(copies: Copies, sizes: dict[str, int]) -> tuple[float, float]:
 
     The bytes are rounded: another version of the libraries may write slightly other copies.
     """
-    before, after, seconds, there = 0, 0.0, 0.0, Path(copies.folder)
-    new = [path for path in sizes if copies.shards or not (there / copies.name(path)).exists()]
+    before, after, seconds = 0, 0.0, 0.0
+    new = list(filter(copies.lacks, sizes))
     with tempfile.TemporaryDirectory() as folder:
         for path in new[:: -(-len(new) // SAMPLE) or 1]:  # spread evenly
-            with contextlib.suppress(VideoError), Video(f"{copies.videos}/{path}") as video:
+            with contextlib.suppress(VideoError), Video(f"{copies.args.videos}/{path}") as video:
                 begin, target = time.thread_time(), f"{folder}/copy.mp4"
-                recipe = copies.recipe or {}
-                count = transcode(video.path, target, max_frames=SAMPLE_FRAMES, **recipe)
+                count = transcode(video.path, target, max_frames=SAMPLE_FRAMES, **copies.recipe)
                 seconds += (time.thread_time() - begin) * video.num_frames / count
                 after += os.path.getsize(target) * video.num_frames / count
                 before += sizes[path]
     return (float(f"{after / before:.2g}"), seconds / before) if before else (1.0, 0.0)
 
 
-def tell_costs(copies: Copies, plan: dict[str, Any], args: Namespace) -> None:
-    """Print how much there is to do and what it takes; UserError if the disk has no room for it."""
-    folder, todo = Path(copies.folder).absolute(), dict[str, int]()
-    for unit, sizes in copies.units.items():
-        if not copies.is_done(unit):
-            new = [x for x in sizes if copies.shards or not (folder / copies.name(x)).exists()]
-            todo |= {x: max(sizes[x], 0) for x in new}
-    size = sum(todo.values())
-    needed = size * plan["ratio"]
-    if copies.shards:
-        needed += OVERHEAD * len(todo)
-        if copies.recipe:  # a unit's copies are there twice for a moment
-            needed += min(needed, (args.jobs if args.cluster else 1) * args.shard_mb * 1e6)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    has, needs, left = (f"{tqdm.format_sizeof(x)}B" for x in (size, needed, free))
-    hours = size * plan["cpu_s_per_byte"] / 3600
-    work = f"about {hours:.3g} CPU-hours to re-encode them; " if hours else ""
-    total = sum(map(len, copies.units.values()))
-    text = f"{len(todo):,} of {total:,} videos to copy, {has}; {work}about {needs} needed"
-    print_any(f"{copies.folder}: {text}, {left} free")
+def tell_costs(copies: Copies, plan: dict[str, Any], todo: list[str]) -> None:
+    """Print what it takes to make the units `todo`; UserError if the disk has no room for them."""
+    units, args = plan["units"], copies.args
+    sizes = {x: max(units[unit][x], 0) for unit in todo for x in filter(copies.lacks, units[unit])}
+    size = sum(sizes.values())
+    needed = size * plan["ratio"] + OVERHEAD * len(sizes)
+    if args.pack and copies.recipe:  # a unit's copies are there twice for a moment
+        needed += min(needed, (args.jobs if args.cluster else 1) * args.shard_mb * 1e6)
+    folder = Path(copies.folder).absolute()
+    free = shutil.disk_usage(next(x for x in (folder, *folder.parents) if x.exists())).free
+    has, needs, room = (f"{tqdm.format_sizeof(x)}B" for x in (size, needed, free))
+    what = f"{len(sizes):,} of {sum(map(len, units.values())):,} videos to copy, {has}"
+    work = f"about {size * plan['cpu_s_per_byte'] / 3600:.3g} CPU-hours to re-encode them"
+    print_any(f"{folder}: {what}; {work}; about {needs} needed, {room} free")
     if needed > free:
-        raise UserError(f"{copies.folder} needs about {needs}, and its disk has {left} free", 1)
+        raise UserError(f"{folder} needs about {needs}, and its disk has {room} free", 1)
 
 
 # --- running --------------------------------------------------------------------------------------
 
 
-def make_copies(
-    split_of: dict[str, str], args: Namespace, private: str
-) -> tuple[dict[str, str], dict[str, str]]:
+def make_copies(split_of: dict[str, str], args: Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """Make the copies that --reencode and --pack ask for, here or by the jobs of --cluster.
 
     Args:
-        split_of: the path of every video, below args.videos, and the split whose shards take it;
-            the splits one after the other.
-        private: an empty folder of this process.
+        split_of: the path of every video and the split whose shards take it; the splits one after
+            the other.
 
     Returns:
         The paths of the copies (after --dry_run, of the videos); 'PATH: reason' of videos without a
         copy and of bad copies (--verify): both by path of the video.
     """
-    recipe = None
-    if args.reencode is not None:
-        recipe = {name: getattr(args, name) for name in ("short_side", "gop", "crf")}
-    shards, folder = bool(args.pack), str(args.pack or args.reencode)
-    # loose copies that are there are looked at again, so that a single process needs no old records
-    state = folder if shards else os.path.join(folder, ".jobs") if args.cluster else private
-    copies = Copies(args.videos, folder, state, shards, recipe, args.verify, args.workers, {})
-    _check_names(copies, split_of)
-    plan = find_plan(copies, split_of if shards else dict.fromkeys(split_of, "copies"), args)
-    copies.units = plan["units"]
-    tell_costs(copies, plan, args)
+    folder, flags = args.pack or args.reencode, ("short_side", "gop", "crf")
+    recipe = {x: getattr(args, x) for x in flags} if args.reencode is not None else {}
+    copies = Copies(args, folder, recipe)
+    paths = {str(Path(path).relative_to(args.videos)): path for path in split_of}
+    _check_names(copies, paths)
+    plan = find_plan(copies, paths, split_of)
+    todo = [unit for unit in plan["units"] if not copies.read_record(unit, args.verify)]
+    tell_costs(copies, plan, todo)
     if args.dry_run:
-        return {path: os.path.join(args.videos, path) for path in split_of}, {}
-    os.makedirs(copies.state, exist_ok=True)
-    save_json(os.path.join(copies.state, "plan.json"), plan)
-    todo = [unit for unit in copies.units if not copies.is_done(unit)]
-    with tqdm(desc="copying", total=len(split_of), unit=" videos") as bar:
-        bar.update(len(split_of) - sum(len(copies.units[unit]) for unit in todo))
-        if args.cluster:
-            run_jobs(copies, todo, args, bar)
-        else:
-            for unit in todo:
-                copies.make(unit, bar)
-    places, broken = dict[str, str](), dict[str, str]()
-    for unit in copies.units:
-        record = load_json(f"{copies.state}/{unit}.json")
-        places |= {x: os.path.join(folder, place) for x, place in record["copies"].items()}
-        broken |= record["failed"] | record.get("damaged", {})
-    # what killed processes have left, or everything: the next call looks at loose copies again
-    for path in Path(state).glob(".*-??????.*") if shards else [state]:
-        shutil.rmtree(path, ignore_errors=True)
-    return places, broken
+        return {path: path for path in split_of}, {}
+    os.makedirs(folder, exist_ok=True)
+    if args.pack:
+        save_json(f"{folder}/plan.json", plan)
+    if args.cluster and todo:
+        run_jobs(copies, todo)
+    copy_of, broken = dict[str, str](), dict[str, str]()
+    for unit, sizes in plan["units"].items():
+        record = copies.make(unit, sizes)
+        copy_of |= {paths[x]: f"{folder}/{place}" for x, place in record["copies"].items()}
+        broken |= {paths[x]: reason for x, reason in record["broken"].items()}
+    shutil.rmtree(f"{folder}/.work", ignore_errors=True)  # locks, and what killed processes left
+    return copy_of, broken
 
 
-def _check_names(copies: Copies, paths: Iterable[str]) -> None:
+def _check_names(copies: Copies, paths: dict[str, str]) -> None:
     """Raise UserError if two videos would have the same copy, or a copy the place of a source."""
     folder, taken = copies.folder, dict[str, str]()
-    if copies.shards and ".tar/" in os.path.abspath(folder) + "/":
+    if copies.args.pack and ".tar/" in os.path.abspath(folder) + "/":
         raise UserError(f"--pack {folder}: the name of a folder may not end with .tar")
-    for path in paths:
-        if copies.recipe is None and find_member(path):
+    for path, source in paths.items():
+        if not copies.recipe and find_member(path):
             raise UserError(f"{path} is in a tar file already: --pack needs --reencode here")
-        source = os.path.join(copies.videos, path)
-        target = os.path.join(folder, copies.name(path))
+        target = f"{folder}/{copies.name(path)}"
         if (other := taken.setdefault(target, source)) != source:
             raise UserError(f"{source} and {other} would have the same copy: rename one")
-        loose = not copies.shards and os.path.exists(target)
-        if loose and os.path.samefile(file_of(source), target):
+        if not copies.lacks(path) and os.path.samefile(file_of(source), target):
             raise UserError(f"--reencode {folder} would overwrite {source}: choose another")
 
 
-def run_jobs(copies: Copies, todo: list[str], args: Namespace, bar: tqdm) -> None:
-    """Have jobs make units, except for those that Slurm's jobs of an earlier call make, and wait.
+def run_jobs(copies: Copies, todo: list[str]) -> None:
+    """Have jobs make the units `todo`, and wait until all are done, by whomever.
 
     Raises:
-        UserError: the jobs ended before all units were done.
+        UserError: the jobs have ended, and no other process makes the units that are left.
     """
-    logs, local = os.path.abspath(os.path.join(copies.state, "jobs")), args.cluster == "local"
-    path, started, units_of = os.path.join(logs, "jobs.json"), [], dict[str, list[str]]()
-    if not local and os.path.exists(path):
-        units_of = load_json(path)  # by the id of the job
-        units_of = {job: units_of[job] for job in find_live(units_of)}
-    taken = {unit for units in units_of.values() for unit in units}
-    if free := [unit for unit in todo if unit not in taken]:
-        num = min(args.jobs, len(free))
-        if local:  # on Slurm, the flag says how many cores a job has
-            args.cpus_per_task = max(1, args.workers // num)
-        common = {x: os.path.abspath(getattr(copies, x)) for x in ("videos", "folder", "state")}
-        common["workers"] = args.cpus_per_task
-        parts = [{unit: copies.units[unit] for unit in free[k::num]} for k in range(num)]
-        started = submit_jobs([replace(copies, units=x, **common) for x in parts], logs, args)
-        units_of |= {job.job_id: list(part) for job, part in zip(started, parts, strict=True)}
-        save_json(path, units_of)
-        after = "" if local else "; the jobs go on if this command ends"
-        ids = f"{started[0].job_id} to {started[-1].job_id}"
-        print_any(f"submitted {num} jobs, {ids}; logs: {logs}{after}")
-    silent = 0
-    while todo and silent < 2:  # once more after the end: a file server may show records late
-        time.sleep(1 if local else 10)
-        live = any(not job.done() for job in started) if local else find_live(units_of)
-        silent = 0 if live else silent + 1
-        done = [unit for unit in todo if copies.is_done(unit)]
-        todo = [unit for unit in todo if unit not in done]
-        bar.update(sum(len(copies.units[unit]) for unit in done))
-    if todo:
-        job = next(job for job, units in units_of.items() if todo[0] in units)
-        log = f"{os.path.join(logs, job)}_0_log.err says why; the same command goes on"
-        what = f"{len(todo)} of {len(copies.units)} units are not done, {todo[0]} for example"
-        raise UserError(f"{what}; {log}", 1)
+    args, num = copies.args, min(copies.args.jobs, len(todo))
+    local, logs = args.cluster == "local", os.path.abspath(f"{copies.folder}/jobs")
+    if local:  # on Slurm, the flag says how many cores a job has
+        args.cpus_per_task = max(1, args.workers // num)
+    args.workers = args.cpus_per_task
+    jobs = submit_jobs([copies] * num, logs, args)
+    after = "" if local else "; the jobs go on if this command ends"
+    print_any(f"submitted {num} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; logs: {logs}{after}")
+    with tqdm(desc="copying", total=len(todo), unit=" units") as bar:
+        live, left = True, todo
+        while live:
+            live = any(not x.done() for x in jobs) if local else find_live(x.job_id for x in jobs)
+            time.sleep(1 if local else 10)  # also after the end: a file server shows records late
+            left = [unit for unit in left if not copies.read_record(unit, args.verify)]
+            bar.update(len(todo) - len(left) - bar.n)
+    for unit in left:
+        with copies.lock(unit):  # which a job of another command may have
+            if not copies.read_record(unit, args.verify):
+                what = f"{len(left)} of {len(todo)} units are not done, {unit} for example"
+                raise UserError(f"{what}; {logs}/*_log.err say why; the same command goes on", 1)

@@ -20,14 +20,11 @@ import os
 import random
 import re
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from itertools import groupby, zip_longest
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from tqdm import tqdm
 
 from util.args import adder, between, positive_float, positive_int, share
 from util.classes import check_names
@@ -76,7 +73,7 @@ class DataSet(NamedTuple):
     classes: list[str]  # in the order of the labels
     missing: list[str]  # "SPLIT NAME" of annotated videos that were not found
     wanted: set[str]  # splits that were asked for, and must have videos
-    damaged: Sequence[tuple[str, str]] = ()  # tar files and 'PATH: reason'
+    broken: Mapping[str, str] = {}  # 'PATH: reason' of videos and tar files, by path
 
 
 def read_kinetics(args: argparse.Namespace) -> DataSet:
@@ -88,7 +85,7 @@ def read_kinetics(args: argparse.Namespace) -> DataSet:
     clips = []
     for path in args.annotations:
         # without skipinitialspace, a quote after ", " would not count as one
-        reader = csv.reader(io.StringIO(_read_text(path), newline=""), skipinitialspace=True)
+        reader = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
         try:
             header = [name.strip() for name in next(reader, [])]
             if missing := {"youtube_id", "time_start", "time_end"} - set(header):
@@ -130,22 +127,13 @@ def read_ssv2(args: argparse.Namespace) -> DataSet:
 
 def _read_json(path: str, kind: type) -> Any:
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(read_text(path))
         json.dumps(content, ensure_ascii=False).encode()  # escapes may name what is no character
     except ValueError as error:
         raise UserError(f"{path} is not a json file: {error}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} does not hold a {kind.__name__}, as the official file does")
     return content
-
-
-def _read_text(path: str) -> str:
-    """Return the text of annotations, which must be UTF-8 or UTF-16."""
-    text = read_text(path)
-    if wrong := re.search("[\udc80-\udcff]", text):
-        line = text.count("\n", 0, wrong.start()) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text")
-    return text
 
 
 def _split(name: str, path: str) -> str:
@@ -196,16 +184,15 @@ def find_videos(folder: str, suffixes: Collection[str] = SUFFIXES) -> list[str]:
     if counts := [f"{count} {kind}" for kind, count in passed.most_common() if count]:
         print_any(f"{folder}: files and folders passed over: {', '.join(counts)}")
     if not found:
-        kind = "tar files (named .tar, which are not compressed)"
-        if suffixes is SUFFIXES:
-            kind = "videos (files named .mp4, .avi, .mkv and so on)"
-        raise UserError(f"{folder} holds no {kind}")
+        tars = "tar files (named .tar, which are not compressed)"
+        videos = "videos (files named .mp4, .avi, .mkv and so on)"
+        raise UserError(f"{folder} holds no {videos if suffixes is SUFFIXES else tars}")
     filled = {Path(path).parent for path in found}
     depths = {len(path.parts) for path in filled}
     filled = filled.union(*(path.parents for path in filled))
-    beside = [path for path in visited.values() if len(path.parts) in depths]
-    if empty := sorted(str(path) for path in beside if path not in filled):
-        print_any(f"WARNING: no videos in {', '.join(empty)}")
+    empty = [x for x in visited.values() if len(x.parts) in depths and x not in filled]
+    if empty:
+        print_any(f"WARNING: no videos in {', '.join(sorted(map(str, empty)))}")
     return sorted(found, key=os.fsencode)
 
 
@@ -219,33 +206,26 @@ def read_folders(args: argparse.Namespace) -> DataSet:
     (HMDB51), or from folders train, val and test. --val_share moves a fixed random share of the
     training videos of each class to the validation set, 0.2 if nothing gives the splits.
     """
-    videos = find_videos(args.videos)
-    parts = {path: Path(path).relative_to(args.videos).parts for path in videos}
-    if lost := [path for path in videos if len(parts[path]) < 2]:
+    parts = {x: Path(x).relative_to(args.videos).parts for x in find_videos(args.videos)}
+    if lost := [path for path, p in parts.items() if len(p) < 2]:
         raise UserError(f"{lost[0]} is not in a class folder (links to the videos will do)")
-    missing, val_share = list[str](), args.val_share
+    missing = []
     if args.train_list or args.test_list or args.hmdb_splits:
         listed = _read_listed(args)
-        names = {path: "/".join(parts[path][-2:]) for path in videos}
+        names = {path: "/".join(p[-2:]) for path, p in parts.items()}
         split_of = {path: listed[name] for path, name in names.items() if name in listed}
         absent = listed.keys() - names.values()
         missing = [f"{split} {name}" for name, split in listed.items() if name in absent]
         lists = {"train": args.train_list, "val": args.test_list}
         wanted = {split for split, path in lists.items() if path or args.hmdb_splits}
     else:
-        top = {path: p[0].lower() for path, p in parts.items() if len(p) > 2}
-        split_of = {path: SPLITS[name] for path, name in top.items() if name in SPLITS}
-        names = [path.name.lower() for path in Path(args.videos).iterdir() if path.is_dir()]
-        wanted = {SPLITS[name] for name in names if name in SPLITS}
-        if not split_of:
-            split_of, wanted = dict.fromkeys(videos, "train"), {"train"}
-            val_share = 0.2 if val_share is None else val_share
-        if stray := [path for path in videos if path not in split_of]:
-            raise UserError(f"{stray[0]} is not below a folder train, val or test, as others are")
-    wanted = _share_out(split_of, wanted, val_share, os.path.dirname)
-    clips = [Clip(path, parts[path][-2], split_of[path]) for path in videos if path in split_of]
+        top = {path: p[0].lower() if len(p) > 2 else "" for path, p in parts.items()}
+        split_of = {path: SPLITS.get(name, "") for path, name in top.items()}
+        folders = [path.name.lower() for path in Path(args.videos).iterdir() if path.is_dir()]
+        wanted = {SPLITS[name] for name in folders if name in SPLITS}
+    clips = [Clip(path, parts[path][-2], split) for path, split in split_of.items()]
     classes = sorted({p[-2] for p in parts.values()}, key=os.fsencode)
-    return DataSet(clips, classes, missing, wanted)
+    return _share_out(DataSet(clips, classes, missing, wanted), args.val_share)
 
 
 def _read_listed(args: argparse.Namespace) -> dict[str, str]:
@@ -273,36 +253,44 @@ def _read_lines(path: str) -> list[tuple[str, str]]:
     return [(text_to_path(name), word) for name, word in found]
 
 
-def _share_out(
-    split_of: dict[str, str],
-    wanted: set[str],
-    val_share: float | None,
-    class_of: Callable[[str], str],
-) -> set[str]:
-    """Move a share of the training videos to the validation set; return which lists are wanted."""
+def _share_out(data: DataSet, val_share: float | None) -> DataSet:
+    """Move a share of the training videos of each class to the validation set.
+
+    If no video has a split, all are training videos, and the share is 0.2 if they have labels.
+    """
+    clips, wanted = data.clips, data.wanted
+    if clips and not any(clip.split for clip in clips):
+        clips, wanted = [clip._replace(split="train") for clip in clips], {"train"}
+        if val_share is None and any(clip.label for clip in clips):
+            val_share = 0.2
+    if stray := [clip.path for clip in clips if not clip.split]:
+        raise UserError(f"{stray[0]}: neither train, val nor test is in its path, as in others")
     if val_share is not None:
-        if "val" in split_of.values():
+        if any(clip.split == "val" for clip in clips):
             raise UserError("--val_share has no effect: there are validation videos; leave it out")
-        train = [path for path in split_of if split_of[path] == "train"]
-        split_of |= dict.fromkeys(_draw(train, val_share, class_of), "val")
-        shared = {0.0: {"train"}, 1.0: {"val"}}.get(val_share, {"train", "val"})
-        return wanted - {"train"} | shared
-    if "train" in wanted and "val" not in wanted:
+        drawn = _draw([clip for clip in clips if clip.split == "train"], val_share)
+        clips = [clip._replace(split="val") if clip.path in drawn else clip for clip in clips]
+        wanted = wanted - {"train"} | {0.0: {"train"}, 1.0: {"val"}}.get(
+            val_share, {"train", "val"}
+        )
+    elif "train" in wanted and "val" not in wanted:
         print_any(
             "WARNING: no validation videos, so no val.csv, which main_finetune.py needs; "
             "--val_share 0.2 takes a fifth of the training videos of each class"
         )
-    return wanted
+    return data._replace(clips=clips, wanted=wanted)
 
 
-def _draw(videos: list[str], val_share: float, class_of: Callable[[str], str]) -> list[str]:
+def _draw(clips: list[Clip], val_share: float) -> set[str]:
     """Draw a share of the videos of each class; the draw depends only on how many there are."""
-    groups = [list(group) for _, group in groupby(sorted(videos, key=class_of), class_of)]
-    counts = [round(val_share * len(paths)) for paths in groups]
-    if 0 < val_share < 1 and sum(counts) in (0, len(videos)):  # few videos: a list would be empty
-        counts = [min(max(c, 1), len(paths) - 1) for c, paths in zip(counts, groups, strict=True)]
-    shuffled = [random.Random(0).sample(paths, len(paths)) for paths in groups]
-    return [path for c, paths in zip(counts, shuffled, strict=True) for path in paths[:c]]
+    groups = defaultdict[str, list[str]](list)
+    for clip in clips:
+        groups[clip.label].append(clip.path)
+    count_of = {label: round(val_share * len(group)) for label, group in groups.items()}
+    if 0 < val_share < 1 and sum(count_of.values()) in (0, len(clips)):  # a list would be empty
+        count_of = {x: min(max(count, 1), len(groups[x]) - 1) for x, count in count_of.items()}
+    shuffled = {x: random.Random(0).sample(group, len(group)) for x, group in groups.items()}
+    return {path for x, group in shuffled.items() for path in group[: count_of[x]]}
 
 
 # --- WebDataset ---------------------------------------------------------------------------------
@@ -314,49 +302,38 @@ def read_webdataset(args: argparse.Namespace) -> DataSet:
     The words train, val and test in the names of tars and of folders below args.videos give the
     splits; if there are none, --val_share does.
     """
-    splits = {}
+    split_of = {}
     for tar in find_videos(args.videos, {".tar"}):
         words = set(re.split(r"[^a-z]+", os.path.relpath(tar, args.videos).lower()))
         found = {SPLITS[word] for word in words & SPLITS.keys()}
         if len(found) > 1:
             raise UserError(f"{tar}: is this {' or '.join(sorted(found))}? Its path says both")
-        splits[tar] = found.pop() if found else ""
-    wanted, val_share = set(splits.values()), args.val_share
-    if "" in wanted and len(wanted) > 1:
-        stray = min(tar for tar, split in splits.items() if not split)
-        raise UserError(f"{stray}: neither train, val nor test is in its path, as in others")
-    rows, classes, damaged = index_tars(splits, SUFFIXES, args.label_key)
-    label_of = {path: label for path, label, _ in rows}
-    split_of = {path: split or "train" for path, _, split in rows}
-    if wanted == {""}:
-        wanted = {"train"}
-        val_share = 0.2 if val_share is None and any(label_of.values()) else val_share
-    wanted = _share_out(split_of, wanted, val_share, label_of.__getitem__)
-    clips = [Clip(path, label, split_of[path]) for path, label in label_of.items()]
-    return DataSet(clips, classes, [], wanted, list(damaged.items()))
+        split_of[tar] = found.pop() if found else ""
+    rows, classes, damaged = index_tars(split_of, SUFFIXES, args.label_key)
+    wanted = set(split_of.values()) - {""} or {"train"}
+    clips = [Clip(*row) for row in rows]
+    return _share_out(DataSet(clips, classes, [], wanted, damaged), args.val_share)
 
 
 # --- copies -------------------------------------------------------------------------------------
 
 
-def use_copies(data: DataSet, args: argparse.Namespace) -> tuple[DataSet, dict[str, str]]:
-    """Make copies of all videos; return their data set, and 'PATH: reason' of broken ones by path.
+def use_copies(data: DataSet, args: argparse.Namespace) -> DataSet:
+    """Make copies of all videos; return their data set.
 
     Broken videos leave the data set, except those of the test: it keeps the original files, so that
     results have the same denominator.
     """
-    names = {clip.path: str(Path(clip.path).relative_to(args.videos)) for clip in data.clips}
     split_of: dict[str, str] = {}  # a video in several lists is copied once
     for clip in sorted(data.clips, key=lambda clip: LISTS.index(clip.split)):
-        split_of.setdefault(names[clip.path], clip.split)
-    with tempfile.TemporaryDirectory() as private:
-        places, broken = make_copies(split_of, args, private)
-    kept = [c for c in data.clips if names[c.path] in places or c.split == "test"]
-    if tested := sum(names[c.path] not in places for c in kept):
+        split_of.setdefault(clip.path, clip.split)
+    copy_of, broken = make_copies(split_of, args)
+    kept = [clip for clip in data.clips if clip.path in copy_of or clip.split == "test"]
+    if tested := sum(clip.path not in copy_of for clip in kept):
         print_any(f"broken videos that stay in test.csv, as the original files: {tested}")
-    path_of = {path: places.get(name, path) for path, name in names.items()}
-    failed = {path_of[path]: broken[name] for path, name in names.items() if name in broken}
-    return data._replace(clips=[c._replace(path=path_of[c.path]) for c in kept]), failed
+    clips = [clip._replace(path=copy_of.get(clip.path, clip.path)) for clip in kept]
+    reasons = {copy_of.get(path, path): reason for path, reason in broken.items()}
+    return data._replace(clips=clips, broken={**data.broken, **reasons})
 
 
 # --- lists and command line ---------------------------------------------------------------------
@@ -416,8 +393,9 @@ def _check_lists(data: DataSet, videos: str) -> None:
         if lost := [name for name in data.missing if name.startswith(f"{split} ")]:
             reason = f"none of its {len(lost)} videos, such as {lost[0]}, is below {videos}; "
             reason += "add them, or leave out its annotations or list to go without"
-        reason = min((text for _, text in data.damaged), default=reason)
-        raise UserError(f"{split}.csv would be empty: {reason}")
+        if data.broken:
+            reason = f"files are broken: {min(data.broken.values())}"
+        raise UserError(f"{split}.csv would be empty: {reason}", 1 if data.broken else 2)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -473,15 +451,12 @@ def main(args: argparse.Namespace) -> int:
     copying = bool(args.pack or args.reencode)
     if bool(args.pack) == bool(args.reencode) and args.reencode is not None:
         raise UserError("--reencode needs a folder, or --pack; with --pack it takes no folder")
-    if args.cluster and not copying:
-        raise UserError("--cluster is for copies: it needs --reencode or --pack")
-    for flag, default, needed in (("jobs", 8, "cluster"), ("shard_mb", 1024.0, "pack")):
+    for flag, needed in (("cluster", "pack"), ("jobs", "cluster"), ("shard_mb", "pack")):
         if getattr(args, flag) and not getattr(args, needed):
             raise UserError(f"--{flag} has no effect without --{needed}")
-        setattr(args, flag, getattr(args, flag) or default)
+    args.jobs, args.shard_mb = args.jobs or 8, args.shard_mb or 1024.0
     readers = {"kinetics": read_kinetics, "folders": read_folders, "ssv2": read_ssv2}
-    readers["webdataset"] = read_webdataset
-    data = readers[args.kind](args)
+    data = (readers | {"webdataset": read_webdataset})[args.kind](args)
     for name in (*(clip.path for clip in data.clips), *data.missing, *data.classes):
         if re.search(r"[\r\n]", name):
             raise UserError(f"{name!r} holds a line break, which the lists cannot; rename it")
@@ -490,32 +465,28 @@ def main(args: argparse.Namespace) -> int:
     if not any(clip.split == "test" for clip in data.clips):  # test.csv repeats val.csv
         repeated = [clip._replace(split="test") for clip in data.clips if clip.split == "val"]
         data = data._replace(clips=data.clips + repeated)
-    failed = dict(data.damaged)
     if copying:
-        data, broken = use_copies(data, args)
-        failed |= broken
-    if lost := data.wanted - {clip.split for clip in data.clips}:
-        first = min(failed.values())
-        raise UserError(f"{min(lost)}.csv would be empty: its videos are broken: {first}", 1)
+        data = use_copies(data, args)
+        _check_lists(data, args.videos)
+    broken = dict(data.broken)
     written = [] if args.dry_run else write_lists(data, args.out)
     if args.verify and not args.dry_run:
         paths = dict.fromkeys(clip.path for clip in data.clips)
         if not copying:
-            with tqdm(desc="verifying", total=len(paths)) as bar:
-                failed |= in_parallel(find_damage, paths, args.workers, bar)
-        intact = len(paths.keys() - failed.keys())
+            broken |= in_parallel(find_damage, paths, args.workers, "verifying")
+        intact = len(paths.keys() - broken.keys())
         still = "; the lists have the others, too" * (intact < len(paths))
         print_any(f"{intact} of {len(paths)} videos can be decoded{still}")
     videos = Counter(clip.split for clip in data.clips)
     counts = ", ".join(f"{videos[split]} {split}" for split in LISTS if videos[split])
-    kinds = f"{len(data.classes) or 'unnamed'} classes"
-    if not any(clip.label for clip in data.clips):
-        kinds = "no labels (--label_key KEY takes those of .json files)"
-    counts += f"; {kinds}; {len(data.missing)} not found"
-    print_any(f"{args.out}: {counts}; wrote {', '.join(written) or 'nothing'}")
-    if failed:
-        print_any("\n  ".join([f"{len(failed)} broken files:", *sorted(failed.values())]))
-    return 1 if failed else 0
+    kinds = "no labels (--label_key KEY takes those of .json files)"
+    if any(clip.label for clip in data.clips):
+        kinds = f"{len(data.classes) or 'unnamed'} classes"
+    wrote = f"wrote {', '.join(written) or 'nothing'}"
+    print_any(f"{args.out}: {counts}; {kinds}; {len(data.missing)} not found; {wrote}")
+    if broken:
+        print_any("\n  ".join([f"{len(broken)} broken files:", *sorted(broken.values())]))
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

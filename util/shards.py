@@ -4,6 +4,7 @@ WebDataset tars are shards that a lab already has. The files of a sample have th
 up to its first dot: a/001.mp4, a/001.cls, a/001.json.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -38,15 +39,12 @@ def write_shard(shard: str, files: Iterable[tuple[str, str]]) -> list[Member]:
                     info = tarfile.TarInfo(name)
                     info.size = os.fstat(file.fileno()).st_size
                     tar.addfile(info, file)
-                members.append(Member(shard, name, tar.offset - blocks(info.size), info.size))
+                blocks = -(-info.size // tarfile.BLOCKSIZE)
+                start = tar.offset - blocks * tarfile.BLOCKSIZE
+                members.append(Member(shard, name, start, info.size))
 
     write_atomically(shard, write)
     return members
-
-
-def blocks(size: int) -> int:
-    """Return the bytes that the contents of a member take in a tar file."""
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 # --- WebDataset -----------------------------------------------------------------------------------
@@ -63,12 +61,9 @@ def index_tars(
         label_key: the label's key in .json files; empty: .cls files, or those of LABEL_KEYS.
 
     Returns:
-        (path, label, split) of videos, the label empty if no video of the split has one; the
-        classes' names in the order of the alphabet, none if the labels are numbers; 'TAR: reason'
-        of damaged tars, which give the videos before the damage.
-
-    Raises:
-        UserError: a tar is compressed, or a sample has two videos or an odd label.
+        (path, label, split) of videos, the label empty if no video of the split has one; the sorted
+        names of classes, none if the labels are numbers; 'TAR: reason' of damaged tars, which give
+        the videos before the damage. A compressed tar, or a sample that is odd, is a UserError.
     """
     rows, damaged = list[tuple[str, str, str]](), dict[str, str]()
     for tar, split in tqdm(splits.items(), "reading headers"):
@@ -89,14 +84,14 @@ def index_tars(
         raise UserError(
             f"{lacking[0]} has no label, unlike others: no .cls, nor a .json with {keys}"
         )
-    names = sorted({label for _, label, _ in rows if label}, key=os.fsencode)
-    numbers = {int(name) for name in names if re.fullmatch(NUMBER, name)}
+    names = sorted({label for _, label, _ in rows} - {""}, key=os.fsencode)
+    numbers = {name for name in names if re.fullmatch(NUMBER, name)}
     if not numbers:
         return rows, names, damaged
-    if others := [name for name in names if not re.fullmatch(NUMBER, name)]:
-        path = next(path for path, label, _ in rows if label == others[0])
-        raise UserError(f"{path} has the label {others[0]}, but others have numbers")
-    if absent := [str(i) for i in range(max(numbers)) if i not in numbers]:
+    if others := [row for row in rows if row[1] and row[1] not in numbers]:
+        path, label, _ = others[0]
+        raise UserError(f"{path} has the label {label}, but others have numbers")
+    if absent := [str(i) for i in range(max(map(int, numbers))) if str(i) not in numbers]:
         print_any(f"WARNING: labels of no video: {some_names(absent)}")
     return rows, [], damaged
 
@@ -104,18 +99,16 @@ def index_tars(
 def _list_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
     """Return the members of a tar file, and what is wrong with it; members after that are lost."""
     members, size = list[tarfile.TarInfo](), os.fstat(file.fileno()).st_size
-    end = b""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                if member.isfile() and not 0 <= member.size <= size - member.offset_data:
-                    return members, f"breaks off in {member.name}"
-                members.append(member)
-            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-    except (tarfile.TarError, ValueError):
-        pass
-    if end == bytes(tarfile.BLOCKSIZE):  # as after the last member of every tar file
-        return members, ""
+    with (
+        contextlib.suppress(tarfile.TarError, ValueError),
+        tarfile.open(fileobj=file, mode="r:") as tar,
+    ):
+        while member := tar.next():
+            if member.isfile() and not 0 <= member.size <= size - member.offset_data:
+                return members, f"breaks off in {member.name}"
+            members.append(member)
+        if not any(os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) or b"x"):
+            return members, ""  # the block after the last member of every tar file is empty
     return members, f"breaks off after {members[-1].name}" if members else "is not a tar file"
 
 

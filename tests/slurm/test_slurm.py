@@ -268,12 +268,8 @@ def arrays(out: Path) -> set[str]:
     return {p.name.partition("_")[0] for p in (out / "shards/jobs").glob("*_submitted.pkl")}
 
 
-def records(out: Path) -> int:
-    return len(list((out / "shards").glob("*-*.json")))
-
-
 def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_path):
-    """Two jobs are requeued, and the command is killed: the same command waits for the same jobs.
+    """Two jobs are requeued, and the command is killed: the same command goes on beside the jobs.
 
     One job is told to stop before its time limit, as by SIGUSR2; the other one is preempted.
     """
@@ -286,28 +282,25 @@ def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_pat
     process.kill()
     out = process.communicate()[0]
     assert re.search(rf"submitted 3 jobs, {array}_0 to {array}_2", out)
-    out = finish_preparing(slurm, videos, tmp_path)
-    assert "submitted" not in out and arrays(tmp_path) == {array}
+    finish_preparing(slurm, videos, tmp_path)
     assert contents(tmp_path) == whole
     for number in (0, 1):
         command = ["scontrol", "show", "job", f"{array}_{number}"]
         shown = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True)
         assert "Restarts=1 " in shown.stdout
     out = finish_preparing(slurm, videos, tmp_path)  # nothing is left to do
-    assert "0 of 12 videos to copy" in out and arrays(tmp_path) == {array}
+    assert "0 of 12 videos to copy" in out and "submitted" not in out
 
 
-def test_a_cancelled_job_is_an_error_and_only_its_units_are_made_again(slurm, prepared, tmp_path):
+def test_cancelled_jobs_are_an_error_and_the_same_command_goes_on(slurm, prepared, tmp_path):
     videos, whole = prepared
     process = start_preparing(slurm, videos, tmp_path, *QUEUE)
     wait_for(lambda: arrays(tmp_path), tmp_path / "shards/jobs")
     array = arrays(tmp_path).pop()
-    subprocess.run(["scancel", f"{array}_2"], env=slurm, check=True)
+    subprocess.run(["scancel", array], env=slurm, check=True)  # before they have begun
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "units are not done" in out, out
-    assert f"{array}_2_0_log.err says why" in out
+    assert "shards/jobs/*_log.err say why" in out
     assert not (tmp_path / "train.csv").exists()
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.tar")}
     finish_preparing(slurm, videos, tmp_path)
     assert contents(tmp_path) == whole and len(arrays(tmp_path)) == 2
-    assert all(path.stat().st_mtime_ns == t for path, t in times.items())

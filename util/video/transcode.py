@@ -100,8 +100,7 @@ def transcode(
                 raise ValueError(f"{video.num_frames} of {count} frames were written")
         os.replace(temporary, target)
     except (VideoError, av.FFmpegError, OSError, ValueError) as error:
-        _blame_machine(error, target)
-        raise VideoError(_describe(error, source)) from error
+        raise VideoError(_describe(error, source, target)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return count
@@ -121,15 +120,13 @@ def _set_up(encoder: VideoStream, frame: av.VideoFrame, short_side: int | None) 
     encoder.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))  # the last one is 2.30
 
 
-def _blame_machine(error: BaseException | None, path: str) -> None:
-    """Raise OSError if an error, or what it was raised from, is not about the video."""
-    while error is not None:
-        if (code := getattr(error, "errno", None)) in OF_THE_MACHINE:
-            raise OSError(code, os.strerror(code), path) from error
-        error = error.__cause__
-
-
-def _describe(error: Exception, path: str) -> str:
+def _describe(error: Exception, path: str, written: str) -> str:
+    """Return 'PATH: reason'; raise OSError if an error, or its cause, is not about the video."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (code := getattr(cause, "errno", None)) in OF_THE_MACHINE:
+            raise OSError(code, os.strerror(code), written) from error
+        cause = cause.__cause__
     return str(error) if isinstance(error, VideoError) else f"{path}: {error}"
 
 
@@ -152,12 +149,10 @@ def find_damage(path: str) -> str:
                 errors += sum(frame.is_corrupt for frame in decoded)
             promised = stream.frames
     except (VideoError, av.FFmpegError, OSError, ValueError) as error:
-        _blame_machine(error, path)
-        return _describe(error, path)
+        return _describe(error, path, path)
     if not frames:
         return f"{path}: no frame can be decoded"
     if errors:
         return f"{path}: {errors} damaged frames ({frames} decoded)"
-    if frames < 0.99 * promised - 1:
-        return f"{path}: breaks off after {frames} of {promised} frames"
-    return ""
+    short = frames < 0.99 * promised - 1
+    return f"{path}: breaks off after {frames} of {promised} frames" if short else ""
