@@ -327,6 +327,7 @@ def test_a_video_that_changes_on_the_way_is_an_error(videos, tmp_path, monkeypat
         run(tmp_path / "v", tmp_path, "--val_share", 0)
 
 
+@pytest.mark.slow
 def test_two_commands_share_the_work(videos, whole, tmp_path):
     """Both end well, and each shard was made once."""
     processes = [start(videos, tmp_path, "--workers", 1) for _ in range(2)]
@@ -345,7 +346,7 @@ def test_a_command_waits_for_a_shard_that_another_process_makes(videos, whole, t
         while not list(tmp_path.glob("shards/train-*.json")):
             time.sleep(0.01)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(3)
+            process.wait(1)
         assert not list(tmp_path.glob("shards/val-*"))
     out = process.communicate()[0]
     assert process.returncode == 1 and contents(tmp_path) == whole, out
