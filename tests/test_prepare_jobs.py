@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,17 +358,41 @@ def test_without_locks_two_commands_may_make_one_shard(videos, whole, tmp_path, 
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    copy, status = copies.Copies._copy, []
+    status = []
 
-    def slow(*words):
-        monkeypatch.setattr(copies.Copies, "_copy", copy)
-        record = copy(*words)
-        status.append(run(videos, tmp_path))
-        return record
+    def slow(*words, **options):
+        if "max_frames" not in options and not status:  # a copy, and not of the sample
+            monkeypatch.setattr(copies, "transcode", transcode)
+            status.append(run(videos, tmp_path))  # it ends, and removes what others work on
+        return transcode(*words, **options)
 
-    monkeypatch.setattr(copies.Copies, "_copy", slow)
-    assert run(videos, tmp_path) == 1 and status == [1]
+    monkeypatch.setattr(copies, "transcode", slow)
+    assert run(videos, tmp_path, "--workers", 1) == 1 and status == [1]
     assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("flags", [[], ["--pack"]], ids=["loose", "packed"])
+def test_a_command_that_ends_disturbs_no_other(videos, tmp_path, monkeypatch, flags):
+    """It removes the folder of locks, when another one is about to open or has opened a lock."""
+    words = "folders", videos, tmp_path, *SMALL[: 4 if flags else 2], "--reencode"
+    words += (*flags, tmp_path / "r")
+    work, mkdir, copy = tmp_path / "r/.work", os.mkdir, copies.Copies._copy
+
+    def mkdir_and_lose(path, *rest):
+        mkdir(path, *rest)
+        if path == str(work):
+            monkeypatch.setattr(os, "mkdir", mkdir)
+            work.rmdir()
+
+    def lose_and_copy(*rest):
+        shutil.rmtree(work)
+        return copy(*rest)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_and_lose)
+    if not flags:
+        monkeypatch.setattr(copies.Copies, "_copy", lose_and_copy)
+    assert prepare(*words) == 1
+    assert len(lines(tmp_path / "train.csv")) == 14 and not work.exists()
 
 
 def test_two_commands_write_the_same_loose_copies(videos, tmp_path, monkeypatch):

@@ -80,8 +80,13 @@ class Copies(Checkpointable):
     @contextlib.contextmanager
     def lock(self, unit: str, wait: bool = True) -> Iterator[bool]:
         """Lock a unit, or give False if another process has it; the lock ends with its process."""
-        os.makedirs(f"{self.folder}/.work", exist_ok=True)
-        with open(f"{self.folder}/.work/{unit}", "a") as file:
+        work, file = f"{self.folder}/.work", None
+        while file is None:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(work)
+            with contextlib.suppress(FileNotFoundError):  # a command that ends has removed it
+                file = open(f"{work}/{unit}", "a")  # noqa: SIM115
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = True
@@ -98,7 +103,11 @@ class Copies(Checkpointable):
             record = self.read_record(unit, self.args.verify)
             if record or not free:
                 return record
-            record = self.read_record(unit, False) or self._copy(unit, sizes)
+            try:
+                record = self.read_record(unit, False) or self._copy(unit, sizes)
+            except OSError:  # without locks, a command that ends removes the work of others
+                if not (record := self.read_record(unit, False)):
+                    raise
             if self.args.verify:
                 paths = {f"{self.folder}/{place}": x for x, place in record["copies"].items()}
                 damaged = in_parallel(find_damage, paths, self.args.workers, f"verifying {unit}")
@@ -111,7 +120,8 @@ class Copies(Checkpointable):
     def _copy(self, unit: str, sizes: dict[str, int]) -> dict[str, Any]:
         """Copy and pack the videos of a unit; return its record."""
         # a folder of this process: where a file system has no locks, two may make one unit
-        with tempfile.TemporaryDirectory(dir=f"{self.folder}/.work") as own:
+        work = f"{self.folder}/.work" if self.args.pack else None
+        with tempfile.TemporaryDirectory(dir=work) as own:
             place = {path: f"{self.folder}/{self.name(path)}" for path in sizes}
             if self.args.pack:
                 place = {path: f"{own}/{i}.mp4" for i, path in enumerate(sizes)}
@@ -128,7 +138,8 @@ class Copies(Checkpointable):
                         return ""
                     with contextlib.suppress(VideoError), Video(place[path]):
                         return ""  # it was copied earlier
-                    os.makedirs(os.path.dirname(place[path]), exist_ok=True)
+                    if not self.args.pack:  # `own` must stay lost where it is lost
+                        os.makedirs(os.path.dirname(place[path]), exist_ok=True)
                     transcode(source, place[path], **self.recipe)
                 except VideoError as error:
                     return str(error)
