@@ -93,7 +93,11 @@ def web(monkeypatch) -> Iterator[Server]:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
                 content, status = content[start:end], 206
             headers["ETag"] = '"1"'
-            if fault != "no length":
+            if fault.startswith("chunked"):
+                headers["Transfer-Encoding"] = "chunked"
+                content = b"%x\r\n%b\r\n" % (len(content), content)
+                content += b"0\r\n\r\n" * (fault == "chunked")
+            elif fault != "no length":
                 headers["Content-Length"] = str(len(content))
             content = content[: len(content) // 2] if fault in ("short", "hang") else content
             self.answer(status, content, headers)
@@ -316,7 +320,14 @@ def test_the_next_process_fetches_what_a_killed_one_began(web, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "faults, wanted", [(["short"], 2), (["503", "429", "500"], 4), (["redirect"], 1)]
+    "faults, wanted",
+    [
+        (["short"], 2),
+        (["503", "429", "500"], 4),
+        (["redirect"], 1),
+        (["chunked"], 1),
+        (["chunked, broken"], 2),
+    ],
 )
 def test_transfers_start_anew_after_a_break(web, tmp_path, faults, wanted):
     web.files["/x y.tar"] = web.files["/elsewhere"] = tar(5 * MB)
@@ -507,6 +518,9 @@ def test_a_shard_larger_than_the_limit_is_refused(web, tmp_path):
     web.files["/x.tar"] = tar(MB)
     with pytest.raises(UserError, match=r"x\.tar: it has 0\.001 GB, and --cache_gb is 0\.0009$"):
         read(Cache(str(tmp_path), 0.0009), f"{web.address}/x.tar")
+    web.faults["/x.tar"] = ["chunked"]
+    with pytest.raises(UserError, match=r"it has an unknown size, and --cache_gb is 1$"):
+        read(Cache(str(tmp_path), 1), f"{web.address}/x.tar")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")

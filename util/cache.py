@@ -126,15 +126,16 @@ class Cache:
                 file_io.print_any(f"{address}: {error}; trying again")
             time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
-    def _reserve(self, file: IO[bytes], progress: Callable[[], Any], size: int) -> None:
+    def _reserve(self, file: IO[bytes], progress: Callable[[], Any], size: int | None) -> None:
         """Let files leave until this one may have `size` bytes; wait while all are in use."""
-        if self.limit and size > self.limit:
-            raise ValueError(f"it has {size / GB:.3g} GB, and --cache_gb is {self.limit / GB:g}")
+        if self.limit and (size is None or size > self.limit):
+            has = "an unknown size" if size is None else f"{size / GB:.3g} GB"
+            raise ValueError(f"it has {has}, and --cache_gb is {self.limit / GB:g}")
         with open(os.path.join(self.folder, ".lock"), "ab") as lock:
             while True:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if self._make_room(size):
-                    file.truncate(size)  # which other processes count from now on
+                if self._make_room(size or 0):
+                    file.truncate(size or 0)  # which other processes count from now on
                     return
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 progress()
@@ -165,17 +166,18 @@ class Cache:
         return excess <= 0
 
 
-# Both write what an address holds to a file, after they have reserved its size.
+# Both write what an address holds to a file, after they have reserved its size (None: unknown).
 def fetch_http(address: str, file: Any, reserve: Callable, progress: Callable) -> None:
     url = quote(os.fsencode(address), safe="%/:?#[]@!$&'()*+,;=~")  # csvs hold any bytes
     with urlopen(url, timeout=TIMEOUT) as body:
-        if not (length := body.headers["Content-Length"]):
+        length = body.headers["Content-Length"]
+        if length is None and not body.chunked:
             raise ValueError("the server does not say how many bytes it sends")
-        reserve(size := int(length))
+        reserve(size := length and int(length))
         while block := body.read(BLOCK):
             file.write(block)
             progress()
-    if file.tell() < size:
+    if file.tell() < (size or 0):
         raise ConnectionError(f"it breaks off after {file.tell():,} of {size:,} bytes")
 
 
