@@ -160,6 +160,7 @@ def test_labels_beyond_those_of_data_come_from_the_pool(argv, monkeypatch):
     assert plan.trial("labels", settings[2], seed=0) == {}
 
 
+@pytest.mark.slow
 def test_test_videos_in_other_lists(argv, dataset, tmp_path, failing):
     """With labels for training they are refused; else every table says so. Links do not hide."""
     (tmp_path / "link").symlink_to(dataset / "videos")
@@ -269,6 +270,7 @@ def test_finished_runs_are_not_repeated(argv, tmp_path, failing, capsys):
     assert "minutes passed" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_after_a_failure_the_others_go_on(argv, tmp_path, failing, capsys):
     failing.add("pretrain")
     assert call([*argv, "decoder_depth"]) == 1
@@ -281,6 +283,7 @@ def test_after_a_failure_the_others_go_on(argv, tmp_path, failing, capsys):
     assert len(records(tmp_path / "out")) == 11
 
 
+@pytest.mark.slow
 def test_the_table_shows_what_is_finished(argv, tmp_path, failing):
     failing.add("probe")
     assert call([*argv, "decoder_depth"]) == 1

@@ -224,6 +224,7 @@ def test_the_names_of_a_kept_head_are_kept(fruit, checkpoint, videos, tmp_path):
     assert torch.load(tmp_path / "checkpoint-00000.pth", weights_only=True)["classes"] == FRUIT
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_are_shown_escaped(videos, tmp_path, capsys):
     rows = [(videos / f"v{i}.mp4", i % 3) for i in range(6)]
     folder = write_set(tmp_path / "data", rows, b"run\nsaut \xe0\nswim\n")

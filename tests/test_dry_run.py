@@ -45,13 +45,21 @@ def allocated_peak(*argv: object) -> int:
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (main_pretrain, "--mask_ratio 0.9"),
+        pytest.param(main_pretrain, "--mask_ratio 0.9", marks=pytest.mark.slow),
         (main_pretrain, "--mask_ratio 0.9 --mask_ratio_end 0.5 --epochs 5 --mask_type tube"),
         (main_pretrain, "--mask_ratio 0.5 --grad_checkpointing"),
-        (main_pretrain, "--mask_ratio 0.5 --repeat_aug 2 --precision bf16"),
+        pytest.param(
+            main_pretrain,
+            "--mask_ratio 0.5 --repeat_aug 2 --precision bf16",
+            marks=pytest.mark.slow,
+        ),
         (main_pretrain, "--mask_ratio 0.5 --target hog --batch_size 1 --accum_iter 3"),
         (main_finetune, "--mask_ratio 0.5 --epochs 5 --precision bf16"),
-        (main_finetune, "--input_size 32 --batch_size 1 --lr 1e-3 --model_ema 0.9"),
+        pytest.param(
+            main_finetune,
+            "--input_size 32 --batch_size 1 --lr 1e-3 --model_ema 0.9",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_estimated_memory_is_what_training_takes(videos, capsys, module, words):

@@ -329,6 +329,7 @@ def test_a_second_run_in_a_folder_is_refused(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_lock_dies_with_its_process_not_with_its_workers(videos, tmp_path, monkeypatch, capsys):
     """After SIGKILL the workers live on for seconds, but the next run need not wait for them."""
     flags = argv("main_pretrain.py", videos, tmp_path, 1, 2)

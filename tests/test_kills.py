@@ -205,6 +205,7 @@ def test_a_signal_to_all_processes_stops_with_a_checkpoint(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_signal_to_a_run_that_saves_nothing(videos, tmp_path, number):
     flags = argv("main_pretrain.py", videos, "", 1, 0)

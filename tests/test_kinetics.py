@@ -486,7 +486,7 @@ def pipe(tmp_path):
     os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # releases the threads that wait for it
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_file_that_never_answers_is_replaced(videos, pipe, tmp_path, monkeypatch, workers):
     real = stat.S_ISREG
     monkeypatch.setattr(stat, "S_ISREG", lambda mode: stat.S_ISFIFO(mode) or real(mode))

@@ -162,7 +162,8 @@ LOCALES = {
 }
 
 
-@pytest.mark.parametrize("locale", [pytest.param("ascii", marks=pytest.mark.slow), "latin1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", LOCALES)
 def test_names_are_bytes_in_every_locale(tmp_path, locale):
     """UTF-8, Latin-1 and other names, in folders, lists, official csvs, messages and copies."""
     environment = {**os.environ, **LOCALES[locale], "PYTHONPATH": str(ROOT)}
