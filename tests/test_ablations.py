@@ -255,6 +255,7 @@ def records(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(argv, tmp_path, failing, capsys):
     out = tmp_path / "out"
     assert call([*argv, "decoder_depth", "--jobs", "3"]) == 0

@@ -552,6 +552,7 @@ def test_check_names_what_was_missed():
     assert "speed over plain 2.90, wanted at least 3.00" in missed[1]
 
 
+@pytest.mark.slow
 def test_scaling_reproduces_the_papers_hours(capsys):
     """128 GPUs with 17 clips/s each take 24.5 h for 800 effective epochs of 240,000 videos."""
     scaling.main(["--max_gpus", "128", "--gpu_clips", "17"])

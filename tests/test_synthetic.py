@@ -220,6 +220,7 @@ def held_out_accuracy(
     return [(answer == labels).float().mean().item() for answer in answers]
 
 
+@pytest.mark.slow
 def test_one_frame_says_nothing(grey: dict[str, tuple[Tensor, Tensor]]):
     # 240 answers by chance: 12.5 % with a deviation of 2.1 %, for each of the 12 frames
     accuracy = held_out_accuracy(grey, lambda x: x.unsqueeze(2).expand(-1, -1, 4, -1, -1))
@@ -228,6 +229,7 @@ def test_one_frame_says_nothing(grey: dict[str, tuple[Tensor, Tensor]]):
     assert np.mean(accuracy) < 0.125 + 0.04, accuracy
 
 
+@pytest.mark.slow
 def test_four_frames_tell_the_class(grey: dict[str, tuple[Tensor, Tensor]]):
     # the same network with the same training: the task is not out of its reach
     accuracy = held_out_accuracy(grey, lambda x: x.unflatten(1, (3, 4)))
