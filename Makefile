@@ -35,7 +35,7 @@ type: $(INSTALLED)  ## check types
 	$(BIN)/basedpyright
 
 # one thread each: the tests run side by side, and CPU results do not depend on it
-test: $(INSTALLED)  ## run the tests (5 minutes on 2 cores)
+test: $(INSTALLED)  ## run the tests (5 to 6 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(INSTALLED)  ## run those that `make test` leaves out (kills, hosts, Slurm: 20 minutes)

@@ -271,7 +271,7 @@ def arrays(out: Path) -> set[str]:
 def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_path):
     """Two jobs are requeued, and the command is killed: the same command goes on beside the jobs.
 
-    One job is told to stop before its time limit, as by SIGUSR2; the other one is preempted.
+    One job gets SIGUSR2, as before a time limit; the other one is preempted.
     """
     videos, whole = prepared
     process = start_preparing(slurm, videos, tmp_path, *QUEUE)
