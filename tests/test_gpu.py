@@ -4,6 +4,7 @@ The slow tests come first, so that the workers of pytest-xdist end at about the 
 """
 
 import copy
+import json
 import shutil
 import signal
 from argparse import Namespace
@@ -21,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine_finetune
 import engine_pretrain
+import main_features
 import main_finetune
 import main_pretrain
+import main_probe
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from tests.test_kills import LAST, argv, wait_for_line
@@ -205,6 +208,29 @@ def test_a_resumed_run_ends_where_one_in_a_piece_does(
     )  # fmt: skip
     assert (end - start).norm() > 0
     assert relative_error(again - start, end - start) < tolerance
+
+
+def test_averages_features_and_probes_run_on_the_gpu(videos, tmp_path, capsys):
+    data = ["--path_to_data_dir", videos, "--num_workers", 2]
+    on_gpu, pre, fine = ["--device", DEVICE.type], tmp_path / "pre", tmp_path / "fine"
+    curve = ["--probe_csv", videos / "train.csv", "--vis_period", 1]
+    call(main_pretrain, *PRETRAIN, *data, *on_gpu, *curve, "--epochs", 1, "--output_dir", pre)
+    checkpoint = ["--finetune", pre / "checkpoint-00000.pth"]
+    more = ["--freeze", 2, "--model_ema", 0.9, "--precision", "fp16", "--output_dir", fine]
+    call(main_finetune, *FINETUNE, *data, *on_gpu, *checkpoint, *more)
+    files = []
+    for device in ("cpu", DEVICE.type):
+        where = ["--device", device, "--precision", "fp32", "--output_dir", tmp_path / device]
+        call(main_features, *data, *checkpoint, *where, "--tokens", "--splits", "train", "val")
+        with np.load(tmp_path / device / "train.npz") as file:
+            files.append(torch.from_numpy(file["features"]))
+    assert relative_error(files[1], files[0]) < 1e-4
+    call(main_probe, *on_gpu, "--features", tmp_path / DEVICE.type, "--output_dir", fine)
+    out = capsys.readouterr().out
+    assert "kNN on --probe_csv: " in out
+    assert "moving average: top-1 " in out
+    found = json.loads((fine / "probe.json").read_text())["probes"]
+    assert [one["probe"] for one in found] == ["knn", "linear", "attentive"]
 
 
 # --- precision ----------------------------------------------------------------------------------

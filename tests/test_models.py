@@ -513,8 +513,10 @@ def test_dropout_acts_before_the_head_in_training_alone():
         assert not torch.equal(model.eval()(video), model.head.bias.expand(3, -1))
 
 
-def test_drop_path_is_drawn_per_clip_and_per_branch():
+@pytest.mark.parametrize("share", [None, torch.tensor(0.75)], ids=["eager", "compiled"])
+def test_drop_path_is_drawn_per_clip_and_per_branch(share):
     block = Block(8, 2, drop_path=0.25)
+    block.drop_path.share = share
     with torch.no_grad():
         for linear, value in ((block.attn.proj, 3.0), (block.mlp.fc2, 30.0)):
             linear.weight.zero_()

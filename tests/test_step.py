@@ -6,13 +6,14 @@ import itertools
 import math
 import subprocess
 import sys
-from functools import partial
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -203,6 +204,18 @@ def test_compiled_scripts_train_alike(videos, tmp_path):
         assert states["eager"].keys() == states["compiled"].keys()
         for name, weight in states["eager"].items():
             torch.testing.assert_close(states["compiled"][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_that_differ_in_drop_path_alone_share_their_compiled_code(monkeypatch):
+    """A rate that is compiled in costs a compilation, and a longer search in every call."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    model = classifier(drop_path_rate=0.5, depth=8)
+    model.compile_blocks()
+    for training, versions in ((True, 2), (False, 4)):  # the first block has no drop path
+        model.train(training)(clips())
+        assert counters["stats"]["unique_graphs"] == versions
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm import layers as timm_layers
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -124,6 +125,20 @@ class Attention(nn.Module):
         return self.proj(attend(qkv).reshape(N, L, D))
 
 
+class DropPath(timm_layers.DropPath):
+    """Drop a branch of some clips in training; those kept are divided by their share."""
+
+    share: Tensor | None = None  # 1 - drop_prob, for compiled blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if self.share is None:
+            return super().forward(x)
+        kept = torch.rand(len(x), 1, 1, device=x.device) < self.share  # (N, 1, 1)
+        return x * (kept / self.share).to(x.dtype)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then an MLP with exact GELU, both residual."""
 
@@ -207,9 +222,12 @@ class Encoder(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         config = torch._dynamo.config
         config.optimize_ddp = False  # it would split blocks at DDP's gradient buckets
-        # drop path rates are compiled in: every block needs versions for training and evaluation
-        config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+        # versions: encoder, decoder; with and without drop path, gradients; numbers of tokens
+        config.recompile_limit = max(config.recompile_limit, 128)
         for block in blocks:
+            if isinstance(block.drop_path, DropPath):  # as a number, its rate would be compiled in
+                share, weight = 1 - block.drop_path.drop_prob, block.norm1.weight
+                block.drop_path.share = torch.tensor(share, device=weight.device)
             block.compile(dynamic=dynamic)
 
 
