@@ -80,9 +80,7 @@ def get_args_parser() -> flags.Parser:
     flags.add_run_args(parser, output_dir="./output/pretrain")
     text = "epochs between reconstructions of fixed clips in TensorBoard; 0: none"
     add("--vis_period", 10, text, flags.natural_int)
-    text = (
-        "csv of labelled videos, classified by their neighbours' features every vis_period epochs"
-    )
+    text = "csv of labelled videos, classified by their neighbours every vis_period epochs"
     add("--probe_csv", "", text + "; empty: none")
     parser.set_defaults(repeat_aug=4, epochs=200, warmup_epochs=30)
     parser.set_defaults(blr=1.6e-3, beta=(0.9, 0.95), clip_grad=0.02)

@@ -267,7 +267,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         first, x, pos = self._embed_latent(x)
         (N, K, _), L = x.shape, ids_restore.shape[1]
-        M = num_decoded(L - K, decoder_mask_ratio)
+        M = num_visible(L - K, decoder_mask_ratio)
 
         # Inverting ids_restore gives noise order: visible patches first, then the removed ones.
         # Attention does not depend on the order, so there is no need to restore it.
@@ -352,7 +352,7 @@ class MaskedAutoencoderViT(Encoder):
         check_mask_ratio(grid, mask_ratio, decoder_mask_ratio, mask_type)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, mask_type)
         K = num_kept(grid, mask_ratio, mask_type)
-        decoded = num_decoded(L - K, decoder_mask_ratio)
+        decoded = num_visible(L - K, decoder_mask_ratio)
         if decoded < L - K:
             mask = mask * (ids_restore < K + decoded)  # the loss is over decoded patches
             pred = self.forward_part_of_decoder(latent, ids_restore, decoder_mask_ratio)
@@ -386,11 +386,6 @@ def choose_frames(num_frames: int, t_patch_size: int, pred_t_dim: int, strided: 
     return index.long().tolist()
 
 
-def num_decoded(num_removed: int, decoder_mask_ratio: float) -> int:
-    """Count the removed patches that are decoded (all at ratio 0), truncated as in num_visible."""
-    return num_visible(num_removed, decoder_mask_ratio)
-
-
 def check_mask_ratio(
     grid: Grid, mask_ratio: float, decoder_mask_ratio: float = 0.0, mask_type: str = "random"
 ) -> None:
@@ -403,7 +398,7 @@ def check_mask_ratio(
             f"{mask_type!r} is {highest_ratio(grid, mask_type):g}"
         )
     removed = num_tokens - kept
-    if not (0 <= decoder_mask_ratio < 1 and num_decoded(removed, decoder_mask_ratio) > 0):
+    if not (0 <= decoder_mask_ratio < 1 and num_visible(removed, decoder_mask_ratio) > 0):
         raise ValueError(
             f"decoder_mask_ratio = {decoder_mask_ratio} must be at least 0 and leave at least one "
             f"of the {removed} removed tokens to decode"

@@ -110,14 +110,22 @@ EOF
 }
 
 steps() {
+  # with few clips, launching takes longer than our step: the plain one needs 90 GiB for 48
+  local batch
+  batch=$(large "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+    awk '{ print ($1 > 130000) ? 48 : 16; exit }')" 2)
   step 60 finetune-test --model "$model" --task finetune test --precision bf16 \
     --batch_size "$(large 32 2)" --variants $(large "ours compiled" compiled)
-  step 60 plain "${pretraining[@]}" --batch_size "$(large 16 2)" --variants plain ours compiled
+  step 60 plain "${pretraining[@]}" --batch_size "$batch" --variants plain ours compiled
+  TORCHINDUCTOR_CUDAGRAPHS=1 step 60 graphs --model $(large "base large" tiny) --task pretrain \
+    --mask_ratio 0.9 --precision bf16 --batch_size "$(large 16 2)" --variants ours compiled
   step 60 unmasked "${pretraining[@]}" --mask_ratio 0 0.9 --batch_size "$(large 64 2)" \
     --variants ours compiled
   step 60 base-huge --model $(large "base huge" tiny) --task pretrain --mask_ratio 0.9 \
     --precision bf16 --batch_size "$(large 64 2)" --variants $(large "ours compiled" ours)
   step 40 batch-8 "${pretraining[@]}" --batch_size "$(large 8 2)" --variants ours compiled
+  TORCHINDUCTOR_MAX_AUTOTUNE=1 TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 step 60 tuned \
+    --model "$model" --task finetune --precision bf16 --batch_size "$(large 32 2)" --variants compiled
 }
 
 numbers() {

@@ -18,7 +18,7 @@ from tests import golden
 from util.checkpoint import Checkpoints
 from util.dist import seed_step
 from util.loader import Batch
-from util.lr_sched import learning_rate, scaled_lr, set_learning_rate
+from util.lr_sched import learning_rate, set_learning_rate
 from util.meters import RunLog
 from util.optim import (
     NonFiniteError,
@@ -63,10 +63,6 @@ def test_learning_rate_schedule(row):
     set_learning_rate(optimizer, rate)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == pytest.approx([plain, scaled], rel=1e-12, abs=1e-18)
-
-
-def test_linear_scaling_rule():
-    assert scaled_lr(1.6e-3, 128) == pytest.approx(8e-4)
 
 
 @pytest.mark.parametrize("case", [name for name in GROUPS if name.startswith("add_weight_decay")])

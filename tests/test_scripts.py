@@ -192,6 +192,11 @@ def test_flags_by_hand_override_those_of_a_file(tmp_path):
         assert (args.batch_size, args.epochs) == (7, 5)
 
 
+def test_a_quote_without_its_end_in_a_file_of_flags(tmp_path, capsys):
+    (tmp_path / "x.args").write_text("--epochs '3\n")
+    assert fails(capsys, main_pretrain, f"@{tmp_path}/x.args")[1].endswith("No closing quotation")
+
+
 def test_finetuning_validates_and_logs(finetuned):
     lines = [simplejson.loads(line) for line in (finetuned / "log.txt").open()]
     assert len(lines) == 2

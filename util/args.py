@@ -76,7 +76,10 @@ class Parser(ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an @FILE like a shell; # starts a comment."""
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:  # of quotes
+            raise UserError(f"a line of an @FILE, {arg_line!r}: {error}") from error
 
 
 def adder(parser: ArgumentParser, group: str = "") -> Callable[..., None]:
@@ -164,10 +167,8 @@ def add_optim_args(parser: ArgumentParser) -> None:
     add("--weight_decay", 0.05, "AdamW's weight decay", natural_float)
     add("--beta", (0.9, 0.999), "AdamW's betas", share_below_1, nargs=2)
     add("--clip_grad", None, "largest global gradient norm; 0: no limit", natural_float)
-    text = (
-        "skip up to N updates in a row whose loss or gradient is not finite (the loss is then "
-        "read at every step); 0: stop at the first"
-    )
+    text = "skip up to N updates in a row whose loss or gradient is not finite, and read the loss "
+    text += "at every step; 0: stop at the first"
     add("--skip_nonfinite", 0, text, natural_int, metavar="N")
     add("--compile", False, "compile blocks and loss with torch.compile")
     add("--ranks", None, "with --dry_run: ranks to assume; none are started", positive_int)

@@ -15,11 +15,6 @@ FEW_UPDATES = {"videos": 1000, "clips": 100}  # in pre-training and in fine-tuni
 FEW_VIDEOS = 500  # in pre-training
 
 
-def scaled_lr(blr: float, effective_batch_size: int) -> float:
-    """Apply the linear scaling rule: the base learning rate is for a total batch of 256."""
-    return blr * effective_batch_size / 256
-
-
 def effective_lr(args: Namespace, counted: str, num_videos: int) -> float:
     """Return the peak learning rate, and print the arithmetic that leads to it.
 
@@ -52,11 +47,11 @@ def effective_lr(args: Namespace, counted: str, num_videos: int) -> float:
         f"{videos}; clips per update: {videos} x {args.repeat_aug} = {batch['clips']}"
     )
 
-    # Scale the base rate, unless --lr gives the peak itself.
+    # Scale the base rate linearly from a batch of 256, unless --lr gives the peak itself.
     updates = steps // accum * args.epochs
     print0(f"{updates:,} updates in {args.epochs} epochs of {steps // accum:,}")
     if args.lr is None:
-        lr, size = scaled_lr(args.blr, batch[counted]), f"{batch[counted]} {counted}"
+        lr, size = args.blr * batch[counted] / 256, f"{batch[counted]} {counted}"
         print0(f"learning rate: blr {args.blr:g} x batch of {size} / 256 = {lr:.3g}")
     else:
         lr = args.lr

@@ -194,8 +194,9 @@ class Encoder(nn.Module):
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         """Pass tokens [N, L, D] through blocks."""
-        if self.compiled and autocast_dtype(x.device) == torch.bfloat16:
-            x = x.to(torch.bfloat16)  # the residual stream, which else stays in fp32
+        if self.compiled and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype) if dtype == torch.bfloat16 else x  # the residual stream, else in fp32
         again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in blocks:  # checkpoint replays drop path's randomness
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
@@ -225,16 +226,9 @@ class Encoder(nn.Module):
         # versions: encoder, decoder; with and without drop path, gradients; numbers of tokens
         config.recompile_limit = max(config.recompile_limit, 128)
         for block in blocks:
-            if isinstance(block.drop_path, DropPath):  # as a number, its rate would be compiled in
-                share, weight = 1 - block.drop_path.drop_prob, block.norm1.weight
-                block.drop_path.share = torch.tensor(share, device=weight.device)
+            if isinstance(drop := block.drop_path, DropPath):  # a number would be compiled in
+                drop.share = next(block.parameters()).new_tensor(1 - drop.drop_prob)
             block.compile(dynamic=dynamic)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the data type of matrix products under autocast, None without autocast."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def make_pos_embed(
