@@ -64,7 +64,7 @@ step() { # SECONDS NAME FLAGS...: measure steps, or compile them in the backgrou
 
 # An epoch of 50 steps, from a csv that is repeated
 while cat "$CLIPS/train.csv"; do :; done 2>/dev/null | head -n "$(large 800 20)" >"$work/train.csv"
-model=$(large large tiny)
+model=$(large large tiny) both=$(large "ours compiled" compiled)
 pretraining=(--model "$model" --task pretrain --mask_ratio 0.9 --precision bf16)
 
 first_contact() {
@@ -100,7 +100,7 @@ EOF
   else
     try_ 40 attention python3 -m benchmarks.attention --device "$DEVICE" --check
   fi
-  step 100 profile "${pretraining[@]}" --batch_size "$(large 128 2)" --variants ours compiled \
+  step 100 profile "${pretraining[@]}" --batch_size "$(large 128 2)" --variants $both \
     --profile "$OUT/profile.txt"
   local workers=()
   if [ "$SIZE" != tiny ] && python3 -c 'import xdist' 2>/dev/null; then workers=(-n 5); fi
@@ -115,15 +115,15 @@ steps() {
   batch=$(large "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
     awk '{ print ($1 > 130000) ? 48 : 16; exit }')" 2)
   step 60 finetune-test --model "$model" --task finetune test --precision bf16 \
-    --batch_size "$(large 32 2)" --variants $(large "ours compiled" compiled)
-  step 60 plain "${pretraining[@]}" --batch_size "$batch" --variants plain ours compiled
+    --batch_size "$(large 32 2)" --variants $both
+  step 90 plain "${pretraining[@]}" --batch_size "$batch" --variants plain ours compiled
   TORCHINDUCTOR_CUDAGRAPHS=1 step 60 graphs --model $(large "base large" tiny) --task pretrain \
-    --mask_ratio 0.9 --precision bf16 --batch_size "$(large 16 2)" --variants ours compiled
+    --mask_ratio 0.9 --precision bf16 --batch_size "$(large 16 2)" --variants $both
   step 60 unmasked "${pretraining[@]}" --mask_ratio 0 0.9 --batch_size "$(large 64 2)" \
-    --variants ours compiled
+    --variants $both
   step 60 base-huge --model $(large "base huge" tiny) --task pretrain --mask_ratio 0.9 \
-    --precision bf16 --batch_size "$(large 64 2)" --variants $(large "ours compiled" ours)
-  step 40 batch-8 "${pretraining[@]}" --batch_size "$(large 8 2)" --variants ours compiled
+    --precision bf16 --batch_size "$(large 64 2)" --variants $both
+  step 40 batch-8 "${pretraining[@]}" --batch_size "$(large 8 2)" --variants $both
   TORCHINDUCTOR_MAX_AUTOTUNE=1 TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 step 60 tuned \
     --model "$model" --task finetune --precision bf16 --batch_size "$(large 32 2)" --variants compiled
 }

@@ -261,7 +261,6 @@ def test_validation_of_both_is_printed(videos, start, capsys):
         (1, "--freeze 2 --grad_checkpointing --mask_ratio 0.5"),
         (2, "--freeze 2"),
         (2, f"--freeze {DEPTH} --skip_nonfinite 1"),
-        (1, f"--freeze {DEPTH} --compile"),
         (1, "--freeze 2 --compile"),
     ],
 )
