@@ -16,7 +16,7 @@ from tests import golden
 from util.kinetics import Kinetics, VideoIndex
 from util.masking import draw_masks
 from util.video.transforms import channels_first
-from util.video_vit import Block
+from util.video_vit import Block, DropPath
 
 MAE_CASES = {
     case["file"].removesuffix(".npz"): case
@@ -513,10 +513,10 @@ def test_dropout_acts_before_the_head_in_training_alone():
         assert not torch.equal(model.eval()(video), model.head.bias.expand(3, -1))
 
 
-@pytest.mark.parametrize("share", [None, torch.tensor(0.75)], ids=["eager", "compiled"])
-def test_drop_path_is_drawn_per_clip_and_per_branch(share):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_drop_path_is_drawn_per_clip_and_per_branch(compiled):
     block = Block(8, 2, drop_path=0.25)
-    block.drop_path.share = share
+    block.drop_path.share = torch.tensor(0.75) if compiled else None
     with torch.no_grad():
         for linear, value in ((block.attn.proj, 3.0), (block.mlp.fc2, 30.0)):
             linear.weight.zero_()
@@ -529,6 +529,9 @@ def test_drop_path_is_drawn_per_clip_and_per_branch(share):
         shares = torch.tensor([0.0625, 0.1875, 0.1875, 0.5625])
         assert (counts / 4000 - shares).abs().max() < 0.03
         assert (block.eval()(torch.zeros(9, 5, 8)) == 33.0).all()
+        block.drop_path = DropPath(1.0)  # all are dropped
+        block.drop_path.share = torch.tensor(0.0) if compiled else None
+        assert (block.train()(torch.zeros(9, 5, 8)) == 0.0).all()
 
 
 # --- sizes: names, shapes and counts of the named models

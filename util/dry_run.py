@@ -97,7 +97,7 @@ def step_memory(
     cpu = torch.device("cpu")
     # Gradients outlive the step if micro-steps add them up, or in DDP's buckets.
     held = args.accum_iter > 1 or (args.ranks or world_size()) > 1
-    shape = args.batch_size * args.repeat_aug, 3, args.num_frames, *2 * [args.input_size]
+    shape = args.batch_size * args.repeat_aug, 3, args.num_frames, args.input_size, args.input_size
     model.grad_checkpointing = args.grad_checkpointing
     with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live:
         model.to_empty(device=cpu).train()
@@ -133,7 +133,7 @@ def _bytes(size: int) -> str:
 
 def print_flops(model: nn.Module, args: Namespace, **options: Any) -> None:
     """Print the cost of one clip; the model's weights are lost."""
-    gflops = count_flops(model, (3, args.num_frames, *2 * [args.input_size]), **options)
+    gflops = count_flops(model, (3, args.num_frames, args.input_size, args.input_size), **options)
     cost = f"{gflops:.1f} GFLOPs" if gflops >= 1 else f"{1e3 * gflops:.1f} MFLOPs"
     ratio = f" at --mask_ratio {options['mask_ratio']:g}" if options else ""
     print0(f"{cost} per clip forward{ratio} (multiply-adds counted once)")

@@ -136,7 +136,7 @@ class DropPath(timm_layers.DropPath):
         if self.share is None:
             return super().forward(x)
         kept = torch.rand(len(x), 1, 1, device=x.device) < self.share  # (N, 1, 1)
-        return x * (kept / self.share).to(x.dtype)
+        return x * torch.where(kept, 1 / self.share, 0.0).to(x.dtype)
 
 
 class Block(nn.Module):
