@@ -81,6 +81,20 @@ def wait_for(what, folder: Path, seconds: float = 240) -> None:
         time.sleep(0.1)
 
 
+def handles(number: int, task: int) -> bool:
+    """Return whether the Python process of a task of an array has a handler for a signal by now."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            words, variables = (process / name for name in ("cmdline", "environ"))
+            if not words.read_bytes().startswith(sys.executable.encode()):
+                continue
+            if f"SLURM_ARRAY_TASK_ID={task}".encode() in variables.read_bytes().split(b"\0"):
+                caught = re.search(r"SigCgt:\s*(\w+)", (process / "status").read_text())[1]
+                if int(caught, 16) >> (number - 1) & 1:
+                    return True
+    return False
+
+
 def assert_same_run(part: Path, whole: Path) -> None:
     assert_same_weights(part / LAST, whole / LAST)
     assert (part / "log.txt").read_text() == (whole / "log.txt").read_text()
@@ -277,6 +291,7 @@ def test_jobs_write_the_lists_and_shards_of_one_machine(slurm, prepared, tmp_pat
     process = start_preparing(slurm, videos, tmp_path, *QUEUE)
     wait_for((tmp_path / "shards/train-000000.json").exists, tmp_path / "shards/jobs")
     array = arrays(tmp_path).pop()
+    wait_for(lambda: handles(signal.SIGUSR2, task=0), tmp_path / "shards/jobs")
     subprocess.run(["scancel", "--signal=USR2", f"{array}_0"], env=slurm, check=True)
     subprocess.run(["scontrol", "requeue", f"{array}_1"], env=slurm, check=True)
     process.kill()
