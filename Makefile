@@ -38,7 +38,7 @@ type: $(INSTALLED)  ## check types
 test: $(INSTALLED)  ## run the tests (5 to 6 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-slow: $(INSTALLED)  ## run those that `make test` leaves out (kills, hosts, Slurm: 20 minutes)
+test-slow: $(INSTALLED)  ## run those that `make test` leaves out (kills, hosts, Slurm: 30 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow and not slurm'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm  # one cluster at a time on a machine
 
