@@ -110,7 +110,7 @@ EOF
 }
 
 steps() {
-  # with fewer than 48 clips, our step takes as long as launching it; the plain one needs 90 GiB
+  # with fewer than 48 clips, launching takes longer than our step; the plain one needs 90 GiB
   local batch
   batch=$(large "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
     awk '{ print ($1 > 130000) ? 48 : 16; exit }')" 2)

@@ -261,13 +261,15 @@ def test_validation_of_both_is_printed(videos, start, capsys):
         (1, "--freeze 2 --grad_checkpointing --mask_ratio 0.5"),
         (2, "--freeze 2"),
         (2, f"--freeze {DEPTH} --skip_nonfinite 1"),
-        (1, "--freeze 2 --compile"),
+        (1, f"--freeze {DEPTH} --compile"),
+        (1, "--freeze 2 --compile --mask_ratio 0.5"),
     ],
 )
 def test_a_run_resumes_exactly(videos, start, tmp_path, ranks, more):
     argv = ["--path_to_data_dir", videos, *FINETUNE, "--finetune", start, "--batch_size", 1]
     argv += ["--model_ema", 0.9, *more.split(), "--output_dir"]
-    finish(spawn("main_finetune.py", *argv, tmp_path / "whole", ranks=ranks))
+    out = finish(spawn("main_finetune.py", *argv, tmp_path / "whole", ranks=ranks))
+    assert "recompile_limit" not in out  # PyTorch gives up after too many versions of a block
     (tmp_path / "parts").mkdir()
     shutil.copy(tmp_path / "whole/checkpoint-00000.pth", tmp_path / "parts")
     out = finish(spawn("main_finetune.py", *argv, tmp_path / "parts", ranks=ranks))

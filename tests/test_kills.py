@@ -137,18 +137,14 @@ def test_a_killed_run_resumes_bitwise(videos, uninterrupted, tmp_path, script, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "ranks", "workers", "moment"),
-    [
-        ("main_pretrain.py", 1, 2, "step"),
-        ("main_pretrain.py", 2, 0, "save"),
-        ("main_finetune.py", 1, 0, "epoch"),
-        ("main_finetune.py", 2, 2, "step"),
-    ],
-)
-def test_three_kills(videos, uninterrupted, tmp_path, script, ranks, workers, moment):
-    moments = [moment, "anywhere", "anywhere"]
-    kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed=2 * ranks)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_twelve_kills(videos, uninterrupted, tmp_path, script, ranks, workers):
+    """Kill 12 times: 2 scripts x (1, 2 ranks) x (0, 2 workers), one or two kills in each."""
+    case = [*SCRIPTS].index(script) * 4 + (ranks - 1) * 2 + workers // 2
+    moments = [MOMENTS[case % 3]] + ["anywhere"] * (case % 2)
+    kills(videos, uninterrupted, tmp_path, script, ranks, workers, moments, seed=case)
 
 
 # --- signals

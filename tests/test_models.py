@@ -532,6 +532,8 @@ def test_drop_path_is_drawn_per_clip_and_per_branch(compiled):
         block.drop_path = DropPath(1.0)  # all are dropped
         block.drop_path.share = torch.tensor(0.0) if compiled else None
         assert (block.train()(torch.zeros(9, 5, 8)) == 0.0).all()
+        half = torch.ones(9, 5, 8, dtype=torch.bfloat16)
+        assert block.drop_path(half).dtype == torch.bfloat16  # the residual stream stays narrow
 
 
 # --- sizes: names, shapes and counts of the named models

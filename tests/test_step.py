@@ -209,6 +209,8 @@ def test_blocks_that_differ_in_drop_path_alone_share_their_compiled_code(monkeyp
     counters.clear()
     model = classifier(drop_path_rate=0.5, depth=8)
     model.compile_blocks()
+    shares = [block.drop_path.share.item() for block in model.blocks[1:]]
+    assert shares == pytest.approx([1 - 0.5 * i / 7 for i in range(1, 8)])
     for training, versions in ((True, 2), (False, 4)):  # the first block has no drop path
         model.train(training)(clips())
         assert counters["stats"]["unique_graphs"] == versions
@@ -400,12 +402,11 @@ TINY = "--model tiny --input_size 32 --num_frames 4 --batch_size 2 --repeats 1 -
 
 @pytest.mark.slow
 def test_the_step_benchmark_prints_every_row(capsys):
-    rows = ["--task", "pretrain", "test", "--mask_ratio", "0.9"]
-    step_benchmark.main([*TINY, *rows, "--precision", "fp32"])
+    step_benchmark.main([*TINY, "--mask_ratio", "0", "0.9", "--precision", "fp32"])
     out = capsys.readouterr().out
-    for row in ("pretrain mask 0.9 x", "test x"):
+    for row in ("pretrain mask 0 x", "pretrain mask 0.9 x", "finetune x", "test x"):
         assert f"ViT-tiny {row} 2 fp32" in out
-    assert out.count("  ours ") == out.count("  plain ") == 2
+    assert out.count("  ours ") == out.count("  plain ") == 4
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
